@@ -201,3 +201,33 @@ def codes_and_scales(
         raise TypeError(
             f"scales: expected dtype {dtype} for {fmt.name}, got {dtype_name(scales.dtype)}"
         )
+
+
+def matrix(matrix: Any, length: int) -> None:
+    """Check an arbitrary rotation matrix against the length of the rotated axis."""
+    shape = tuple(getattr(matrix, "shape", ()))
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(
+            "rotation: expected a Hadamard size or a square matrix, got "
+            f"{f'shape {shape}' if shape else repr(matrix)}"
+        )
+    if length % shape[0]:
+        raise ValueError(f"rotation: the axis has {length} elements, not a multiple of {shape[0]}")
+
+
+def matmul_shapes(a: Any, b: Any, bias: Any) -> None:
+    """Check the operands of matmul: a (..., K), b (N, K), bias (N,), quantized along K."""
+    if len(b.shape) != 2:
+        raise ValueError(f"b: expected a matrix (N, K), got shape {tuple(b.shape)}")
+    if not a.shape or a.shape[-1] != b.shape[1]:
+        raise ValueError(
+            f"a: expected the last axis to be b's, {b.shape[1]}, got shape {tuple(a.shape)}"
+        )
+    for what, q in (("a", a), ("b", b)):
+        if hasattr(q, "codes") and q.axis != len(q.shape) - 1:
+            raise ValueError(
+                f"{what}: expected it quantized along its last axis, got axis {q.axis}; quantize "
+                "with axis=-1"
+            )
+    if bias is not None and tuple(bias.shape) != (b.shape[0],):
+        raise ValueError(f"bias: expected shape ({b.shape[0]},), got {tuple(bias.shape)}")

@@ -267,8 +267,13 @@ class Format:
 
     @property
     def name(self) -> str:
-        """The row's name, or the canonical spelling; `get_format(f.name) == f` always."""
+        """What people read: the label (a row's name), or the canonical spelling."""
         return self.label or self.spec
+
+    @property
+    def key(self) -> str:
+        """What ops and files carry: the row's name, else the spelling; get_format(f.key) == f."""
+        return self.name if FORMATS.get(self.name) == self else self.spec
 
     @property
     def bits(self) -> int:

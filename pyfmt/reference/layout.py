@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+from array_api_compat import device
 
 from pyfmt import _check
 from pyfmt.reference.codec import Array, namespace
@@ -57,26 +58,30 @@ def to_blocked(scales: Array) -> Array:
 
     Rows and columns are padded with zeros to tiles of 128 x 4; scale (r, c) of a tile lies at
     (r % 32) * 16 + (r // 32) * 4 + c, tiles follow each other row-major.
+    Any library of the array API (NumPy, CuPy, torch).
     scales: (..., rows, blocks) uint8; returns (..., tiles * 512) uint8.
     Source: NVIDIA cuBLAS documentation, 1D block scaling factors layout.
     """
     xp = namespace(scales)
     *lead, rows, columns = scales.shape
     tiles_r, tiles_c = -(-rows // 128), -(-columns // 4)
-    padding = [(0, 0)] * len(lead) + [(0, tiles_r * 128 - rows), (0, tiles_c * 4 - columns)]
-    tiles = xp.pad(scales, padding).reshape(*lead, tiles_r, 4, 32, tiles_c, 4)
-    n = len(lead)
-    order = (*range(n), n, n + 3, n + 2, n + 1, n + 4)
-    return xp.ascontiguousarray(xp.transpose(tiles, order)).reshape(*lead, tiles_r * tiles_c * 512)
+    shape = (*lead, tiles_r * 128, tiles_c * 4)
+    padded = xp.zeros(shape, dtype=scales.dtype, device=device(scales))
+    padded[..., :rows, :columns] = scales
+    tiles = padded.reshape(*lead, tiles_r, 4, 32, tiles_c, 4)
+    return _swap(tiles).reshape(*lead, tiles_r * tiles_c * 512)
 
 
 def from_blocked(blocked: Array, rows: int, columns: int) -> Array:
     """Return the (..., rows, columns) scales of a 128 x 4 tiled layout; inverse of `to_blocked`."""
-    xp = namespace(blocked)
     lead = blocked.shape[:-1]
     tiles_r, tiles_c = -(-rows // 128), -(-columns // 4)
-    tiles = blocked.reshape(*lead, tiles_r, tiles_c, 32, 4, 4)
-    n = len(lead)
-    order = (*range(n), n, n + 3, n + 2, n + 1, n + 4)
-    scales = xp.transpose(tiles, order).reshape(*lead, tiles_r * 128, tiles_c * 4)
-    return xp.ascontiguousarray(scales[..., :rows, :columns])
+    tiles = _swap(blocked.reshape(*lead, tiles_r, tiles_c, 32, 4, 4))
+    scales = tiles.reshape(*lead, tiles_r * 128, tiles_c * 4)[..., :rows, :columns]
+    return scales.reshape(*lead, rows, columns)
+
+
+def _swap(tiles: Array) -> Array:
+    """Exchange the second and fourth of the last five axes (its own inverse)."""
+    n = tiles.ndim - 5
+    return namespace(tiles).permute_dims(tiles, (*range(n), n, n + 3, n + 2, n + 1, n + 4))

@@ -159,7 +159,7 @@ def quantize(
     if rotation:
         _check.rotation(rotation, signs, rows.shape[-1])
         rows = rotate_rows(rows, rotation, signs)
-    *lead, length = rows.shape
+    *lead, _ = rows.shape
     view = Blocks.of(rows.shape, fmt)
 
     blocks = view.split(rows)

@@ -48,12 +48,19 @@ def hadamard(x: Array, size: int, signs: Array | None = None, *, axis: int = -1)
     return xp.moveaxis(from_float32(rotated, x.dtype), -1, axis)
 
 
-def rotate_matrix(x: Any, matrix: Any, xp: Any) -> Any:
-    """Multiply each block of B along the last axis by an orthogonal B x B matrix, in float32.
+def rotate_by_matrix(x: Any, matrix: Any, axis: int = -1) -> Any:
+    """Multiply each block of B along `axis` by an orthogonal B x B matrix, in float32.
 
-    y_block = matrix @ x_block. A GEMM: its sums are float32 in the library's order, so results
-    are within B * 2^-24 * sum|m||x| of the exact product rather than bit-exact.
+    y_block = matrix @ x_block: a GEMM in the library's order of additions, so results are within
+    B * 2^-24 * sum|m||x| of the exact product rather than bit-exact.
+
+    x: any shape and library of the array API, `axis` a multiple of B; returns float32.
+    Raises ValueError for a matrix that is not square or does not divide the axis.
     """
-    size = matrix.shape[0]
-    blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
-    return xp.matmul(blocks, matrix.T).reshape(x.shape)
+    xp = namespace(x)
+    axis = _check.axis(axis, x.shape)
+    _check.matrix(matrix, x.shape[axis])
+    rows = xp.moveaxis(xp.astype(x, xp.float32), axis, -1)
+    blocks = rows.reshape(*rows.shape[:-1], -1, matrix.shape[0])
+    rotated = xp.matmul(blocks, xp.astype(matrix, xp.float32).T).reshape(rows.shape)
+    return xp.moveaxis(rotated, -1, axis)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which library an array belongs to, and moves between NumPy and torch without losing bits."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from pyfmt import _check
+
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def is_torch(x: Any) -> bool:
+    """Return whether `x` is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor)
+
+
+def kind(x: Any) -> str:
+    """Return "numpy", "cupy" or "torch"; TypeError for anything else."""
+    if isinstance(x, np.ndarray):
+        return "numpy"
+    if is_torch(x):
+        return "torch"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(x, cupy.ndarray):
+        return "cupy"
+    raise TypeError(
+        "x: expected a NumPy array, a CuPy array or a torch tensor, got "
+        f"{type(x).__module__}.{type(x).__name__}; convert it with numpy.asarray or torch.tensor"
+    )
+
+
+def where(x: Any) -> str:
+    """Describe an array's home for messages, for example "torch tensor on cpu"."""
+    library = kind(x)
+    return f"torch tensor on {x.device}" if library == "torch" else f"{library} array"
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """Return a torch, CuPy or NumPy array as NumPy, bfloat16 through ml_dtypes."""
+    library = kind(x)
+    if library == "cupy":
+        return x.get()
+    if library == "numpy":
+        return x
+    import torch
+
+    x = x.detach().cpu()
+    if x.dtype == torch.bfloat16:
+        return x.contiguous().view(torch.uint16).numpy().view(_BFLOAT16)
+    return x.numpy()
+
+
+def to_torch(x: np.ndarray, device: Any = None) -> Any:
+    """Return a NumPy array as a torch tensor on `device`, sharing memory where it can."""
+    import torch
+
+    x = np.ascontiguousarray(x) if x.ndim else np.array(x)
+    if not x.flags.writeable:
+        x = x.copy()
+    if x.dtype == _BFLOAT16:
+        tensor = torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(x)
+    return tensor if device is None else tensor.to(device)
+
+
+def torch_dtype(dtype: Any) -> Any:
+    """Return the torch dtype of a float dtype from any library."""
+    import torch
+
+    return getattr(torch, _check.float_dtype(dtype, "dtype"))
+
+
+def numpy_dtype(dtype: Any) -> np.dtype:
+    """Return the NumPy dtype of a float dtype from any library."""
+    name = _check.float_dtype(dtype, "dtype")
+    return _BFLOAT16 if name == "bfloat16" else np.dtype(name)
