@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build the C++ libraries of pyfmt; all else about the package stands in pyproject.toml.
+
+    pyfmt/_native.<python>.so   NumPy side: pybind11, csrc/numpy_bindings.cpp + csrc/cpu, no torch
+    pyfmt/_torch_ops.so         torch side: stable ABI, csrc/torch_bindings.cpp + csrc/cpu
+
+The kernels in csrc/cpu are compiled once and linked into both. The torch side is built where
+torch >= 2.10 is installed in the building Python; it is no Python module and names neither a
+Python nor a CUDA library, so one build serves torch 2.10 and later, CPU or CUDA, on any Python.
+
+Environment: CXX (the compiler), CXXFLAGS (added last), MAX_JOBS (parallel compilations),
+PYFMT_SANITIZE=1 (address and undefined-behaviour sanitizers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, PlatformError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+OBJECTS = ROOT / "build" / "objects"
+MAC = sys.platform == "darwin"
+
+NATIVE = "pyfmt._native"
+TORCH_OPS = "pyfmt._torch_ops"
+TORCH_MINIMUM = (2, 10)
+
+# Bits are a contract: no FMA contraction, no fast-math, no -march=native. Wider vectors are chosen
+# at run time.
+FLAGS = "-std=c++17 -fPIC -pthread -ffp-contract=off -fno-math-errno -fvisibility=hidden".split()
+FLAGS += ["-Wall", "-Wextra", f"-I{CSRC}"]
+OPTIMIZE = ["-O3", "-DNDEBUG"]
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer"]
+SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def find_torch() -> tuple[Path | None, str]:
+    """Return torch's folder and version; or None and the reason why torch is of no use here."""
+    spec = importlib.util.find_spec("torch")  # finds without importing
+    if spec is None or not spec.submodule_search_locations:
+        return None, "torch is not installed in the Python that builds"
+    root = Path(next(iter(spec.submodule_search_locations)))
+    wanted = ".".join(map(str, TORCH_MINIMUM))
+    header = root / "include" / "torch" / "headeronly" / "version.h"
+    text = header.read_text() if header.is_file() else ""
+    found = re.findall(r"#define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", text)
+    version = tuple(map(int, found))
+    if version < TORCH_MINIMUM:
+        older = ".".join(found) or "without stable-ABI headers"
+        return None, f"torch >= {wanted} is needed, found torch {older} in {root}"
+    return root, ".".join(found)
+
+
+class Toolchain:
+    """A C++ compiler with a cache of objects, named by source, command and compiler."""
+
+    def __init__(self) -> None:
+        self.sanitize = os.environ.get("PYFMT_SANITIZE", "0") not in ("", "0")
+        self.flags = FLAGS + (SANITIZE + SANITIZER if self.sanitize else OPTIMIZE)
+        self.flags += shlex.split(os.environ.get("CXXFLAGS", ""))
+
+    @cached_property
+    def cxx(self) -> list[str]:
+        asked = os.environ.get("CXX")
+        for name in [asked] if asked else ["c++", "g++", "clang++"]:
+            command = shlex.split(name)
+            if shutil.which(command[0]):
+                return command
+        raise PlatformError(
+            f"pyfmt needs a C++17 compiler and there is no {asked or 'c++, g++ or clang++'} here. "
+            "Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: "
+            "xcode-select --install) or set CXX to its path."
+        )
+
+    @cached_property
+    def identity(self) -> bytes:
+        return subprocess.run([*self.cxx, "--version"], capture_output=True, check=False).stdout
+
+    def compile(self, source: Path, flags: Sequence[str] = ()) -> Path:
+        """Compile one file unless its object is newer than the source and all it includes."""
+        command = [*self.cxx, *self.flags, *flags]
+        key = hashlib.sha256(self.identity + "\0".join([*command, str(source)]).encode())
+        target = OBJECTS / f"{source.stem}-{key.hexdigest()[:12]}.o"
+        if self._fresh(target):
+            return target
+        print(f"compiling {source.relative_to(ROOT)}", flush=True)
+        OBJECTS.mkdir(parents=True, exist_ok=True)
+        draft = target.with_suffix(f".{os.getpid()}.o")
+        self._run([*command, "-MMD", "-MF", f"{draft}.d", "-c", str(source), "-o", str(draft)])
+        os.replace(f"{draft}.d", target.with_suffix(".d"))
+        os.replace(draft, target)
+        return target
+
+    def link(self, objects: Sequence[Path], target: Path, flags: Sequence[str]) -> None:
+        """Link a shared library, put in place in one step: a running process keeps its old one."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_suffix(f".{os.getpid()}.tmp")
+        shared = ["-bundle", "-undefined", "dynamic_lookup"] if MAC else ["-shared"]
+        sanitizer = SANITIZER if self.sanitize else []
+        objects_ = map(str, objects)
+        self._run([*self.cxx, *shared, "-pthread", *sanitizer, *objects_, "-o", str(draft), *flags])
+        os.replace(draft, target)
+
+    @staticmethod
+    def _fresh(target: Path) -> bool:
+        listed = target.with_suffix(".d")
+        if not (target.is_file() and listed.is_file()):
+            return False
+        # "x.o: a.cpp b.h \" with blanks in names escaped by a backslash.
+        names = re.split(r"(?<!\\)\s+", listed.read_text().split(": ", 1)[1].replace("\\\n", " "))
+        needed = [Path(name.replace("\\ ", " ")) for name in names if name]
+        made = target.stat().st_mtime_ns
+        return all(file.is_file() and file.stat().st_mtime_ns <= made for file in needed)
+
+    @staticmethod
+    def _run(command: list[str]) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(shlex.join(command), done.stdout + done.stderr, sep="\n", file=sys.stderr)
+            raise CompileError(f"{command[0]} exited with {done.returncode}; its words are above")
+        if done.stderr:
+            print(done.stderr, file=sys.stderr)
+
+
+class BuildExt(build_ext):
+    """Compile everything in one parallel pass, then link one library per extension."""
+
+    def run(self) -> None:
+        self.toolchain = Toolchain()
+        torch, words = find_torch()
+        if torch:
+            print(f"pyfmt: building the NumPy side and the torch side (torch {words})", flush=True)
+        else:
+            print(
+                f"pyfmt: building the NumPy side only: {words}. For the torch ops install torch "
+                "first, then pyfmt with `pip install --no-build-isolation`.",
+                flush=True,
+            )
+            self.extensions = [e for e in self.extensions if e.name != TORCH_OPS]
+            # A library of an earlier build would serve old code.
+            (ROOT / self.get_ext_filename(TORCH_OPS)).unlink(missing_ok=True)
+        self.torch = torch
+        super().run()
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname in (TORCH_OPS, TORCH_OPS.split(".")[-1]):  # setuptools asks for both
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        compile_ = self.toolchain.compile
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            # The bindings first: they take longest.
+            bindings = {
+                ext.name: pool.submit(compile_, ROOT / ext.sources[0], self.compile_flags(ext.name))
+                for ext in self.extensions
+            }
+            kernels = list(pool.map(compile_, sorted((CSRC / "cpu").glob("*.cpp"))))
+            for ext in self.extensions:
+                target = Path(self.get_ext_fullpath(ext.name))
+                objects = [bindings[ext.name].result(), *kernels]
+                self.toolchain.link(objects, target, self.link_flags(ext.name))
+
+    def compile_flags(self, name: str) -> list[str]:
+        if name == TORCH_OPS:
+            major, minor = TORCH_MINIMUM
+            target = f"0x{major:02x}{minor:02x}000000000000ULL"
+            return [f"-isystem{self.torch / 'include'}", f"-DTORCH_TARGET_VERSION={target}"]
+        include = Path(sysconfig.get_path("include"))
+        if not (include / "Python.h").is_file():
+            raise PlatformError(
+                f"pyfmt needs the C headers of Python and {include}/Python.h is missing. Install "
+                "them (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install python3-devel)."
+            )
+        try:
+            import pybind11
+        except ImportError:
+            raise PlatformError(
+                "pyfmt needs pybind11 to build and this Python has none. Run `pip install pybind11`"
+                ", or leave out --no-build-isolation."
+            ) from None
+        return [f"-isystem{include}", f"-isystem{pybind11.get_include()}"]
+
+    def link_flags(self, name: str) -> list[str]:
+        if name != TORCH_OPS or MAC:
+            return []
+        # Named without a path: at run time the loader takes the libtorch_cpu that is there already.
+        flags = [f"-L{self.torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"]
+        return flags if self.toolchain.sanitize else [*flags, "-Wl,--no-undefined"]
+
+
+class Build(build):
+    """Start from an empty build/lib: a wheel holds nothing of an earlier build."""
+
+    def run(self) -> None:
+        if (ROOT / "build") in Path(self.build_lib).resolve().parents:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+setup(
+    ext_modules=[
+        Extension(NATIVE, ["csrc/numpy_bindings.cpp"]),
+        Extension(TORCH_OPS, ["csrc/torch_bindings.cpp"]),
+    ],
+    cmdclass={"build": Build, "build_ext": BuildExt},
+)
