@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matmul and linear operators: expand to float32, one dense GEMM, one final rounding.
+
+y = RNE(a b^T + bias), products and sums in float32, float32 bias. The bits do not depend on
+torch's settings for float32 matmuls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pyfmt import _check
+from pyfmt.formats import Format, get_format
+
+# A weight of more elements is expanded in panels of rows, so that memory stays bounded.
+PANEL_ELEMENTS = 1 << 26
+
+T = TypeVar("T")
+_OPS: Any = torch.ops.pyfmt
+
+
+def raw(check: Callable[..., T], *args: Any) -> T:
+    """Call a check; raw operators raise RuntimeError with its sentence."""
+    try:
+        return check(*args)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(str(error)) from None
+
+
+def row_bytes(fmt: Format, length: Any) -> Any:
+    """`Format.row_bytes`, also for a symbolic length."""
+    padded = length if fmt.block == "row" else fmt.padded(length)
+    return -(-padded * fmt.bits // 8)
+
+
+def scales_shape(fmt: Format, lead: Sequence[Any], length: Any) -> tuple[Any, ...]:
+    """The shape of the scales of (*lead, length), also for symbolic sizes."""
+    blocks = torch.sym_min(length, 1) if fmt.block == "row" else fmt.blocks(length)
+    if fmt.block_rows == 1 or not lead:
+        return (*lead, blocks)
+    return (*lead[:-1], -(-lead[-1] // fmt.block_rows), blocks)
+
+
+def _check_rows(codes: Tensor, scales: Tensor | None, format: str, k: Any) -> None:
+    fmt = raw(get_format, format)
+    if scales is None:
+        raise RuntimeError(
+            f"a_scales: a holds codes of {fmt.name} and needs them; pass what quantize returned, "
+            "or a_format=None for a dense a"
+        )
+    lead = codes.shape[:-1]
+    raw(_check.codes_and_scales, codes, scales, fmt, lead, k, scales_shape(fmt, lead, k))
+
+
+def _check_weight(what: str, b: Tensor, scales: Tensor, fmt: str, k: Any, bias: Any) -> None:
+    if b.dim() != 2:
+        raise RuntimeError(
+            f"{what}: expected two dimensions (rows, bytes), got {b.dim()}; flatten the rows"
+        )
+    _check_rows(b, scales, fmt, k)
+    if bias is not None:
+        raw(_check.float_dtype, bias.dtype, "bias")
+        if bias.dim() != 1 or bias.shape[0] != b.shape[0]:
+            raise RuntimeError(
+                f"bias: expected shape ({b.shape[0]},), one number for each row of {what}, got "
+                f"{tuple(bias.shape)}"
+            )
+
+
+def _check_matmul(
+    a: Tensor,
+    a_scales: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    a_format: str | None,
+    b: Tensor,
+    b_scales: Tensor,
+    b_tensor_scale: Tensor | None,
+    b_format: str,
+    k: Any,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.dtype:
+    """Check the arguments and return the result's dtype: as asked, else a dense a's, or float32."""
+    raw(_check.axis, -1, a.shape)
+    if a_format is not None:
+        _check_rows(a, a_scales, a_format, k)
+    else:
+        raw(_check.float_dtype, a.dtype, "a")
+        if a.shape[-1] != k:
+            raise RuntimeError(
+                f"a: expected rows of {k} elements like those of b, got {a.shape[-1]}"
+            )
+    _check_weight("b", b, b_scales, b_format, k, bias)
+    if dtype is not None:
+        raw(_check.float_dtype, dtype, "dtype")
+        return dtype
+    return a.dtype if a_format is None else torch.float32
+
+
+def _check_linear(
+    x: Tensor, w_codes: Tensor, w_scales: Tensor, w_format: str, bias: Tensor | None
+) -> None:
+    raw(_check.float_dtype, x.dtype)
+    raw(_check.axis, -1, x.shape)
+    _check_weight("w_codes", w_codes, w_scales, w_format, x.shape[-1], bias)
+
+
+def matmul_fake(a: Tensor, *args: Any) -> Tensor:
+    dtype = _check_matmul(a, *args)
+    return a.new_empty((*a.shape[:-1], args[3].shape[0]), dtype=dtype)
+
+
+def linear_fake(
+    x: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor | None,
+    w_format: str,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    rotation: int = 0,
+    signs: Tensor | None = None,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    clip: str = "symmetric",
+) -> Tensor:
+    _check_linear(x, w_codes, w_scales, w_format, bias)
+    if activation is not None:
+        fmt = raw(get_format, activation)
+        raw(_check.options, fmt, scale_rule, recipe, "nearest", None, clip)
+    if rotation:
+        raw(_check.rotation, rotation, signs, x.shape[-1])
+    return x.new_empty((*x.shape[:-1], w_codes.shape[0]))
+
+
+class _Precision:
+    """Who computes in full float32 now, and the setting to restore after the last one."""
+
+    lock = threading.Lock()
+    users = 0
+    saved = ""
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keep float32 GEMMs in float32 whatever torch.set_float32_matmul_precision says.
+
+    The setting belongs to the process, so users are counted: the first one saves and sets it, the
+    last one restores it, and threads that multiply at the same time all see it set.
+    """
+    backend = "cuda" if device.type == "cuda" else "mkldnn"
+    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    if _Precision.users == 0 and read(backend, "matmul") in ("ieee", "none"):
+        yield
+        return
+    with _Precision.lock:
+        if _Precision.users == 0:
+            value = read(backend, "matmul")
+            # A value that the backend has as a whole was inherited from it: leave it inherited.
+            _Precision.saved = "none" if value == read(backend, "all") else value
+            write(backend, "matmul", "ieee")
+        _Precision.users += 1
+    try:
+        yield
+    finally:
+        with _Precision.lock:
+            _Precision.users -= 1
+            if _Precision.users == 0:
+                write(backend, "matmul", _Precision.saved)
+
+
+def _expand(codes: Tensor, scales: Tensor, tensor_scale: Any, fmt: str, shape: Any) -> Tensor:
+    y: Tensor = _OPS.dequantize.default(codes, scales, tensor_scale, fmt, shape)
+    return y
+
+
+def _gemm(
+    a: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    b_tensor_scale: Tensor | None,
+    b_format: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = a b^T + bias for a dense a of shape (*lead, K) and a quantized b of N rows."""
+    k, n = a.shape[-1], b.shape[0]
+    flat = a.reshape(a.numel() // k if k else a.shape[:-1].numel(), k).float()
+    rows = get_format(b_format).block_rows
+    panel = max(PANEL_ELEMENTS // max(k, 1) // rows, 1) * rows
+    parts = []
+    for start in range(0, max(n, 1), panel):
+        stop = min(start + panel, n)
+        scales = b_scales[start // rows : -(-stop // rows)]
+        w = _expand(b[start:stop], scales, b_tensor_scale, b_format, (stop - start, k))
+        with full_precision(a.device):
+            y = torch.mm(flat, w.t())
+        if bias is not None:
+            y += bias[start:stop]
+        parts.append(y.to(dtype))
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return y.view(*a.shape[:-1], n)
+
+
+def matmul(
+    a: Tensor,
+    a_scales: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    a_format: str | None,
+    b: Tensor,
+    b_scales: Tensor,
+    b_tensor_scale: Tensor | None,
+    b_format: str,
+    k: int,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized."""
+    out = _check_matmul(
+        a, a_scales, a_tensor_scale, a_format, b, b_scales, b_tensor_scale, b_format, k, bias, dtype
+    )
+    if a_format is not None:
+        assert a_scales is not None
+        a = _expand(a, a_scales, a_tensor_scale, a_format, (*a.shape[:-1], k))
+    return _gemm(a, b, b_scales, b_tensor_scale, b_format, bias, out)
+
+
+def linear(
+    x: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor | None,
+    w_format: str,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    rotation: int = 0,
+    signs: Tensor | None = None,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    clip: str = "symmetric",
+) -> Tensor:
+    """matmul(quantize(x, activation, rotation=...), w) + bias in x's dtype.
+
+    Without an activation format the left operand is hadamard(x), rounded to x's dtype.
+    """
+    _check_linear(x, w_codes, w_scales, w_format, bias)
+    a = x
+    if activation is not None:
+        codes, scales, tensor_scale = _OPS.quantize.default(
+            x, activation, -1, scale_rule, recipe, "nearest", None, clip, None, rotation, signs
+        )
+        stored = tensor_scale if tensor_scale.numel() else None
+        a = _expand(codes, scales, stored, activation, x.shape)
+    elif rotation:
+        a = _OPS.hadamard.default(x, rotation, signs)
+    return _gemm(a, w_codes, w_scales, w_tensor_scale, w_format, bias, x.dtype)

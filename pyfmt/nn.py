@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model.
+
+A layer holds codes and scales and calls `torch.ops.pyfmt.linear`; which kernel that means is the
+operator's business, so a faster one changes nothing here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
+from pyfmt import _check
+from pyfmt._model import (
+    Left,
+    Replaced,
+    Report,
+    Slot,
+    match,
+    obstacle,
+    parameter_owners,
+    progress_bar,
+    replace,
+    slots_of,
+)
+from pyfmt._torch_matmul import row_bytes, scales_shape
+from pyfmt.formats import SCALES, Format, closest, get_format
+
+__all__ = ["QuantLinear", "Report", "dequantize_model", "quantize_model"]
+
+# Integer types that hold the bits of a float buffer while a module is cast.
+_BITS = {2: torch.int16, 4: torch.int32}
+
+
+def _option(what: str, value: str | None, *formats: Format | None) -> list[str | None]:
+    """Give a scale rule or recipe to each format that takes it; ValueError if none does."""
+    taken = [value if f is not None and value in getattr(f, what) else None for f in formats]
+    if value is not None and not any(taken):
+        first = next(f for f in formats if f is not None)
+        rule, recipe = (value, None) if what == "scale_rules" else (None, value)
+        _check.options(first, rule, recipe, "nearest", None, "symmetric")
+    return taken
+
+
+def _signs(signs: Any, rotation: int | None, length: int, seed: int) -> Tensor | None:
+    """Return +-1 signs for every input as int8, or None."""
+    if rotation is None:
+        if signs is not None:
+            raise ValueError("signs: they belong to a rotation; pass rotation=<size> too")
+        return None
+    if isinstance(signs, str):
+        if signs != "random":
+            raise ValueError(f"signs: expected None, 'random' or a tensor of +-1, got {signs!r}")
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.randint(0, 2, (length,), generator=generator, device="cpu")
+        signs = (1 - 2 * bits).to(torch.int8)
+    elif signs is not None:
+        signs = torch.as_tensor(signs).detach()
+    _check.rotation(rotation, signs, length)
+    if signs is None:
+        return None
+    if not bool((signs.abs() == 1).all()):
+        raise ValueError("signs: expected only +1 and -1; use (signs > 0) * 2 - 1 to make them")
+    return signs.to(torch.int8).repeat(length // signs.shape[0])
+
+
+class QuantLinear(nn.Module):
+    """A linear layer with a quantized weight and, if asked, quantized activations.
+
+    y = A(x) W^T + bias, with W the decoded weight and A(x) = x, rotated and quantized as asked
+
+    weight, activation: formats by name or as a Format; activation None keeps x dense. rotation: a
+    block Hadamard size (2 to 1024) that divides in_features: the weight is rotated once, x in
+    every call, and the two cancel. signs: None, "random" (drawn with `seed`) or a tensor of +-1,
+    applied before the rotation. scale_rule, recipe: for those of the two formats that take them.
+
+    x: (*lead, in_features), bfloat16, float16 or float32; y: (*lead, out_features) in x's dtype,
+    with float32 sums and bias (see `pyfmt.matmul`). Gradients reach x and bias; activation
+    quantization is straight-through. The new layer's weight is zero: make one with `from_linear`,
+    or load a state dict, which says what its codes mean and is refused where this layer differs.
+
+    Raises ValueError or TypeError for formats, sizes or options that do not fit.
+    """
+
+    weight_codes: Tensor
+    weight_scales: Tensor
+    weight_tensor_scale: Tensor | None
+    signs: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        weight: str | Format = "mxfp4",
+        activation: str | Format | None = None,
+        rotation: int | None = None,
+        signs: str | Tensor | None = None,
+        seed: int = 0,
+        scale_rule: str | None = None,
+        recipe: str | None = None,
+        clip: str = "symmetric",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        fmt = get_format(weight)
+        act = None if activation is None else get_format(activation)
+        _check.options(fmt, None, None, "nearest", None, clip)
+        rules = _option("scale_rules", scale_rule, fmt, act)
+        recipes = _option("recipes", recipe, fmt, act)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_format = fmt.key
+        self.activation_format = None if act is None else act.key
+        self.rotation = rotation
+        self.weight_options = (rules[0], recipes[0], clip)
+        self.activation_options = (rules[1], recipes[1], clip)
+        self.dtype = dtype or torch.get_default_dtype()
+
+        rows = (out_features,)
+        codes = torch.zeros((*rows, row_bytes(fmt, in_features)), dtype=torch.uint8, device=device)
+        scale_dtype = getattr(torch, SCALES[fmt.scale].dtype)
+        scales = torch.zeros(scales_shape(fmt, rows, in_features), dtype=scale_dtype, device=device)
+        one_scale = fmt.tensor_scale and recipes[0] != "single_level"
+        self.register_buffer("weight_codes", codes)
+        self.register_buffer("weight_scales", scales)
+        self.register_buffer(
+            "weight_tensor_scale",
+            torch.ones((), dtype=torch.float32, device=device) if one_scale else None,
+        )
+        drawn = _signs(signs, rotation, in_features, seed)
+        self.register_buffer("signs", None if drawn is None else drawn.to(device))
+        self.register_parameter(
+            "bias",
+            nn.Parameter(torch.zeros(rows, dtype=self.dtype, device=device)) if bias else None,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        weight: str | Format = "mxfp4",
+        activation: str | Format | None = None,
+        rotation: int | None = None,
+        signs: str | Tensor | None = None,
+        **options: Any,
+    ) -> QuantLinear:
+        """Quantize a dense layer; the arguments are the constructor's. Shares the bias."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                f"linear: expected a torch.nn.Linear, got {type(linear).__name__}; take its "
+                "Linear layers one by one, or use quantize_model"
+            )
+        dense = linear.weight.detach()
+        _check.float_dtype(dense.dtype, "linear.weight")
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            weight=weight,
+            activation=activation,
+            rotation=rotation,
+            signs=signs,
+            device=dense.device,
+            dtype=dense.dtype,
+            **options,
+        )
+        scale_rule, recipe, clip = layer.weight_options
+        layer.weight_codes, layer.weight_scales, tensor_scale = torch.ops.pyfmt.quantize(
+            dense,
+            layer.weight_format,
+            scale_rule=scale_rule,
+            recipe=recipe,
+            clip=clip,
+            rotation=rotation or 0,
+            signs=layer.signs,
+        )
+        if layer.weight_tensor_scale is not None:
+            layer.weight_tensor_scale = tensor_scale
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale_rule, recipe, clip = self.activation_options
+        y: Tensor = torch.ops.pyfmt.linear(
+            x,
+            self.weight_codes,
+            self.weight_scales,
+            self.weight_tensor_scale,
+            self.weight_format,
+            self.bias,
+            self.activation_format,
+            self.rotation or 0,
+            self.signs,
+            scale_rule,
+            recipe,
+            clip,
+        )
+        return y
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer stands for, dense and rotated back; computed at each access."""
+        w: Tensor = torch.ops.pyfmt.dequantize(
+            self.weight_codes,
+            self.weight_scales,
+            self.weight_tensor_scale,
+            self.weight_format,
+            (self.out_features, self.in_features),
+        )
+        if self.rotation:
+            w = torch.ops.pyfmt.hadamard(w, self.rotation)
+            w = w if self.signs is None else w * self.signs
+        return w.to(self.dtype)
+
+    def dense(self) -> nn.Linear:
+        """Return a dense layer with this layer's weight, in its dtype. Shares the bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.weight)
+        linear.bias = self.bias  # type: ignore[assignment]
+        return linear.train(self.training)
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes of the weight's codes and scales."""
+        parts = (self.weight_codes, self.weight_scales, self.weight_tensor_scale)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def extra_repr(self) -> str:
+        facts = [f"in_features={self.in_features}, out_features={self.out_features}"]
+        facts.append(f"bias={self.bias is not None}, weight={self.weight_format}")
+        if self.activation_format is not None:
+            facts.append(f"activation={self.activation_format}")
+        if self.rotation:
+            facts.append(f"rotation={self.rotation}" + ("" if self.signs is None else ", signs"))
+        return ", ".join(facts)
+
+    # Moves and casts: codes and scales move, and keep their bits whatever dtype is asked for.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        def keep(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if t.is_floating_point() or moved.dtype == t.dtype else t.to(moved.device)
+
+        floats = {
+            name: buffer.dtype
+            for name, buffer in self._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        }
+        for name, dtype in floats.items():
+            self._buffers[name] = self._buffers[name].view(_BITS[dtype.itemsize])  # type: ignore[union-attr]
+        try:
+            super()._apply(keep, recurse)
+        finally:
+            for name, dtype in floats.items():
+                self._buffers[name] = self._buffers[name].view(dtype)  # type: ignore[union-attr]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
+        return self
+
+    # State dicts hold tensors only, so the facts travel as the bytes of a JSON text.
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight_format,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rotation": self.rotation,
+        }
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(list(json.dumps(self._facts()).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        """The facts were compared before anything was loaded."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:  # type: ignore[no-untyped-def]
+        problem = self._problem(state_dict, prefix)
+        if problem:
+            error_msgs = args[-1]
+            error_msgs.append(f"{prefix.rstrip('.') or 'QuantLinear'}: {problem}")
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _problem(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Say why a state dict does not fit this layer, or return None."""
+        if prefix + "weight" in state_dict and prefix + "weight_codes" not in state_dict:
+            return (
+                "the state dict holds a dense weight; load it into the dense model, then quantize "
+                "it with quantize_model or QuantLinear.from_linear"
+            )
+        state = state_dict.get(prefix + "_extra_state")
+        if state is not None:
+            try:
+                facts = json.loads(bytes(state.tolist()))
+                assert isinstance(facts, dict)
+            except (AssertionError, AttributeError, TypeError, ValueError):
+                return "its _extra_state is not what QuantLinear writes; the file is damaged"
+            for name, mine in self._facts().items():
+                if facts.get(name) != mine:
+                    return (
+                        f"the state dict was made with {name}={facts.get(name)!r}, this layer has "
+                        f"{mine!r}; construct it with the same {name}"
+                    )
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if buffer is not None and given is not None and given.dtype != buffer.dtype:
+                return f"{name}: expected dtype {buffer.dtype}, got {given.dtype}; keep its bits"
+            if buffer is None and given is not None:
+                return f"{name}: this layer has none; construct it with the same options"
+        return None
+
+
+def quantize_model(
+    model: nn.Module,
+    weight: str | Format = "mxfp4",
+    activation: str | Format | None = None,
+    rotation: int | None = None,
+    signs: str | Tensor | None = None,
+    *,
+    include: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] = ("lm_head",),
+    types: type | tuple[type, ...] = (nn.Linear,),
+    strict: bool = False,
+    progress: bool | Callable[[int, int, str], None] = True,
+    keep_originals: bool = False,
+    **options: Any,
+) -> Report:
+    """Replace the Linear layers of a model by QuantLinear, in place.
+
+    weight, activation, rotation, signs and further options: as in QuantLinear. include, skip:
+    names ("lm_head"), qualified names or wildcards ("encoder.*"); include None means all. types:
+    exact classes to replace. A layer that cannot be replaced is left, with the reason in the
+    report; `strict` makes that a ValueError, before anything is replaced. A layer that stands in
+    several places is quantized once. progress: a bar on a terminal, or a function of (done,
+    total, name). keep_originals lets `report.undo()` put the very same layers back; otherwise it
+    makes dense ones from the quantized weights.
+
+    Returns a Report: what was replaced, what was left and why; `print(report)` shows a table.
+    Raises ValueError or TypeError for wrong options.
+    """
+    include = (include,) if isinstance(include, str) else include and tuple(include)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    types = types if isinstance(types, tuple) else (types,)
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Linear)):
+            raise TypeError(f"types: expected torch.nn.Linear or subclasses of it, got {kind!r}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("model: it is a Linear itself; use QuantLinear.from_linear(model, ...)")
+    # A layer of nothing finds wrong options before the model is touched.
+    given = signs if isinstance(signs, Tensor) else None
+    size = len(given) if given is not None else rotation or 0
+    probe: Any = dict(
+        weight=weight, activation=activation, rotation=rotation, signs=signs, **options
+    )
+    QuantLinear(size, 0, **probe)
+
+    tied = parameter_owners(model)
+    report = Report(model)
+    planned: list[tuple[nn.Linear, list[Slot]]] = []
+    for linear, slots in slots_of(model, nn.Linear).items():
+        assert isinstance(linear, nn.Linear)
+        names = [name for name, _, _ in slots]
+        pattern = match(names, skip)
+        if pattern is not None:
+            why: str | None = f"skip has {pattern!r}"
+        elif include is not None and match(names, include) is None:
+            why = "include does not have it"
+        else:
+            why = obstacle(linear, slots, types, tied)
+            try:
+                _check.float_dtype(linear.weight.dtype, "its weight")
+                if rotation is not None:
+                    _check.rotation(rotation, given, linear.in_features)
+            except (TypeError, ValueError) as error:
+                why = why or str(error)
+            if why and strict:
+                raise ValueError(f"{names[0]} cannot be replaced: {why}")
+        if why:
+            report.left.append(Left(names[0], why))
+        else:
+            planned.append((linear, slots))
+    if include is not None:
+        every = [name for slots in slots_of(model, nn.Linear).values() for name, _, _ in slots]
+        for pattern in include:
+            if match(every, (pattern,)) is None:
+                raise ValueError(
+                    f"include: no Linear layer matches {pattern!r}{closest(pattern, every)}"
+                )
+
+    with progress_bar(progress, len(planned)) as advance:
+        for linear, slots in planned:
+            layer = QuantLinear.from_linear(linear, **probe)
+            replace(slots, layer)
+            names = [name for name, _, _ in slots]
+            report.replaced.append(
+                Replaced(
+                    name=names[0],
+                    aliases=tuple(names[1:]),
+                    shape=(linear.out_features, linear.in_features),
+                    weight=layer.weight_format,
+                    activation=layer.activation_format,
+                    bytes_before=linear.weight.nbytes,
+                    bytes_after=layer.weight_nbytes,
+                    original=linear if keep_originals else None,
+                )
+            )
+            advance(names[0])
+    return report
+
+
+def dequantize_model(model: nn.Module) -> list[str]:
+    """Replace every QuantLinear by the dense Linear it stands for; returns their names."""
+    names = []
+    for layer, slots in slots_of(model, QuantLinear).items():
+        assert isinstance(layer, QuantLinear)
+        replace(slots, layer.dense())
+        names.append(slots[0][0])
+    return names
