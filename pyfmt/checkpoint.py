@@ -192,9 +192,10 @@ def _load_one(reader: Reader, name: str, facts: Stored) -> QTensor:
 
 def _to_torch(array: np.ndarray) -> Any:
     """Make a torch tensor of the same bits (torch reads no ml_dtypes)."""
+    import ml_dtypes
     import torch
 
-    if array.dtype.kind in "biufc" and hasattr(torch, array.dtype.name):
+    if not hasattr(ml_dtypes, array.dtype.name):
         return torch.from_numpy(array)
     bits = torch.from_numpy(array.reshape(-1).view(f"u{array.dtype.itemsize}"))
     return bits.view(getattr(torch, array.dtype.name)).reshape(array.shape)

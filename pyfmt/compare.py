@@ -148,8 +148,6 @@ def compare(
     """
     import torch
 
-    from pyfmt import nn
-
     if sentences < 12:
         raise ValueError(f"sentences: expected at least 12 to have 10 neighbours, got {sentences}")
     if threads is not None:
@@ -159,8 +157,10 @@ def compare(
     plan = configurations(formats, quick)
     tell = progress or (lambda what, done, total: None)
     tell("loading the model and the text", 0, len(plan))
-    text = docstring_sentences(sentences)
     encoder = Encoder(model)
+    from pyfmt import nn
+
+    text = docstring_sentences(sentences)
     batches = encoder.tokenize(text)
     tell("float32", 0, len(plan))
     truth, rate = _timed(encoder.model, batches)
