@@ -18,11 +18,10 @@ Slot = tuple[str, nn.Module, str]  # qualified name, parent, name in the parent
 def slots_of(model: nn.Module, kind: type[nn.Module]) -> dict[nn.Module, list[Slot]]:
     """Every place where each module of a kind stands (several where it is shared)."""
     found: dict[nn.Module, list[Slot]] = {}
-    for path, parent in model.named_modules():
-        for name, child in parent._modules.items():
-            if isinstance(child, kind):
-                qualified = f"{path}.{name}" if path else name
-                found.setdefault(child, []).append((qualified, parent, name))
+    for qualified, module in model.named_modules(remove_duplicate=False):
+        if qualified and isinstance(module, kind):
+            path, _, name = qualified.rpartition(".")
+            found.setdefault(module, []).append((qualified, model.get_submodule(path), name))
     return found
 
 

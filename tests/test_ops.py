@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("pyfmt.ops", exc_type=ImportError)
 
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch.library import opcheck  # noqa: E402
 from torch.utils.benchmark import Timer  # noqa: E402
 
@@ -151,7 +152,7 @@ def test_opcheck_pack_unpack_amax():
 def traced(function, *samples: torch.Tensor, backend: str = "aot_eager") -> None:
     """One graph, without recompiling, gives the eager bits for every sample."""
     torch._dynamo.reset()
-    graphs = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    graphs = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, backend=graphs, dynamic=True)
     for x in samples:
         assert torch.equal(compiled(x), function(x))
