@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt._torch_matmul import full_precision
+from pyfmt._torch_matmul import full_precision_mm
 
 _OPS: Any = torch.ops.pyfmt
 _BELOW = torch._C._after_autograd_keyset
@@ -117,8 +117,8 @@ class _Gemm(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             b = _OPS.dequantize.default(codes, scales, tensor_scale, ctx.format, (n, k))
             # A backward pass run inside autocast must not lower this product.
-            with torch.autocast(g.device.type, enabled=False), full_precision(g.device):
-                grad_a = torch.mm(rows.float(), b).view(ctx.shape)
+            with torch.autocast(g.device.type, enabled=False):
+                grad_a = full_precision_mm(rows.float(), b).view(ctx.shape)
             if ctx.rotation:
                 grad_a = _transpose(grad_a, ctx.rotation, signs)
             grad_a = grad_a.to(ctx.dtype)
@@ -148,26 +148,20 @@ def _matmul(keyset: Any, *args: Any) -> Any:
     op = _OPS.matmul.default
     a, a_scales, a_tensor_scale, _, *weight = args[:8]
     bias = args[9] if len(args) > 9 else None
-    constants = {
-        "a_scales": a_scales,
-        "a_tensor_scale": a_tensor_scale,
-        "b_scales": weight[1],
-        "b_tensor_scale": weight[2],
-    }
-    if _wanted(a, bias, *constants.values()):
-        _refuse("matmul", **constants)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        constants = {"a_scales": a_scales, "a_tensor_scale": a_tensor_scale}
+        _refuse("matmul", **constants, b_scales=weight[1], b_tensor_scale=weight[2])
         return _Gemm.apply(keyset, op, a, bias, weight, 0, None, args)
     return _below(op, keyset, args)
 
 
 def _linear(keyset: Any, *args: Any) -> Any:
     op = _OPS.linear.default
-    x, *weight = args[:5]
-    given = args[5:9]
-    bias, _, rotation, signs = given + (None, None, 0, None)[len(given) :]
-    constants = {"w_scales": weight[1], "w_tensor_scale": weight[2], "signs": signs}
-    if _wanted(x, bias, *constants.values()):
-        _refuse("linear", **constants)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        x, *weight = args[:5]
+        given = args[5:9]
+        bias, _, rotation, signs = given + (None, None, 0, None)[len(given) :]
+        _refuse("linear", w_scales=weight[1], w_tensor_scale=weight[2], signs=signs)
         return _Gemm.apply(keyset, op, x, bias, weight, rotation, signs, args)
     return _below(op, keyset, args)
 

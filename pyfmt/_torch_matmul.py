@@ -8,8 +8,7 @@ torch's settings for float32 matmuls.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +20,8 @@ from pyfmt.formats import Format, get_format
 # A weight of more elements is expanded in panels of rows, so that memory stays bounded.
 PANEL_ELEMENTS = 1 << 26
 
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
 T = TypeVar("T")
 _OPS: Any = torch.ops.pyfmt
 
@@ -31,6 +32,11 @@ def raw(check: Callable[..., T], *args: Any) -> T:
         return check(*args)
     except (TypeError, ValueError) as error:
         raise RuntimeError(str(error)) from None
+
+
+def _check_float(x: Tensor, what: str) -> None:
+    if x.dtype not in _FLOATS:
+        raw(_check.float_dtype, x.dtype, what)
 
 
 def row_bytes(fmt: Format, length: Any) -> Any:
@@ -47,25 +53,22 @@ def scales_shape(fmt: Format, lead: Sequence[Any], length: Any) -> tuple[Any, ..
     return (*lead[:-1], -(-lead[-1] // fmt.block_rows), blocks)
 
 
-def _check_rows(codes: Tensor, scales: Tensor | None, format: str, k: Any) -> None:
-    fmt = raw(get_format, format)
-    if scales is None:
-        raise RuntimeError(
-            f"a_scales: a holds codes of {fmt.name} and needs them; pass what quantize returned, "
-            "or a_format=None for a dense a"
-        )
-    lead = codes.shape[:-1]
+# The kernels check what nothing below them does; that codes and scales belong together and have
+# rows of k elements is dequantize's check, which the fake kernels repeat.
+
+
+def _check_rows(codes: Tensor, scales: Tensor, format: str, k: Any) -> None:
+    fmt, lead = raw(get_format, format), codes.shape[:-1]
     raw(_check.codes_and_scales, codes, scales, fmt, lead, k, scales_shape(fmt, lead, k))
 
 
-def _check_weight(what: str, b: Tensor, scales: Tensor, fmt: str, k: Any, bias: Any) -> None:
+def _check_weight(what: str, b: Tensor, bias: Tensor | None) -> None:
     if b.dim() != 2:
         raise RuntimeError(
             f"{what}: expected two dimensions (rows, bytes), got {b.dim()}; flatten the rows"
         )
-    _check_rows(b, scales, fmt, k)
     if bias is not None:
-        raw(_check.float_dtype, bias.dtype, "bias")
+        _check_float(bias, "bias")
         if bias.dim() != 1 or bias.shape[0] != b.shape[0]:
             raise RuntimeError(
                 f"bias: expected shape ({b.shape[0]},), one number for each row of {what}, got "
@@ -74,6 +77,42 @@ def _check_weight(what: str, b: Tensor, scales: Tensor, fmt: str, k: Any, bias: 
 
 
 def _check_matmul(
+    a: Tensor,
+    a_scales: Tensor | None,
+    a_format: str | None,
+    b: Tensor,
+    k: Any,
+    bias: Tensor | None,
+    dtype: torch.dtype | None,
+) -> torch.dtype:
+    """Check the arguments and return the result's dtype: as asked, else a dense a's, or float32."""
+    raw(_check.axis, -1, a.shape)
+    if a_format is None:
+        _check_float(a, "a")
+        if a.shape[-1] != k:
+            raise RuntimeError(
+                f"a: expected rows of {k} elements like those of b, got {a.shape[-1]}"
+            )
+    elif a_scales is None:
+        raise RuntimeError(
+            f"a_scales: a holds codes of {a_format} and needs them; pass what quantize returned, "
+            "or a_format=None for a dense a"
+        )
+    _check_weight("b", b, bias)
+    if dtype is not None:
+        raw(_check.float_dtype, dtype, "dtype")
+        return dtype
+    return a.dtype if a_format is None else torch.float32
+
+
+def _check_linear(x: Tensor, w_codes: Tensor, bias: Tensor | None) -> None:
+    _check_float(x, "x")
+    if x.dim() == 0:
+        raw(_check.axis, -1, x.shape)
+    _check_weight("w_codes", w_codes, bias)
+
+
+def matmul_fake(
     a: Tensor,
     a_scales: Tensor | None,
     a_tensor_scale: Tensor | None,
@@ -85,35 +124,12 @@ def _check_matmul(
     k: Any,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> torch.dtype:
-    """Check the arguments and return the result's dtype: as asked, else a dense a's, or float32."""
-    raw(_check.axis, -1, a.shape)
+) -> Tensor:
+    out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
     if a_format is not None:
-        _check_rows(a, a_scales, a_format, k)
-    else:
-        raw(_check.float_dtype, a.dtype, "a")
-        if a.shape[-1] != k:
-            raise RuntimeError(
-                f"a: expected rows of {k} elements like those of b, got {a.shape[-1]}"
-            )
-    _check_weight("b", b, b_scales, b_format, k, bias)
-    if dtype is not None:
-        raw(_check.float_dtype, dtype, "dtype")
-        return dtype
-    return a.dtype if a_format is None else torch.float32
-
-
-def _check_linear(
-    x: Tensor, w_codes: Tensor, w_scales: Tensor, w_format: str, bias: Tensor | None
-) -> None:
-    raw(_check.float_dtype, x.dtype)
-    raw(_check.axis, -1, x.shape)
-    _check_weight("w_codes", w_codes, w_scales, w_format, x.shape[-1], bias)
-
-
-def matmul_fake(a: Tensor, *args: Any) -> Tensor:
-    dtype = _check_matmul(a, *args)
-    return a.new_empty((*a.shape[:-1], args[3].shape[0]), dtype=dtype)
+        _check_rows(a, a_scales, a_format, k)  # type: ignore[arg-type]
+    _check_rows(b, b_scales, b_format, k)
+    return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out)
 
 
 def linear_fake(
@@ -130,7 +146,8 @@ def linear_fake(
     recipe: str | None = None,
     clip: str = "symmetric",
 ) -> Tensor:
-    _check_linear(x, w_codes, w_scales, w_format, bias)
+    _check_linear(x, w_codes, bias)
+    _check_rows(w_codes, w_scales, w_format, x.shape[-1])
     if activation is not None:
         fmt = raw(get_format, activation)
         raw(_check.options, fmt, scale_rule, recipe, "nearest", None, clip)
@@ -140,25 +157,23 @@ def linear_fake(
 
 
 class _Precision:
-    """Who computes in full float32 now, and the setting to restore after the last one."""
+    """How many threads compute in full float32 now, and the setting to restore after them."""
 
     lock = threading.Lock()
     users = 0
     saved = ""
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Keep float32 GEMMs in float32 whatever torch.set_float32_matmul_precision says.
+def full_precision_mm(a: Tensor, b: Tensor) -> Tensor:
+    """torch.mm in float32 whatever torch.set_float32_matmul_precision says.
 
     The setting belongs to the process, so users are counted: the first one saves and sets it, the
     last one restores it, and threads that multiply at the same time all see it set.
     """
-    backend = "cuda" if device.type == "cuda" else "mkldnn"
+    backend = "cuda" if a.device.type == "cuda" else "mkldnn"
     read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
     if _Precision.users == 0 and read(backend, "matmul") in ("ieee", "none"):
-        yield
-        return
+        return torch.mm(a, b)
     with _Precision.lock:
         if _Precision.users == 0:
             value = read(backend, "matmul")
@@ -167,7 +182,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
             write(backend, "matmul", "ieee")
         _Precision.users += 1
     try:
-        yield
+        return torch.mm(a, b)
     finally:
         with _Precision.lock:
             _Precision.users -= 1
@@ -175,7 +190,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 write(backend, "matmul", _Precision.saved)
 
 
-def _expand(codes: Tensor, scales: Tensor, tensor_scale: Any, fmt: str, shape: Any) -> Tensor:
+def _expand(codes: Tensor, scales: Any, tensor_scale: Any, fmt: str, shape: Any) -> Tensor:
     y: Tensor = _OPS.dequantize.default(codes, scales, tensor_scale, fmt, shape)
     return y
 
@@ -191,21 +206,37 @@ def _gemm(
 ) -> Tensor:
     """y = a b^T + bias for a dense a of shape (*lead, K) and a quantized b of N rows."""
     k, n = a.shape[-1], b.shape[0]
-    flat = a.reshape(a.numel() // k if k else a.shape[:-1].numel(), k).float()
-    rows = get_format(b_format).block_rows
-    panel = max(PANEL_ELEMENTS // max(k, 1) // rows, 1) * rows
-    parts = []
-    for start in range(0, max(n, 1), panel):
-        stop = min(start + panel, n)
-        scales = b_scales[start // rows : -(-stop // rows)]
-        w = _expand(b[start:stop], scales, b_tensor_scale, b_format, (stop - start, k))
-        with full_precision(a.device):
-            y = torch.mm(flat, w.t())
-        if bias is not None:
-            y += bias[start:stop]
-        parts.append(y.to(dtype))
-    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-    return y.view(*a.shape[:-1], n)
+    flat = a if a.dim() == 2 else a.reshape(a.shape[:-1].numel(), k)
+    flat = flat.float()
+    if n * k <= PANEL_ELEMENTS:
+        y = _panel(flat, b, b_scales, b_tensor_scale, b_format, bias, dtype)
+    else:
+        rows = get_format(b_format).block_rows
+        step = max(PANEL_ELEMENTS // k // rows, 1) * rows
+        parts = []
+        for i in range(0, n, step):
+            scales = b_scales[i // rows : -(-(i + step) // rows)]
+            part_bias = None if bias is None else bias[i : i + step]
+            part = (b[i : i + step], scales, b_tensor_scale, b_format, part_bias, dtype)
+            parts.append(_panel(flat, *part))
+        y = torch.cat(parts, dim=1)
+    return y if a.dim() == 2 else y.view(*a.shape[:-1], n)
+
+
+def _panel(
+    a: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    b_tensor_scale: Tensor | None,
+    b_format: str,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    w = _expand(b, b_scales, b_tensor_scale, b_format, (b.shape[0], a.shape[1]))
+    y = full_precision_mm(a, w.t())
+    if bias is not None:
+        y += bias
+    return y if dtype is torch.float32 else y.to(dtype)
 
 
 def matmul(
@@ -222,11 +253,8 @@ def matmul(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized."""
-    out = _check_matmul(
-        a, a_scales, a_tensor_scale, a_format, b, b_scales, b_tensor_scale, b_format, k, bias, dtype
-    )
+    out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
     if a_format is not None:
-        assert a_scales is not None
         a = _expand(a, a_scales, a_tensor_scale, a_format, (*a.shape[:-1], k))
     return _gemm(a, b, b_scales, b_tensor_scale, b_format, bias, out)
 
@@ -249,7 +277,7 @@ def linear(
 
     Without an activation format the left operand is hadamard(x), rounded to x's dtype.
     """
-    _check_linear(x, w_codes, w_scales, w_format, bias)
+    _check_linear(x, w_codes, bias)
     a = x
     if activation is not None:
         codes, scales, tensor_scale = _OPS.quantize.default(
