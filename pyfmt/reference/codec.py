@@ -65,10 +65,11 @@ def encode(
 ) -> Array:
     """Round scaled values to the element's grid and return their codes.
 
-    step = 2^(max(floor(log2 |y|), emin) - man) for floats, 2^-frac for integers; t = |y| / step
-    nearest:    k = t rounded to nearest, ties to even
-    stochastic: k = floor(t) + [random < (t - floor(t)) * 2^24]
-    code = sign and k; magnitudes beyond the largest saturate to it.
+    t = |y|'s place between the codes of its neighbours on the grid (in steps of 2^-frac for
+        integers, of 2^(max(floor(log2 |y|), emin) - man) for floats)
+    nearest:    code = t rounded to nearest, ties to even
+    stochastic: code = floor(t) + [random < (t - floor(t)) * 2^24]
+    Magnitudes beyond the largest saturate to it; the sign is added last.
 
     y: any shape, finite or infinite, taken as exact (float64 or float32); `random`: None for
     nearest, else integers in [0, 2^24) of y's shape. Returns uint8 codes of the same shape. The
@@ -92,14 +93,14 @@ def encode(
         binade = xp.where(magnitude == 0, 0, binade)
     else:
         binade = xp.zeros(y.shape, dtype=np.int32)
-    t = xp.ldexp(magnitude, -(binade + element.step_exp))
+    # One binade holds 2^man steps, so this is |y|'s place on the grid, counted in codes. Ties go
+    # to the even code, with no fraction bits (ExM0) too.
+    t = binade * 2**element.man + xp.ldexp(magnitude, -(binade + element.step_exp))
     if random is None:
-        k = xp.rint(t)
+        code = xp.rint(t).astype(np.int64)
     else:
-        k = xp.floor(t)
-        k = k + (random < (t - k) * 2.0**24)
-    # One binade holds 2^man steps, so counting on from binade to binade gives the code.
-    code = binade.astype(np.int64) * 2**element.man + k.astype(np.int64)
+        code = xp.floor(t).astype(np.int64)
+        code = code + (random < (t - code) * 2.0**24)
 
     if element.kind == "int":
         code = xp.where(negative, -code, code) & (2**element.bits - 1)

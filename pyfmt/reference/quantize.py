@@ -76,7 +76,8 @@ def _e4m3_scale(
             s = e4m3(min(amax * (S * (1 / Q)), FLT_MAX)), enc = min(1 / (s * tensor_scale), FLT_MAX)
     torchao: tensor_scale = amax_tensor / (448 Q), s = e4m3(clamp(amax / Q / tensor_scale, 2^-6,
             448)), enc = min(1 / tensor_scale / s, FLT_MAX)
-    single_level: nvidia with S = 1 and no tensor scale.
+    single_level: nvidia with S = 1 and no tensor scale. A given tensor_scale makes nvidia's S
+    min(1 / tensor_scale, FLT_MAX).
     """
     xp = namespace(amax)
     one, q, top = np.float32(1), np.float32(fmt.max), np.float32(E4M3_MAX * fmt.max)
@@ -93,7 +94,7 @@ def _e4m3_scale(
     if recipe == "single_level":
         big_s = tensor_scale = xp.ones_like(tensor_amax)
     elif given is not None:
-        big_s, tensor_scale = one / given, given
+        big_s, tensor_scale = xp.minimum(one / given, huge), given
     else:
         big_s = xp.where(zero, one, xp.minimum(top / xp.where(zero, one, tensor_amax), huge))
         tensor_scale = one / big_s
@@ -191,6 +192,7 @@ def quantize(
     codes = view.join(codec.encode(y, fmt.element, clip=clip, random=random), lead)
     scales = codec.nan_scales(scales, ~finite, fmt.scale)
     packed = layout.pack(codes, fmt.bits)
+    stored = None if stored is None else xp.asarray(stored)
     return packed, scales.reshape(view.scales_shape(lead)), stored
 
 
