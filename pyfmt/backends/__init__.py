@@ -7,15 +7,17 @@ not, and the verbs. A room asked for by name never falls back; `explain` says wh
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from pyfmt import _arrays
+from pyfmt.backends import cpu, reference
 from pyfmt.formats import Format, closest, get_format
 
-# In order of preference: the first room that serves the call is chosen.
-NAMES = ("cpu", "reference")
+# In order of preference: the first room that serves the call is chosen. They are imported here and
+# not when first asked for, so that torch.compile traces a call through; none imports torch.
+_ROOMS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+NAMES = tuple(_ROOMS)
 
 VERBS = (
     "quantize",
@@ -31,9 +33,9 @@ VERBS = (
 
 def get(name: str) -> ModuleType:
     """Return a room by name; ValueError with the closest names for an unknown one."""
-    if name not in NAMES:
+    if name not in _ROOMS:
         raise ValueError(f"backend: unknown {name!r}{closest(name, NAMES)}")
-    return import_module(f"pyfmt.backends.{name}")
+    return _ROOMS[name]
 
 
 def available() -> dict[str, str | None]:
