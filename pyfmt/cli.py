@@ -351,6 +351,7 @@ def compare_command(
     for table in compare_report.tables(result, con.width):
         con.print()
         con.print(table)
+    con.print(f"[dim]{compare_report.LEGEND}[/]")
     con.print()
     for sentence in compare_report.findings(result.rows):
         con.print(sentence)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyfmt.compare_model import BATCH, Encoder
 from pyfmt.compare_text import docstring_sentences
-from pyfmt.formats import Format
+from pyfmt.formats import ROTATION_SIZES, Format
 from pyfmt.metrics import qsnr
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def rotations(format: Format, quick: bool = False) -> list[int]:
     sizes = [0, format.block_columns(128)]
     if not quick:
         sizes.append(128)
-    return [size for size in dict.fromkeys(sizes) if size == 0 or size & (size - 1) == 0]
+    return [size for size in dict.fromkeys(sizes) if size in (0, *ROTATION_SIZES)]
 
 
 def configurations(

@@ -24,9 +24,9 @@ def wins(rows: Iterable[Row]) -> set[int]:
 
 
 def tables(result: Result, width: int) -> list[Table]:
-    """Return one wide table, or one for each side where the terminal is narrower than 124."""
+    """Return one wide table, or one for each side where the terminal is narrower than 112."""
     sides = sorted({row.activations for row in result.rows})
-    if width >= 124:
+    if width >= 112:
         return [_table(result, sides)]
     return [_table(result, [side]) for side in sides]
 
@@ -35,7 +35,7 @@ def _table(result: Result, sides: Sequence[bool]) -> Table:
     title = " and ".join(SIDES[side] for side in sides) + " quantized"
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     table.add_column("format", no_wrap=True)
-    for heading in ("rotation", "bits per\nweight", "MB", "weight\ndB", "activation\ndB"):
+    for heading in ("rot.", "bits", "MB", "weight\ndB", "input\ndB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for side in sides:
         short = "W+A" if side else "W"
@@ -67,6 +67,13 @@ def _table(result: Result, sides: Sequence[bool]) -> Table:
         last = i + 1 == len(lines) or lines[i + 1][0] != name
         table.add_row(*texts, end_section=last)
     return table
+
+
+LEGEND = (
+    "rot.: size of the block Hadamard rotation; bits: per weight, scales included; MB: replaced "
+    "weights; dB: QSNR of the weights and of the layers' inputs; cosine, top-1, top-10: embeddings "
+    "and nearest neighbours against float32; W: weights quantized, W+A: inputs too."
+)
 
 
 def heading(result: Result) -> str:

@@ -8,6 +8,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 # Tests, vendored packages and generated tables hold little prose of their own.
@@ -27,12 +28,17 @@ def docstring_sentences(count: int, folder: Path | None = None) -> list[str]:
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
     if count < 1:
         raise ValueError(f"sentences: expected a positive number, got {count}")
-    found = list(dict.fromkeys(_sentences(folder)))
+    found = _pool(folder)
     if len(found) < count:
         raise ValueError(
             f"sentences: {folder} has {len(found):,} that fit, got {count:,}; ask for fewer"
         )
     return [found[i * len(found) // count] for i in range(count)]
+
+
+@lru_cache(maxsize=1)
+def _pool(folder: Path) -> list[str]:
+    return list(dict.fromkeys(_sentences(folder)))
 
 
 def _sentences(folder: Path) -> Iterator[str]:
