@@ -159,9 +159,40 @@ def linear_fake(
 class _Precision:
     """How many threads compute in full float32 now, and the setting to restore after them."""
 
-    lock = threading.Lock()
-    users = 0
-    saved = ""
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.lock = threading.Lock()
+        self.users = 0
+        self.saved = ""
+
+    def read(self) -> str:
+        return torch._C._get_fp32_precision_getter(self.backend, "matmul")
+
+    def write(self, value: str) -> None:
+        torch._C._set_fp32_precision_setter(self.backend, "matmul", value)
+
+    def enter(self) -> bool:
+        """Make products full float32; False where they are and nothing is to be restored."""
+        with self.lock:
+            if self.users == 0:
+                value = self.read()
+                if value in ("ieee", "none"):
+                    return False
+                # A value that the backend has as a whole was inherited: leave it inherited.
+                whole = torch._C._get_fp32_precision_getter(self.backend, "all")
+                self.saved = "none" if value == whole else value
+                self.write("ieee")
+            self.users += 1
+            return True
+
+    def leave(self) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self.write(self.saved)
+
+
+_PRECISION = {"cpu": _Precision("mkldnn"), "cuda": _Precision("cuda")}
 
 
 def full_precision_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -170,24 +201,13 @@ def full_precision_mm(a: Tensor, b: Tensor) -> Tensor:
     The setting belongs to the process, so users are counted: the first one saves and sets it, the
     last one restores it, and threads that multiply at the same time all see it set.
     """
-    backend = "cuda" if a.device.type == "cuda" else "mkldnn"
-    read, write = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
-    if _Precision.users == 0 and read(backend, "matmul") in ("ieee", "none"):
+    precision = _PRECISION.get(a.device.type)
+    if precision is None or not precision.enter():
         return torch.mm(a, b)
-    with _Precision.lock:
-        if _Precision.users == 0:
-            value = read(backend, "matmul")
-            # A value that the backend has as a whole was inherited from it: leave it inherited.
-            _Precision.saved = "none" if value == read(backend, "all") else value
-            write(backend, "matmul", "ieee")
-        _Precision.users += 1
     try:
         return torch.mm(a, b)
     finally:
-        with _Precision.lock:
-            _Precision.users -= 1
-            if _Precision.users == 0:
-                write(backend, "matmul", _Precision.saved)
+        precision.leave()
 
 
 def _expand(codes: Tensor, scales: Any, tensor_scale: Any, fmt: str, shape: Any) -> Tensor:
