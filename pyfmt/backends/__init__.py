@@ -74,7 +74,7 @@ def explain(verb: str, fmt: str | Format | None, x: Any) -> dict[str, str]:
     if verb not in VERBS:
         raise ValueError(f"verb: unknown {verb!r}{closest(verb, VERBS)}")
     fmt = None if fmt is None else get_format(fmt)
-    answer = {}
+    answer: dict[str, str] = {}
     for name in NAMES:
         reason = _reason(name, verb, fmt, x)
         first = reason is None and "chosen" not in answer.values()

@@ -7,26 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pyfmt import _arrays, _check
-from pyfmt.formats import SCALES, Format
-from pyfmt.reference.quantize import Blocks
+from pyfmt import _arrays
+from pyfmt.backends import _cpu_numpy
+from pyfmt.formats import Format
+from pyfmt.reference.codec import from_float32, to_float32
+from pyfmt.tensor import QTensor
 
 _REBUILD = "build it with `make setup` in a checkout, or `pip install .`"
 
 
+# Looked up once: a call does not ask the file system, and torch.compile traces through it.
+_LIBRARY = Path(__file__).resolve().parent.parent / "_torch_ops.so"
+_LIBRARY_BUILT = _LIBRARY.exists()
+
+
 def torch_library_path() -> Path | None:
     """Return the compiled library of torch ops, or None where it was not built."""
-    path = Path(__file__).resolve().parent.parent / "_torch_ops.so"
-    return path if path.exists() else None
-
-
-def _native() -> Any:
-    """Return the compiled NumPy module; ImportError where it was not built."""
-    from pyfmt import _native
-
-    return _native
+    return _LIBRARY if _LIBRARY_BUILT else None
 
 
 def available() -> str | None:
@@ -34,7 +31,7 @@ def available() -> str | None:
     if torch_library_path() is not None:
         return None
     try:
-        _native()
+        _cpu_numpy.native()
     except ImportError:
         return f"the compiled library is missing; {_REBUILD}"
     return None
@@ -52,7 +49,7 @@ def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
     if library == "cupy":
         return "it serves NumPy arrays and CPU tensors, not CuPy arrays"
     try:
-        _native()
+        _cpu_numpy.native()
     except ImportError:
         return f"the NumPy module is missing; {_REBUILD}"
     return None
@@ -82,3 +79,130 @@ def _as_tensor_scale(value: Any, x: Any) -> Any:
 def _some(tensor_scale: Any) -> Any:
     """Return the op's tensor scale, or None where it is the empty tensor of formats without."""
     return tensor_scale if tensor_scale.numel() else None
+
+
+# ---- the verbs --------------------------------------------------------------------------------
+
+
+def quantize(
+    x: Any,
+    fmt: Format,
+    *,
+    axis: int = -1,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+    rotation: int | None = None,
+    signs: Any = None,
+) -> tuple[Any, Any, Any]:
+    if not _arrays.is_torch(x):
+        return _cpu_numpy.quantize(
+            x, fmt, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale, rotation, signs
+        )
+    codes, scales, stored = _torch_ops().quantize(
+        x,
+        fmt.key,
+        axis,
+        scale_rule,
+        recipe,
+        rounding,
+        seed,
+        clip,
+        _as_tensor_scale(tensor_scale, x),
+        rotation or 0,
+        signs,
+    )
+    return codes, scales, _some(stored)
+
+
+def dequantize(
+    codes: Any,
+    scales: Any,
+    tensor_scale: Any,
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    axis: int = -1,
+    dtype: Any = "float32",
+) -> Any:
+    if not _arrays.is_torch(codes):
+        return _cpu_numpy.dequantize(codes, scales, tensor_scale, fmt, shape, axis, dtype)
+    return _torch_ops().dequantize(
+        codes, scales, tensor_scale, fmt.key, shape, axis, _arrays.torch_dtype(dtype)
+    )
+
+
+def fake_quantize(
+    x: Any,
+    fmt: Format,
+    *,
+    axis: int = -1,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+) -> Any:
+    if not _arrays.is_torch(x):
+        return _cpu_numpy.fake_quantize(
+            x, fmt, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale
+        )
+    return _torch_ops().fake_quantize(
+        x,
+        fmt.key,
+        axis,
+        scale_rule,
+        recipe,
+        rounding,
+        seed,
+        clip,
+        _as_tensor_scale(tensor_scale, x),
+    )
+
+
+def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
+    if not _arrays.is_torch(x):
+        return _cpu_numpy.hadamard(x, size, signs, axis)
+    return _torch_ops().hadamard(x, size, signs, axis)
+
+
+def pack(codes: Any, bits: int) -> Any:
+    if not _arrays.is_torch(codes):
+        return _cpu_numpy.pack(codes, bits)
+    return _torch_ops().pack(codes, bits)
+
+
+def unpack(packed: Any, bits: int, length: int) -> Any:
+    if not _arrays.is_torch(packed):
+        return _cpu_numpy.unpack(packed, bits, length)
+    return _torch_ops().unpack(packed, bits, length)
+
+
+def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
+    if not _arrays.is_torch(x):
+        return _cpu_numpy.amax(x, block, axis)
+    return _torch_ops().amax(x, block, axis)
+
+
+def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
+    """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+    quantized = isinstance(a, QTensor)
+    if _arrays.is_torch(b.codes):
+        left = (a.codes, a.scales, a.tensor_scale, a.format.key) if quantized else (a, *[None] * 3)
+        right = (b.codes, b.scales, b.tensor_scale, b.format.key)
+        return _torch_ops().matmul(*left, *right, b.shape[1], bias, _arrays.torch_dtype(dtype))
+    dense = (
+        dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis)
+        if isinstance(q, QTensor)
+        else to_float32(q)
+        for q in (a, b)
+    )
+    left, right = dense
+    y = left @ right.T
+    if bias is not None:
+        y += to_float32(bias)
+    return from_float32(y, _arrays.numpy_dtype(dtype))

@@ -186,7 +186,7 @@ def quantize(
             y = blocks * enc[:, :, None, :, None]
 
     random = None
-    if rounding == "stochastic":
+    if seed is not None and rounding == "stochastic":
         index = xp.arange(rows.size, dtype=np.int64).reshape(rows.shape)
         random = view.split(codec.random24(seed, index))
     codes = view.join(codec.encode(y, fmt.element, clip=clip, random=random), lead)
