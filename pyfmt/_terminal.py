@@ -19,10 +19,10 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def console() -> Console:
-    """A console for results: no colours and no folding to 80 columns off a terminal."""
+    """A console for results: no colours and no folding of tables off a terminal."""
     out = Console(highlight=False)
     if not out.is_terminal and "COLUMNS" not in os.environ:
-        out.width = 200
+        out.width = 250
     return out
 
 

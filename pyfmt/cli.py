@@ -108,18 +108,16 @@ def formats_command(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
+    out = console()
+    headings = ["name", "element", "bits", "block", "scale", "max", "bits/element"]
+    # Where the terminal is narrow the last columns are left to --json.
+    headings += ["rules or recipes", "source"] if out.width >= 115 else []
     table = Table(header_style="bold", box=None, pad_edge=False)
-    for heading in ("name", "element"):
-        table.add_column(heading)
-    for heading in ("bits", "block"):
-        table.add_column(heading, justify="right")
-    table.add_column("scale")
-    for heading in ("max", "bits/element"):
-        table.add_column(heading, justify="right")
-    table.add_column("rules or recipes")
-    table.add_column("source")
+    for heading in headings:
+        number = heading in ("bits", "block", "max", "bits/element")
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in FORMATS.values():
-        table.add_row(
+        cells = [
             f"[cyan]{row.name}[/]",
             row.element.name,
             str(row.bits),
@@ -129,8 +127,9 @@ def formats_command(as_json: Json = False) -> None:
             f"{row.bits_per_element:g}",
             " ".join(row.scale_rules or row.recipes) or "-",
             row.source,
-        )
-    console().print(table)
+        ]
+        table.add_row(*cells[: len(headings)])
+    out.print(table)
 
 
 @app.command("inspect")
@@ -165,37 +164,49 @@ def inspect_command(
         return
     out = console()
     widths = sorted({format.bits for format in chosen})
-    wide = out.width >= 75 + 8 * len(chosen)
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    table.add_column("tensor", overflow="fold")
-    for heading in ("shape", "dtype", "crest\n16", "crest\n32"):
-        table.add_column(heading, justify="right")
-    if wide:
-        for format in chosen:
-            table.add_column(format.name.replace("_", "\n"), justify="right", no_wrap=True)
-    for width in widths:
-        table.add_column(f"best of\n{width} bits", no_wrap=True)
-    for report in reports:
-        cells = [
-            escape(report.name),
-            "x".join(map(str, report.shape)),
-            report.dtype,
-            *(f"{crest:.2f}" for crest in report.crest.values()),
-        ]
-        if wide:
-            cells += [
-                ("[green]{}[/]" if name in report.best.values() else "{}").format(f"{db:.1f}")
-                for name, db in report.qsnr.items()
-            ]
-        cells += [
-            f"[cyan]{report.best[width]}[/] {report.qsnr[report.best[width]]:.1f}"
-            for width in widths
-        ]
-        table.add_row(*cells)
-    out.print(table)
+    table = _inspect_table(reports, chosen, widths)
+    needed = out.measure(table, options=out.options.update(max_width=10_000)).maximum
+    if needed <= out.width:
+        out.print(table)
+    else:
+        for report in reports:
+            out.print(f"[bold]{escape(report.name)}[/]")
+            out.print("  " + "  ".join(_inspect_cells(report, widths, labelled=True)))
     out.print(_inspect_summary(reports, widths))
     if left:
         out.print(f"Left out: {_reasons(left.values())}.")
+
+
+def _inspect_cells(report: Any, widths: Iterable[int], *, labelled: bool) -> list[str]:
+    crests = [f"{crest:.2f}" for crest in report.crest.values()]
+    return [
+        "x".join(map(str, report.shape)),
+        report.dtype,
+        *(["crest " + " ".join(crests)] if labelled else crests),
+        *(
+            f"[cyan]{escape(report.best[width])}[/] {report.qsnr[report.best[width]]:.1f}"
+            for width in widths
+        ),
+    ]
+
+
+def _inspect_table(reports: list[Any], chosen: list[Format], widths: Iterable[int]) -> Table:
+    """The whole of what was measured, for a terminal wide enough."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    table.add_column("tensor", no_wrap=True)
+    for heading in ("shape", "dtype", "crest\n16", "crest\n32"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for width in widths:
+        table.add_column(f"best of\n{width} bits", no_wrap=True)
+    for format in chosen:
+        table.add_column(format.name.replace("_", "\n"), justify="right", no_wrap=True)
+    for report in reports:
+        every = (
+            ("[green]{}[/]" if name in report.best.values() else "{}").format(f"{db:.1f}")
+            for name, db in report.qsnr.items()
+        )
+        table.add_row(escape(report.name), *_inspect_cells(report, widths, labelled=False), *every)
+    return table
 
 
 def _inspect_summary(reports: list[Any], widths: Iterable[int]) -> str:
