@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault(_name, "1")
 
 import importlib.util
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -38,7 +39,6 @@ def _no_gpu() -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     if hasattr(config, "workerinput") and importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -53,8 +53,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture(params=rooms.NAMES)
-def room(request: pytest.FixtureRequest):
-    """Every room that computes on this machine, the reference left out."""
-    with rooms.opened(request.param) as found:
-        yield found
+@pytest.fixture
+def every_room() -> Iterator[list[rooms.Room]]:
+    """All rooms that compute here, each CPU instruction set for itself."""
+    yield rooms.every_room()
+    rooms.native().set_level("best")
+
+
+@pytest.fixture(params=["reference", "rooms"])
+def implementations(request: pytest.FixtureRequest) -> Iterator[list[rooms.Room]]:
+    """The reference alone, then every other room: for checks against independent facts."""
+    if request.param == "reference":
+        yield [rooms.REFERENCE]
+    else:
+        yield request.getfixturevalue("every_room")

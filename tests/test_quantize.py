@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pyfmt import reference
+from pyfmt import backends, reference
 from pyfmt.formats import FLT_MAX, FORMATS, SCALES, Format, get_format
 from pyfmt.reference.layout import pack, unpack
 from tests import grids, mismatch, oracle
 from tests.grids import ALL_FORMATS, BF16, DTYPES, FP16, FP32
-from tests.rooms import Room, same_quantized
+from tests.rooms import Room, same_everywhere, same_quantized
 
 SOME_FORMATS = [
     *FORMATS.values(),
@@ -215,25 +215,26 @@ def test_reference_dequantizes_like_the_oracle(fmt: Format, dtype: str) -> None:
 @pytest.mark.parametrize("near", [False, True], ids=["far", "near"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-def test_rooms_equal_the_reference(room: Room, fmt: Format, dtype: str, near: bool) -> None:
+def test_rooms_equal_the_reference(
+    every_room: list[Room], fmt: Format, dtype: str, near: bool
+) -> None:
     x = grids.matrix(fmt, DTYPES[dtype], 300, near)
     for options in grids.options_of(fmt):
-        parts = same_quantized(room, x, fmt, **options)
+        parts = same_quantized(every_room, x, fmt, **options)
         want = reference.dequantize(*parts, fmt, x.shape, dtype=x.dtype)
-        got = room.fake_quantize(x, fmt, **options)
-        mismatch.same_floats(f"{room.name} {fmt.name} fake_quantize {options}", got, want, x)
+        same_everywhere(every_room, want, "fake_quantize", x, fmt, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fmt", ALL_FORMATS, ids=str)
-def test_rooms_dequantize_like_the_reference(room: Room, fmt: Format, dtype: str) -> None:
+def test_rooms_dequantize_like_the_reference(
+    every_room: list[Room], fmt: Format, dtype: str
+) -> None:
     rows, columns = 37, 5 * fmt.block_columns(24) - fmt.block_columns(24) // 3
     codes, scales, tensor_scale = any_codes(fmt, rows, columns)
-    packed = pack(codes, fmt.bits)
-    arguments = (packed, scales, tensor_scale, fmt, (rows, columns))
+    arguments = (pack(codes, fmt.bits), scales, tensor_scale, fmt, (rows, columns))
     want = reference.dequantize(*arguments, dtype=DTYPES[dtype])
-    got = room.dequantize(*arguments, dtype=DTYPES[dtype])
-    mismatch.same_floats(f"{room.name} {fmt.name} dequantize", got, want)
+    same_everywhere(every_room, want, "dequantize", *arguments, dtype=DTYPES[dtype])
 
 
 SHAPES = [
@@ -243,22 +244,19 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("fmt", SOME_FORMATS, ids=str)
-def test_rooms_on_every_shape_and_axis(room: Room, fmt: Format) -> None:
+def test_rooms_on_every_shape_and_axis(every_room: list[Room], fmt: Format) -> None:
     for shape in SHAPES:
         x = grids.noise(1, math.prod(shape), BF16 if len(shape) % 2 else FP32).reshape(shape)
-        for axis in range(-len(shape), len(shape)):
-            if axis not in (-1, 0) and len(shape) < 3:
-                continue
-            options = {"axis": axis}
-            if axis == 0:
-                options |= {"rounding": "stochastic", "seed": 5}
-            parts = same_quantized(room, x, fmt, **options)
-            want = reference.dequantize(*parts, fmt, shape, axis=axis, dtype=FP16)
-            got = room.dequantize(*parts, fmt, shape, axis=axis, dtype=FP16)
-            mismatch.same_floats(f"{room.name} {fmt.name} {shape} {axis}", got, want)
-            fake = room.fake_quantize(x, fmt, **options)
+        for axis in (-1, *range(len(shape) - 1)):
+            options: dict[str, Any] = {"axis": axis}
+            parts = same_quantized(every_room, x, fmt, **options)
+            arguments = (*parts, fmt, shape)
+            want = reference.dequantize(*arguments, axis=axis, dtype=FP16)
+            same_everywhere(every_room, want, "dequantize", *arguments, axis=axis, dtype=FP16)
+            # Random bits are drawn by the index in the moved tensor.
+            options |= {"rounding": "stochastic", "seed": 5}
             want = reference.fake_quantize(x, fmt, **options)
-            mismatch.same_floats(f"{room.name} {fmt.name} fake {shape} {axis}", fake, want)
+            same_everywhere(every_room, want, "fake_quantize", x, fmt, **options)
 
 
 VIEWS = {
@@ -275,64 +273,67 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("fmt", SOME_FORMATS, ids=str)
-def test_rooms_on_strides_and_offsets(room: Room, fmt: Format, view: str) -> None:
+def test_rooms_on_strides_and_offsets(every_room: list[Room], fmt: Format, view: str) -> None:
     for dtype in (FP32, BF16):
         x = VIEWS[view](grids.noise(96, 64, dtype))
         for axis in (-1, 0):
-            same_quantized(room, x, fmt, view, axis=axis)
-        want = reference.fake_quantize(x, fmt)
-        mismatch.same_floats(f"{room.name} fake {view}", room.fake_quantize(x, fmt), want)
+            same_quantized(every_room, x, fmt, view, axis=axis)
+        same_everywhere(every_room, reference.fake_quantize(x, fmt), "fake_quantize", x, fmt)
 
 
-def test_rooms_dequantize_strided_codes(room: Room) -> None:
+def test_rooms_dequantize_strided_codes(every_room: list[Room]) -> None:
     fmt = FORMATS["mxfp4"]
     codes, scales, _ = reference.quantize(grids.noise(16, 128), fmt)
     wide = np.zeros((16, 2, codes.shape[1]), np.uint8)
     wide[:, 1] = codes
-    turned = np.asfortranarray(scales)
-    got = room.dequantize(wide[:, 1], turned, None, fmt, (16, 128))
     want = reference.dequantize(codes, scales, None, fmt, (16, 128))
-    mismatch.same_floats(f"{room.name} strided codes", got, want)
+    arguments = (wide[:, 1], np.asfortranarray(scales), None, fmt, (16, 128))
+    same_everywhere(every_room, want, "dequantize", *arguments)
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=str)
-def test_rooms_where_threads_share_the_work(room: Room, fmt: Format) -> None:
+def test_rooms_where_threads_share_the_work(every_room: list[Room], fmt: Format) -> None:
     # Large enough that every room splits it, ragged so that the split is uneven.
     x = grids.noise(257, 1500, BF16)
     x[100, 200], x[256, 1499] = np.nan, np.inf
-    parts = same_quantized(room, x, fmt)
+    parts = same_quantized(every_room, x, fmt)
     want = reference.dequantize(*parts, fmt, x.shape, dtype=BF16)
-    got = room.dequantize(*parts, fmt, x.shape, dtype=BF16)
-    mismatch.same_floats(f"{room.name} {fmt.name} dequantize", got, want)
-    mismatch.same_floats(f"{room.name} {fmt.name} fake", room.fake_quantize(x, fmt), want, x)
-    same_quantized(room, x, fmt, rounding="stochastic", seed=11)
+    same_everywhere(every_room, want, "dequantize", *parts, fmt, x.shape, dtype=BF16)
+    same_everywhere(every_room, want, "fake_quantize", x, fmt)
+    same_quantized(every_room, x, fmt, rounding="stochastic", seed=11)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)])
-def test_rooms_take_every_seed(room: Room, seed: int) -> None:
+def test_rooms_take_every_seed(every_room: list[Room], seed: int) -> None:
     x = grids.noise(3, 130)
     for name in ("mxfp4", "mxint8", "nvfp4"):
-        same_quantized(room, x, FORMATS[name], rounding="stochastic", seed=seed)
+        same_quantized(every_room, x, FORMATS[name], rounding="stochastic", seed=seed)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_bf16_number_in_every_room(room: Room, name: str) -> None:
-    # All 65536 of them, sorted so that a block holds numbers of one size.
+def test_every_bf16_number_in_every_room(every_room: list[Room], name: str) -> None:
+    # All 65536 of them: blocks of numbers of one size, then blocks of every size.
     every = np.arange(2**16, dtype=np.uint16).view(BF16)
-    x = every.reshape(512, 128)
-    same_quantized(room, x, FORMATS[name])
-    x = np.ascontiguousarray(every.reshape(128, 512).T)
-    same_quantized(room, x, FORMATS[name])
+    same_quantized(every_room, every.reshape(512, 128), FORMATS[name])
+    same_quantized(every_room, np.ascontiguousarray(every.reshape(128, 512).T), FORMATS[name])
+
+
+def test_the_reference_room_serves_tensors() -> None:
+    room = Room("torch-reference", backends.get("reference"), torch=True)
+    x = grids.noise(5, 70, BF16)
+    for name in ("mxint8", "nvfp4", "int4"):
+        parts = same_quantized([room], x, FORMATS[name], rounding="stochastic", seed=1)
+        want = reference.dequantize(*parts, FORMATS[name], x.shape, dtype=BF16)
+        arguments = (*parts, FORMATS[name], x.shape)
+        same_everywhere([room], want, "dequantize", *arguments, dtype=BF16)
 
 
 @pytest.mark.parametrize("block", [None, 1, 7, 16, 32, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_amax(room: Room, dtype: str, block: int | None) -> None:
-    fmt = FORMATS["mxfp4"]
-    x = grids.matrix(fmt, DTYPES[dtype], 60)
+def test_amax(implementations: list[Room], dtype: str, block: int | None) -> None:
+    x = grids.matrix(FORMATS["mxfp4"], DTYPES[dtype], 60)
     for y in (x, x.T, x[:0], x[:, :0], x[3:4, :1], np.full((2, 3), -np.inf, x.dtype)):
         for axis in (-1, 0):
-            got = room.amax(y, block, axis=axis)
             rows = np.moveaxis(y, axis, -1).astype(np.float32)
             if block is None:
                 finite = np.abs(rows[np.isfinite(rows)])
@@ -342,4 +343,4 @@ def test_amax(room: Room, dtype: str, block: int | None) -> None:
                 parts = [np.abs(rows[..., i : i + block]).max(axis=-1) for i in starts]
                 want = np.array(parts, np.float32).reshape(len(parts), len(rows)).T
                 want = np.where(np.isfinite(want), want, np.float32(np.nan))
-            mismatch.same_floats(f"{room.name} amax {block} {axis}", got, want)
+            same_everywhere(implementations, want, "amax", y, block, axis=axis)
