@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from pyfmt import _arrays
 from pyfmt._atomic import check_target
 from pyfmt.container import CheckpointError, Entry, Reader, Writer, type_name
 from pyfmt.formats import SCALES, Format, get_format
@@ -202,9 +203,10 @@ def _to_torch(array: np.ndarray) -> Any:
 
 
 def _to_numpy(tensor: Any) -> np.ndarray:
-    """Make a NumPy array of the same bits from an array or a torch tensor."""
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
+    """Make a NumPy array of the same bits from a NumPy or CuPy array or a torch tensor."""
+    if not _arrays.is_torch(tensor):
+        array = np.asarray(tensor.get() if _is_cupy(tensor) else tensor)
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     import ml_dtypes
     import torch
 
@@ -214,6 +216,10 @@ def _to_numpy(tensor: Any) -> np.ndarray:
         return np.asarray(tensor.numpy())
     bits = tensor.reshape(-1).view(torch.uint8 if tensor.itemsize == 1 else torch.int16).numpy()
     return bits.view(getattr(ml_dtypes, name)).reshape(tuple(tensor.shape))
+
+
+def _is_cupy(tensor: Any) -> bool:
+    return type(tensor).__module__.partition(".")[0] == "cupy"
 
 
 def _parts(name: str, tensor: QTensor) -> dict[str, np.ndarray]:

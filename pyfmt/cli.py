@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import pyfmt
+from pyfmt._atomic import write_bytes
 from pyfmt._terminal import bytes_progress, console, guarded, plain, print_json, steps_progress
 from pyfmt.formats import CLIPS, FORMATS, RECIPES, ROUNDINGS, SCALE_RULES, Format, get_format
 
@@ -335,13 +336,12 @@ def compare_command(
     float32 model, on sentences from the standard library's docstrings. Prints a table and writes
     compare.json and compare.png.
     """
-    from pyfmt import compare_report
-    from pyfmt._atomic import write_bytes
+    from pyfmt import compare_chart
     from pyfmt.compare import compare
-    from pyfmt.compare_chart import chart
 
     chosen = chosen_formats(formats)
     out.mkdir(parents=True, exist_ok=True)
+    compare_chart.require_matplotlib()
     with steps_progress() as progress:
         result = compare(
             chosen,
@@ -352,11 +352,22 @@ def compare_command(
             progress=progress,
         )
     facts = json.dumps(plain(result.facts()), indent=2)
-    write_bytes(out / "compare.json", (facts + "\n").encode())
-    write_bytes(out / "compare.png", chart(result))
-    if as_json:
-        print(facts)
-        return
+    # Whatever happens to the files, the numbers are shown.
+    try:
+        write_bytes(out / "compare.json", (facts + "\n").encode())
+        write_bytes(out / "compare.png", compare_chart.chart(result))
+    finally:
+        if as_json:
+            print(facts)
+        else:
+            _show_comparison(result)
+    if not as_json:
+        console().print(f"Written: {escape(str(out))}/compare.json and compare.png")
+
+
+def _show_comparison(result: Any) -> None:
+    from pyfmt import compare_report
+
     con = console()
     con.print(compare_report.heading(result))
     for table in compare_report.tables(result, con.width):
@@ -366,7 +377,6 @@ def compare_command(
     con.print()
     for sentence in compare_report.findings(result.rows):
         con.print(sentence)
-    con.print(f"Written: {escape(str(out / 'compare.json'))}, {escape(str(out / 'compare.png'))}")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pyfmt.compare import Result, Row
@@ -19,16 +20,19 @@ INK, GREY, RULE = "#212529", "#6c757d", "#e9ecef"
 PANELS = {False: "Weights only", True: "Weights and activations"}
 
 
+def require_matplotlib() -> None:
+    """Raise ImportError with a sentence where matplotlib is missing; imports nothing."""
+    if find_spec("matplotlib") is None:
+        raise ImportError("the chart needs matplotlib; pip install 'pyfmt-kernels[demo]'")
+
+
 def chart(result: Result) -> bytes:
     """Return a PNG: a line for every format, a panel for weights alone and one for both.
 
     Raises ImportError where matplotlib is missing.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ImportError("the chart needs matplotlib; pip install 'pyfmt-kernels[demo]'") from None
-
+    require_matplotlib()
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK}

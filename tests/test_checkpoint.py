@@ -144,6 +144,19 @@ def test_save_and_load(tmp_path: Path, framework: Any) -> None:
         same(back[name], tensor)
 
 
+def test_save_keeps_values_of_views_and_foreign_byte_order(tmp_path: Path) -> None:
+    x = np.arange(12, dtype=">f4").reshape(3, 4)
+    save({"swapped": x, "view": x.astype("=f4").T[::2]}, tmp_path / "o")
+    back = safetensors.numpy.load_file(tmp_path / "o")
+    np.testing.assert_array_equal(back["swapped"], x)
+    np.testing.assert_array_equal(back["view"], x.T[::2])
+
+
+def test_save_refuses_what_safetensors_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="no dtype for NumPy's complex128"):
+        save({"z": np.zeros(2, np.complex128)}, tmp_path / "o")
+
+
 def test_load_some(model: Path) -> None:
     assert list(load(model, names=["ids"])) == ["ids"]
     with pytest.raises(KeyError, match="holds no tensor 'idx'"):

@@ -279,6 +279,19 @@ def test_interrupted_command_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_are_shown_though_the_disk_is_full(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyfmt.cli.write_bytes", full)
+    result = CliRunner().invoke(app, words(folder, tmp_path), env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "top-10" in result.stdout and "Written" not in result.stdout
+    assert result.stderr == "pyfmt: No space left on device\n"
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_tables_hold_every_row(result: Result, width: int) -> None:
     from rich.console import Console
