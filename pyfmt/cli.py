@@ -377,6 +377,8 @@ def _show_comparison(result: Any) -> None:
     con.print()
     for sentence in compare_report.findings(result.rows):
         con.print(sentence)
+    for one in result.skipped:
+        con.print(f"Left out: {one['configuration']} ({escape(one['reason'])}).")
 
 
 def main() -> None:

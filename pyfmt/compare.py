@@ -25,6 +25,8 @@ from pyfmt.metrics import qsnr
 if TYPE_CHECKING:
     import torch
 
+    from pyfmt import nn
+
 SAMPLE_TOKENS = 256  # rows of each layer's input that the activation QSNR is measured on
 
 
@@ -33,7 +35,7 @@ class Row:
     """One configuration and what came out; the first block of fields is the configuration.
 
     `rotation` is the block Hadamard's size, 0 for none, and `layers` how many linear layers were
-    replaced (those whose width the rotation divides). MB are 10^6 bytes: the replaced layers'
+    replaced, the same in every row. MB are 10^6 bytes: the replaced layers'
     weights, and everything else of the model. QSNR in dB, means over the replaced layers;
     `activation_qsnr` is that of the layers' real inputs, None where activations stay as they are.
     `cosine` is the mean over sentences, `top1` and `top10` the mean shares of equal nearest
@@ -186,9 +188,11 @@ def compare(
             "sentences_per_s": rate,
         },
     )
+    whole = 0
     for done, (format, activations, rotation) in enumerate(plan):
         what = f"{format.name}, {'W+A' if activations else 'W'}"
-        tell(f"{what}, rotated by {rotation}" if rotation else what, done, len(plan))
+        what += f", rotated by {rotation}" if rotation else ""
+        tell(what, done, len(plan))
         report = nn.quantize_model(
             encoder.model,
             weight=format,
@@ -200,9 +204,13 @@ def compare(
         )
         try:
             names = [layer.name for layer in report.replaced]
-            if not names:
-                # Only a rotation that divides no layer's width leaves every layer.
-                result.skipped.append({"configuration": what, "reason": report.left[0].why})
+            if not rotation:
+                whole = len(names)
+            if not whole:
+                raise ValueError(f"{encoder.name}: no linear layer can be replaced: {_why(report)}")
+            if len(names) < whole:
+                # A row with fewer layers replaced would look better than it is.
+                result.skipped.append({"configuration": what, "reason": _why(report)})
                 continue
             made = {name: encoder.model.get_submodule(name) for name in names}
             embeddings, rate = _timed(encoder.model, batches)
@@ -230,6 +238,11 @@ def compare(
             report.undo()
     tell("done", len(plan), len(plan))
     return result
+
+
+def _why(report: nn.Report) -> str:
+    """The first layer left dense, and the reason."""
+    return f"{report.left[0].name}: {report.left[0].why}" if report.left else "it has none"
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
