@@ -227,7 +227,10 @@ def _gemm(
     """y = a b^T + bias for a dense a of shape (*lead, K) and a quantized b of N rows."""
     k, n = a.shape[-1], b.shape[0]
     flat = a if a.dim() == 2 else a.reshape(a.shape[:-1].numel(), k)
-    flat = flat.float()
+    flat = flat.float().contiguous()
+    # The order of a BLAS library's sums may follow addresses and strides: give it always the same.
+    if flat.data_ptr() % 64:
+        flat = flat.clone()
     if n * k <= PANEL_ELEMENTS:
         y = _panel(flat, b, b_scales, b_tensor_scale, b_format, bias, dtype)
     else:

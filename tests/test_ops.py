@@ -444,6 +444,16 @@ def test_torchs_matmul_precision_changes_no_bit():
         torch.set_float32_matmul_precision(before)
 
 
+def test_strides_and_addresses_change_no_bit():
+    w = quantized(randn(300, 512, seed=1), "mxint8")
+    for rows in (1, 17, 130):
+        for offset in range(1, 16, 3):
+            x = randn(rows * 512 + 64)[offset : offset + rows * 512].view(rows, 512)
+            expected = ops.linear(x.clone(), *w)
+            assert torch.equal(ops.linear(x, *w), expected)
+            assert torch.equal(ops.linear(x.t().contiguous().t(), *w), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_the_dense_operand(dtype: torch.dtype):
     x, w, bias = randn(5, 64, grad=True), quantized(randn(9, 64), "int4"), randn(9)
