@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+// The verbs of the CUDA room on plain device pointers and a stream. Nothing here allocates,
+// synchronizes or knows torch; every function only launches.
+#pragma once
+
+#include <cstdint>
+
+#include "../formats.h"
+
+namespace pyfmt {
+namespace cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// A tensor as rows along the quantized axis: row o * inner + i starts at o * outer_stride +
+// i * inner_stride, and its elements lie column_stride apart. All in elements.
+struct View {
+  int64_t outer = 1, inner = 1, columns = 0;
+  int64_t outer_stride = 0, inner_stride = 0, column_stride = 1;
+
+  int64_t rows() const { return outer * inner; }
+  int64_t count() const { return rows() * columns; }
+  // Rows lie end to end.
+  bool flat() const {
+    return (column_stride == 1 || columns <= 1) && (inner <= 1 || inner_stride == columns) &&
+           (outer <= 1 || outer_stride == inner * columns);
+  }
+  // Rows are contiguous and evenly spaced.
+  bool even() const {
+    return (column_stride == 1 || columns <= 1) &&
+           (outer <= 1 || inner <= 1 || outer_stride == inner * inner_stride);
+  }
+  int64_t row_stride() const { return inner > 1 ? inner_stride : outer_stride; }
+};
+
+struct Rotation {
+  int size = 0;                    // 0: none
+  const float* signs = nullptr;    // device
+  int64_t signs_length = 0;
+};
+
+// Room for the partial maxima of a tensor-wide reduction.
+constexpr int kPartials = 1024;
+
+struct QuantizeArgs {
+  const void* x = nullptr;
+  DType dtype = DType::kFP32;
+  View view;
+  int64_t matrix_rows = 1;  // rows of one matrix, for square blocks
+  FormatSpec format;
+  ScaleRule rule = ScaleRule::kRceil;
+  Recipe recipe = Recipe::kNvidia;
+  bool stochastic = false, full = false;
+  uint64_t seed = 0;
+  Rotation rotation;
+  const float* tensor_scale = nullptr;  // the caller's (device), or null
+  uint8_t* codes = nullptr;             // (rows, row_bytes); null for fake_quantize
+  void* scales = nullptr;               // (strips, blocks); scratch for some fake_quantize calls
+  float* tensor_scale_out = nullptr;    // where the format and recipe have one
+  void* out = nullptr;                  // fake_quantize: rows end to end, in x's dtype
+  float* partials = nullptr;            // kPartials floats where the tensor scale is dynamic
+};
+
+// Whether `quantize` must be given rotated float32 rows instead of a rotation.
+bool needs_rotated_rows(const QuantizeArgs&);
+// Whether fake_quantize needs `scales` as scratch.
+bool needs_scales(const QuantizeArgs&);
+void quantize(const QuantizeArgs&, Stream);
+
+struct DequantizeArgs {
+  const uint8_t* codes = nullptr;
+  const void* scales = nullptr;
+  const float* tensor_scale = nullptr;
+  FormatSpec format;
+  int64_t matrix_rows = 1;
+  View view;  // of the result
+  DType dtype = DType::kFP32;
+  void* out = nullptr;
+};
+void dequantize(const DequantizeArgs&, Stream);
+
+struct HadamardArgs {
+  const void* x = nullptr;
+  void* out = nullptr;
+  DType dtype = DType::kFP32, out_dtype = DType::kFP32;  // equal, or out_dtype float32
+  int64_t count = 0;                                     // rows end to end
+  Rotation rotation;
+};
+void hadamard(const HadamardArgs&, Stream);
+
+struct AmaxArgs {
+  const void* x = nullptr;
+  DType dtype = DType::kFP32;
+  View view;
+  int64_t block = 0;  // 0: the whole tensor, finite elements only
+  float* out = nullptr;
+  float* partials = nullptr;  // for block 0
+  Rotation rotation;          // for `amax_partials`, flat views
+};
+void amax(const AmaxArgs&, Stream);
+// Only the first step of the whole tensor's: returns how many partial maxima there are.
+int amax_partials(const AmaxArgs&, Stream);
+
+struct PackArgs {
+  const uint8_t* in = nullptr;
+  uint8_t* out = nullptr;
+  int bits = 8;
+  int64_t rows = 0, in_stride = 0, out_stride = 0, length = 0;
+};
+void pack(const PackArgs&, Stream);
+void unpack(const PackArgs&, Stream);
+
+}  // namespace cuda
+}  // namespace pyfmt

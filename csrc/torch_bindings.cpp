@@ -1,0 +1,367 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.pyfmt on CPU tensors, by the stable ABI. The schemas stand in pyfmt/ops.py; here are
+// the kernels of quantize, dequantize, fake_quantize, hadamard, pack, unpack and amax.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "options.h"
+
+namespace pyfmt {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+using Text = std::optional<std::string>;
+
+// ---- torch's threads --------------------------------------------------------------------------
+
+void run_torch(void*, int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
+               void* context) {
+  if (n <= grain) {
+    if (n > 0) body(context, 0, n);
+    return;
+  }
+  torch::stable::parallel_for(0, n, grain,
+                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+const cpu::ParallelFor kParallel{run_torch, nullptr};
+
+// ---- tensors ----------------------------------------------------------------------------------
+
+const char* name_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Bool: return "bool";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::ComplexHalf:
+    case ScalarType::ComplexFloat:
+    case ScalarType::ComplexDouble: return "complex";
+    default: return "another dtype";
+  }
+}
+
+DType dtype_of(const char* what, ScalarType t) {
+  switch (t) {
+    case ScalarType::BFloat16: return DType::kBF16;
+    case ScalarType::Half: return DType::kFP16;
+    case ScalarType::Float: return DType::kFP32;
+    default:
+      options::fail(what, ": expected dtype bfloat16, float16 or float32, got ", name_of(t),
+                    "; convert it to float32 first");
+  }
+}
+
+ScalarType scale_type(Scale s) {
+  return s == Scale::kBF16   ? ScalarType::BFloat16
+         : s == Scale::kFP16 ? ScalarType::Half
+         : s == Scale::kFP32 ? ScalarType::Float
+                             : ScalarType::Byte;
+}
+
+int32_t shim_dtype(ScalarType t) {
+  return t == ScalarType::Byte       ? aoti_torch_dtype_uint8()
+         : t == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+         : t == ScalarType::Half     ? aoti_torch_dtype_float16()
+                                     : aoti_torch_dtype_float32();
+}
+
+Tensor new_tensor(const Shape& shape, ScalarType type) {
+  Shape strides(shape.size());
+  int64_t count = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = count;
+    count *= shape[i] > 0 ? shape[i] : 1;
+  }
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(shape.size()), shape.data(), strides.data(), shim_dtype(type),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor t(handle);
+  const size_t bytes = size_t(count) * aoti_torch_dtype_element_size(shim_dtype(type));
+  if (bytes >= cpu::kHugePageBytes) cpu::prefer_huge_pages(t.mutable_data_ptr(), bytes);
+  return t;
+}
+
+Shape shape_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return Shape(sizes.begin(), sizes.end());
+}
+
+std::string text_of(const Shape& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    s += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  return s + (shape.size() == 1 ? ",)" : ")");
+}
+
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Move one axis elsewhere; the rest keep their order.
+Tensor move_axis(const Tensor& t, int64_t from, int64_t to) {
+  if (from == to) return dense(t);
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
+                                    torch::stable::detail::from(from),
+                                    torch::stable::detail::from(to)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::movedim", "int", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
+}
+
+Shape move_axis(Shape shape, int64_t from, int64_t to) {
+  const int64_t length = shape[size_t(from)];
+  shape.erase(shape.begin() + from);
+  shape.insert(shape.begin() + to, length);
+  return shape;
+}
+
+cpu::View view_of(const Shape& moved) {
+  cpu::View v;
+  v.columns = moved.back();
+  if (moved.size() > 1) v.rows = moved[moved.size() - 2];
+  for (size_t i = 0; i + 2 < moved.size(); ++i) v.batches *= moved[i];
+  return v;
+}
+
+Shape with_last(Shape shape, int64_t last) {
+  shape.back() = last;
+  return shape;
+}
+
+Shape scales_shape(Shape moved, const FormatSpec& f) {
+  moved.back() = f.blocks(moved.back());
+  if (moved.size() > 1) {
+    int64_t& rows = moved[moved.size() - 2];
+    rows = (rows + f.block_rows - 1) / f.block_rows;
+  }
+  return moved;
+}
+
+// A tensor with the quantized axis last, contiguous.
+struct Rows {
+  Tensor tensor;
+  Shape shape;
+  int64_t axis, last;
+  cpu::Source source;
+
+  Rows(const Tensor& x, int64_t asked)
+      : axis(options::axis(asked, x.dim())), last(x.dim() - 1) {
+    source.dtype = dtype_of("x", x.scalar_type());
+    tensor = move_axis(x, axis, last);
+    shape = shape_of(tensor);
+    source.x = tensor.const_data_ptr();
+    source.view = view_of(shape);
+  }
+  Tensor new_like() const { return new_tensor(shape, tensor.scalar_type()); }
+  Tensor moved_back(const Tensor& y) const { return axis == last ? y : move_axis(y, last, axis); }
+};
+
+float scalar_of(const Tensor& t) {
+  options::expect(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == 1,
+                  "tensor_scale: expected one float32 number on the CPU, got ", t.numel(),
+                  " of dtype ", name_of(t.scalar_type()));
+  return *static_cast<const float*>(t.const_data_ptr());
+}
+
+// signs as contiguous float32, kept alive by the caller.
+cpu::Rotation rotation_of(int64_t size, int64_t length, std::optional<Tensor>& signs) {
+  if (!signs) return options::rotation(size, length, nullptr, 0);
+  options::expect(signs->is_cpu() && signs->dim() == 1,
+                  "signs: expected a CPU tensor of one dimension, got ", signs->dim());
+  if (signs->scalar_type() != ScalarType::Float) {
+    signs = torch::stable::to(*signs, ScalarType::Float);
+  }
+  signs = dense(*signs);
+  static const float nothing = 1.0f;
+  const float* data = static_cast<const float*>(signs->const_data_ptr());
+  return options::rotation(size, length, data ? data : &nothing, signs->numel());
+}
+
+cpu::Options options_of(const std::string& format, const Text& scale_rule, const Text& recipe,
+                        const std::string& rounding, std::optional<int64_t> seed,
+                        const std::string& clip, const std::optional<Tensor>& tensor_scale) {
+  cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
+  if (tensor_scale) options::set_tensor_scale(o, scalar_of(*tensor_scale));
+  return o;
+}
+
+void expect_bytes(const char* what, const Tensor& t) {
+  options::expect(t.scalar_type() == ScalarType::Byte, what, ": expected dtype uint8, got ",
+                  name_of(t.scalar_type()));
+  options::expect(t.dim() > 0, what, ": expected at least one dimension, got a 0-dim tensor");
+}
+
+// ---- the verbs --------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> quantize(
+    Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe, std::string rounding,
+    std::optional<int64_t> seed, std::string clip, std::optional<Tensor> tensor_scale,
+    int64_t rotation, std::optional<Tensor> signs) {
+  cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  const Rows rows(x, axis);
+  if (rotation) o.rotation = rotation_of(rotation, rows.source.view.columns, signs);
+  const FormatSpec& f = o.format;
+  Tensor codes =
+      new_tensor(with_last(rows.shape, f.row_bytes(rows.shape.back())), ScalarType::Byte);
+  Tensor scales = new_tensor(scales_shape(rows.shape, f), scale_type(f.scale));
+  Tensor stored = new_tensor(o.has_tensor_scale() ? Shape{} : Shape{0}, ScalarType::Float);
+  cpu::quantize(kParallel, rows.source, o, static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                scales.mutable_data_ptr(),
+                o.has_tensor_scale() ? static_cast<float*>(stored.mutable_data_ptr()) : nullptr);
+  return {codes, scales, stored};
+}
+
+Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
+                     std::string rounding, std::optional<int64_t> seed, std::string clip,
+                     std::optional<Tensor> tensor_scale) {
+  const cpu::Options o =
+      options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  const Rows rows(x, axis);
+  Tensor out = rows.new_like();
+  cpu::fake_quantize(kParallel, rows.source, o, out.mutable_data_ptr());
+  return rows.moved_back(out);
+}
+
+Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scale,
+                  std::string format, std::vector<int64_t> shape, int64_t axis, ScalarType dtype) {
+  const FormatSpec f = get_format(format);
+  const int64_t last = int64_t(shape.size()) - 1, from = options::axis(axis, last + 1);
+  const DType out_dtype = dtype_of("dtype", dtype);
+  for (int64_t n : shape) {
+    options::expect(n >= 0, "shape: expected no negative sizes, got ", text_of(shape));
+  }
+  const Shape moved = move_axis(shape, from, last);
+  expect_bytes("codes", codes);
+  const Shape want = with_last(moved, f.row_bytes(moved.back())), have = shape_of(codes);
+  options::expect(have == want, "codes: expected shape ", text_of(want), " for ", format,
+                  " of logical shape ", text_of(moved), " (quantized axis last), got ",
+                  text_of(have));
+  const Shape grid = scales_shape(moved, f), scales_have = shape_of(scales);
+  options::expect(scales_have == grid, "scales: expected shape ", text_of(grid), " for ", format,
+                  ", got ", text_of(scales_have));
+  options::expect(scales.scalar_type() == scale_type(f.scale), "scales: expected dtype ",
+                  name_of(scale_type(f.scale)), " for ", format, ", got ",
+                  name_of(scales.scalar_type()));
+  options::expect(scales.is_cpu(), "scales: expected a CPU tensor, as codes are");
+  // Formats without a tensor scale come with the empty one that quantize returned.
+  float multiplier = 1.0f;
+  const bool multiplies = tensor_scale && tensor_scale->numel() != 0;
+  if (multiplies) {
+    options::expect(f.tensor_scale, "tensor_scale: ", format, " has none; pass None");
+    multiplier = scalar_of(*tensor_scale);
+  }
+  const Tensor packed = dense(codes), grid_scales = dense(scales);
+  Tensor out = new_tensor(moved, dtype);
+  cpu::dequantize(kParallel, static_cast<const uint8_t*>(packed.const_data_ptr()),
+                  grid_scales.const_data_ptr(), multiplies ? &multiplier : nullptr, f,
+                  view_of(moved), out_dtype, out.mutable_data_ptr());
+  return from == last ? out : move_axis(out, last, from);
+}
+
+Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axis) {
+  const Rows rows(x, axis);
+  const cpu::Rotation r = rotation_of(size, rows.source.view.columns, signs);
+  Tensor out = rows.new_like();
+  cpu::hadamard(kParallel, rows.source, r, out.mutable_data_ptr());
+  return rows.moved_back(out);
+}
+
+Tensor pack(Tensor codes, int64_t bits) {
+  options::bits(bits);
+  expect_bytes("codes", codes);
+  const Tensor in = dense(codes);
+  const Shape shape = shape_of(in);
+  const int64_t length = shape.back(), bytes = (length * bits + 7) / 8;
+  Tensor out = new_tensor(with_last(shape, bytes), ScalarType::Byte);
+  const cpu::View v = view_of(shape);
+  cpu::pack(kParallel, static_cast<const uint8_t*>(in.const_data_ptr()), v.batches * v.rows,
+            length, int(bits), static_cast<uint8_t*>(out.mutable_data_ptr()), bytes);
+  return out;
+}
+
+Tensor unpack(Tensor packed, int64_t bits, int64_t length) {
+  expect_bytes("packed", packed);
+  const Tensor in = dense(packed);
+  const Shape shape = shape_of(in);
+  options::packed_bytes(shape.back(), length, bits);
+  Tensor out = new_tensor(with_last(shape, length), ScalarType::Byte);
+  const cpu::View v = view_of(shape);
+  cpu::unpack(kParallel, static_cast<const uint8_t*>(in.const_data_ptr()), v.batches * v.rows,
+              v.columns, length, int(bits), static_cast<uint8_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
+  if (!block) {
+    cpu::Source s;
+    s.dtype = dtype_of("x", x.scalar_type());
+    const Tensor all = dense(x);
+    s.x = all.const_data_ptr();
+    s.view.columns = all.numel();
+    Tensor out = new_tensor({}, ScalarType::Float);
+    *static_cast<float*>(out.mutable_data_ptr()) = cpu::finite_amax(kParallel, s);
+    return out;
+  }
+  options::expect(*block >= 1, "block: expected a positive int, got ", *block);
+  const Rows rows(x, axis);
+  const int64_t blocks = (rows.shape.back() + *block - 1) / *block;
+  Tensor out = new_tensor(with_last(rows.shape, blocks), ScalarType::Float);
+  cpu::block_amax(kParallel, rows.source, *block, static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// ---- the instruction-set level, for tests and reports ------------------------------------------
+
+std::string cpu_level() { return cpu::level(); }
+
+std::string cpu_levels() { return cpu::levels(); }
+
+void set_cpu_level(std::string level) {
+  options::expect(cpu::set_level(level.c_str()), "level: this processor has ", cpu::levels(),
+                  " (or best), got ", level);
+}
+
+}  // namespace
+}  // namespace pyfmt
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyfmt, m) {
+  m.def("_cpu_level() -> str");
+  m.def("_cpu_levels() -> str");
+  m.def("_set_cpu_level(str level) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfmt, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_level", TORCH_BOX(&pyfmt::cpu_level));
+  m.impl("_cpu_levels", TORCH_BOX(&pyfmt::cpu_levels));
+  m.impl("_set_cpu_level", TORCH_BOX(&pyfmt::set_cpu_level));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfmt, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&pyfmt::quantize));
+  m.impl("dequantize", TORCH_BOX(&pyfmt::dequantize));
+  m.impl("fake_quantize", TORCH_BOX(&pyfmt::fake_quantize));
+  m.impl("hadamard", TORCH_BOX(&pyfmt::hadamard));
+  m.impl("pack", TORCH_BOX(&pyfmt::pack));
+  m.impl("unpack", TORCH_BOX(&pyfmt::unpack));
+  m.impl("amax", TORCH_BOX(&pyfmt::amax));
+}
