@@ -76,6 +76,11 @@ def _as_tensor_scale(value: Any, x: Any) -> Any:
     return torch.tensor(float(value), dtype=torch.float32, device=x.device)
 
 
+def _signed(seed: int | None) -> int | None:
+    """Return the same 64 bits as the signed int that op schemas have."""
+    return None if seed is None else (seed + 2**63) % 2**64 - 2**63
+
+
 def _some(tensor_scale: Any) -> Any:
     """Return the op's tensor scale, or None where it is the empty tensor of formats without."""
     return tensor_scale if tensor_scale.numel() else None
@@ -109,7 +114,7 @@ def quantize(
         scale_rule,
         recipe,
         rounding,
-        seed,
+        _signed(seed),
         clip,
         _as_tensor_scale(tensor_scale, x),
         rotation or 0,
@@ -158,7 +163,7 @@ def fake_quantize(
         scale_rule,
         recipe,
         rounding,
-        seed,
+        _signed(seed),
         clip,
         _as_tensor_scale(tensor_scale, x),
     )
