@@ -479,9 +479,9 @@ def test_misuse_gets_one_sentence():
         ("float64", lambda: ops.quantize(x.double(), "mxfp4")),
         ("int64", lambda: ops.quantize(x.long(), "mxfp4")),
         ("bool", lambda: ops.fake_quantize(x > 0, "mxfp4")),
-        ("complex64", lambda: ops.hadamard(x.to(torch.complex64), 32)),
-        ("did you mean 'mxfp4'", lambda: ops.quantize(x, "mxfp5")),
-        ("did you mean 'rceil'", lambda: ops.quantize(x, "mxfp4", scale_rule="rciel")),
+        ("complex", lambda: ops.hadamard(x.to(torch.complex64), 32)),
+        ("unknown 'mxfp5'", lambda: ops.quantize(x, "mxfp5")),
+        ("unknown 'rciel'", lambda: ops.quantize(x, "mxfp4", scale_rule="rciel")),
         ("axis", lambda: ops.quantize(x, "mxfp4", 2)),
         ("seed", lambda: ops.quantize(x, "mxfp4", rounding="stochastic")),
         ("rotation", lambda: ops.quantize(x, "mxfp4", rotation=128)),
@@ -498,6 +498,10 @@ def test_misuse_gets_one_sentence():
         ("two dimensions", lambda: ops.linear(x, codes[0], scales[0], None, fmt)),
         ("rows of 64", lambda: ops.matmul(randn(3, 65), None, None, None, *w, 64)),
         ("a_scales", lambda: ops.matmul(codes, None, None, fmt, *w, 64)),
+        ("tensor_scale", lambda: ops.quantize(x, "nvfp4", tensor_scale=torch.tensor(torch.nan))),
+        ("tensor_scale", lambda: ops.quantize(x, "nvfp4", tensor_scale=torch.tensor(-1.0))),
+        ("tensor_scale", lambda: ops.quantize(x, "mxfp4", tensor_scale=torch.tensor(1.0))),
+        ("recipe", lambda: ops.linear(x, *w, None, "mxfp4", recipe="nvidia")),
         ("to_dense", lambda: ops.quantize(x.to_sparse(), "mxfp4")),
     ]
     for word, call in cases:
