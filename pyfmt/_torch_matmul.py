@@ -303,11 +303,11 @@ def linear(
     _check_linear(x, w_codes, bias)
     a = x
     if activation is not None:
-        codes, scales, tensor_scale = _OPS.quantize.default(
-            x, activation, -1, scale_rule, recipe, "nearest", None, clip, None, rotation, signs
-        )
-        stored = tensor_scale if tensor_scale.numel() else None
-        a = _expand(codes, scales, stored, activation, x.shape)
+        # In float32 fake_quantize is quantize and dequantize bit for bit, in one pass.
+        a = x.float()
+        if rotation:
+            a = _OPS.hadamard.default(a, rotation, signs)
+        a = _OPS.fake_quantize.default(a, activation, -1, scale_rule, recipe, "nearest", None, clip)
     elif rotation:
         a = _OPS.hadamard.default(x, rotation, signs)
     return _gemm(a, w_codes, w_scales, w_tensor_scale, w_format, bias, x.dtype)

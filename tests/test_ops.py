@@ -406,11 +406,12 @@ def test_panels_give_the_same_bits_as_one_expansion(monkeypatch: pytest.MonkeyPa
 def test_linear_is_the_composition(shape: tuple[int, ...]):
     signs = torch.sign(randn(64, seed=3))
     x, w, bias = randn(*shape, dtype=torch.bfloat16), quantized(randn(9, 64), "nvfp4"), randn(9)
-    q = quantized(x, "mxfp4", rotation=32, signs=signs)
-    assert torch.equal(
-        ops.linear(x, *w, bias, "mxfp4", 32, signs),
-        ops.matmul(*q, *w, 64, bias, torch.bfloat16),
-    )
+    for fmt in ("mxfp4", "nvfp4", "int8-b32-fp16", "e2m1-b16x16-e8m0"):
+        for rotation in (0, 32):
+            pair = (rotation, signs if rotation else None)
+            q = quantized(x, fmt, rotation=rotation, signs=pair[1])
+            expected = ops.matmul(*q, *w, 64, bias, torch.bfloat16)
+            assert torch.equal(ops.linear(x, *w, bias, fmt, *pair), expected)
     assert torch.equal(
         ops.linear(x, *w, bias, None, 32, signs),
         ops.matmul(ops.hadamard(x, 32, signs), None, None, None, *w, 64, bias),
