@@ -26,7 +26,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 # For a hunt: `pytest --hypothesis-profile=hunt tests/test_properties.py`.
-settings.register_profile("hunt", deadline=None, max_examples=5000)
+settings.register_profile("hunt", deadline=None, max_examples=1500)
 settings.load_profile("pyfmt")
 
 

@@ -51,8 +51,9 @@ def neighbours(values: np.ndarray, dtype: np.dtype = FP32) -> np.ndarray:
     """Each value with the next representable number on either side, both signs, in `dtype`."""
     near = np.asarray(values).astype(dtype)
     near = near[np.isfinite(near.astype(np.float32))]
-    below, above = np.nextafter(near, dtype.type(-np.inf)), np.nextafter(near, dtype.type(np.inf))
-    every = np.concatenate([near, below, above])
+    with np.errstate(over="ignore"):
+        ends = [np.nextafter(near, dtype.type(end)) for end in (-np.inf, np.inf)]
+    every = np.concatenate([near, *ends])
     every = every[np.isfinite(every.astype(np.float32))]
     return np.concatenate([every, -every])
 

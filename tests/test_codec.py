@@ -10,10 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pyfmt import reference
 from pyfmt.formats import CLIPS, FORMATS, Element, get_element, get_format
 from pyfmt.reference import codec
 from tests import grids, mismatch, oracle
 from tests.grids import ALL_FORMATS, BF16, ELEMENTS
+from tests.rooms import Room, same_everywhere, same_quantized
 
 CAST_PEERS = [
     ("e4m3fn", ml_dtypes.float8_e4m3fn),
@@ -213,6 +215,21 @@ def test_stochastic_rounding_turns_exactly_at_the_threshold(element: Element) ->
     got = codec.encode(np.array(ys), element, random=np.array(draws))
     shown = np.array(ys).astype(np.float32)
     mismatch.same_codes("stochastic", got, np.array(wants, np.uint8), element, shown)
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=lambda e: e.name)
+def test_every_midpoint_in_every_room(every_room: list[Room], element: Element) -> None:
+    # Blocks led by the largest value, so that floor scales by 1 and codes are those of `encode`.
+    fmt = get_format(f"{element.name}-b32-e8m0")
+    y = grids.element_grid(element)
+    y = y[np.abs(y) < 2.0 ** (element.emax + 1)]
+    y = np.resize(y, (len(y) // 31 + 1, 31))
+    x = np.concatenate([np.full((len(y), 1), element.max, np.float32), y], axis=1)
+    for options in ({}, {"clip": "full"}, {"rounding": "stochastic", "seed": 3}):
+        parts = same_quantized(every_room, x, fmt, scale_rule="floor", **options)
+        assert (parts[1] == 127).all()
+        want = reference.dequantize(*parts, fmt, x.shape)
+        same_everywhere(every_room, want, "dequantize", *parts, fmt, x.shape)
 
 
 def test_every_format_of_the_sweep_is_a_format() -> None:
