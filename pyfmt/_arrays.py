@@ -20,6 +20,12 @@ def is_torch(x: Any) -> bool:
     return torch is not None and isinstance(x, torch.Tensor)
 
 
+def refuse_gradient(who: str, x: Any, instead: str = "") -> None:
+    """Raise ValueError for a tensor that requires a gradient, in grad mode, where none exists."""
+    if is_torch(x) and x.requires_grad and sys.modules["torch"].is_grad_enabled():
+        raise ValueError(f"{who} has no gradient: {instead}pass x.detach()")
+
+
 def kind(x: Any) -> str:
     """Return "numpy", "cupy" or "torch"; TypeError for anything else."""
     if isinstance(x, np.ndarray):

@@ -50,6 +50,7 @@ def quantize(
     """
     fmt = get_format(fmt)
     _float_array(x)
+    _arrays.refuse_gradient("quantize", x, "use fake_quantize (straight-through) or ")
     index = _check.axis(axis, x.shape)
     _check.options(fmt, scale_rule, recipe, rounding, seed, clip)
     if rotation is not None and not isinstance(rotation, int):

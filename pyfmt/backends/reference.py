@@ -23,7 +23,10 @@ def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
 
 def _in(x: Any) -> Any:
     """Return `x` as the reference takes it: torch tensors become NumPy."""
-    return _arrays.to_numpy(x) if _arrays.is_torch(x) else x
+    if not _arrays.is_torch(x):
+        return x
+    _arrays.refuse_gradient("the reference room", x)
+    return _arrays.to_numpy(x)
 
 
 def _out(result: Any, like: Any) -> Any:
