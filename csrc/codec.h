@@ -147,8 +147,8 @@ PYFMT_CODEC U decode_float(const FloatCodec& c, U code) {
   const U subnormal = L::as_uint(L::as_float(bits + (1u << 23)) - L::as_float(L::set(hidden)));
   bits = L::as_int(mag >> c.man) == 0 ? subnormal : bits;
   if (c.has_special) {
-    const U special = c.ieee ? (mag == c.nan_code ? L::set(kFloatInf) : L::set(kFloatNaN))
-                             : L::set(kFloatNaN);
+    const U special =
+        c.ieee ? (mag == c.nan_code ? L::set(kFloatInf) : L::set(kFloatNaN)) : L::set(kFloatNaN);
     bits = L::as_int(mag) >= int32_t(c.nan_code) ? special : bits;
   }
   bits = bits | ((code & c.sign_bit) << c.sign_shift);
@@ -284,7 +284,9 @@ PYFMT_CODEC U e8m0_decode(U byte) {
 
 // ---- E4M3 and float scales --------------------------------------------------------------------
 
-PYFMT_CODEC constexpr FloatCodec e4m3_codec() { return FloatCodec(elements::e4m3fn); }
+PYFMT_CODEC constexpr FloatCodec e4m3_codec() {
+  return FloatCodec(elements::e4m3fn);
+}
 
 // Non-negative float32 (bits, infinity included) to scale codes: RNE, saturating.
 template <class U>
@@ -292,10 +294,14 @@ PYFMT_CODEC U round_scale(Scale kind, U s) {
   using L = Lane<U>;
   constexpr FloatCodec e4m3 = e4m3_codec();
   switch (kind) {
-    case Scale::kE4M3: return encode_float<U>(e4m3, s);
-    case Scale::kBF16: return L::min(bf16_from_number<U>(s), L::set(0x7f7fu));
-    case Scale::kFP16: return L::min(half_from_float<U>(s), L::set(0x7bffu));
-    default: return L::min(s, L::set(kFloatMax));
+    case Scale::kE4M3:
+      return encode_float<U>(e4m3, s);
+    case Scale::kBF16:
+      return L::min(bf16_from_number<U>(s), L::set(0x7f7fu));
+    case Scale::kFP16:
+      return L::min(half_from_float<U>(s), L::set(0x7bffu));
+    default:
+      return L::min(s, L::set(kFloatMax));
   }
 }
 
@@ -312,20 +318,25 @@ template <class U>
 PYFMT_CODEC U decode_scale(Scale kind, U code) {
   constexpr FloatCodec e4m3 = e4m3_codec();
   switch (kind) {
-    case Scale::kE8M0: return e8m0_decode<U>(code);
-    case Scale::kE4M3: return decode_float<U>(e4m3, code);
-    case Scale::kBF16: return float_from_bf16<U>(code);
-    case Scale::kFP16: return float_from_half<U>(code);
-    default: return code;
+    case Scale::kE8M0:
+      return e8m0_decode<U>(code);
+    case Scale::kE4M3:
+      return decode_float<U>(e4m3, code);
+    case Scale::kBF16:
+      return float_from_bf16<U>(code);
+    case Scale::kFP16:
+      return float_from_half<U>(code);
+    default:
+      return code;
   }
 }
 
 // The float32 constants of a two-level recipe, each rounded once.
 struct RecipeConstants {
-  uint32_t tensor_scale;      // the stored decode multiplier (1 for single_level)
-  uint32_t amax_factor;       // nvidia: S * (1 / Q)
-  uint32_t qmax;              // torchao: Q
-  uint32_t inverse;           // torchao: 1 / tensor_scale
+  uint32_t tensor_scale;  // the stored decode multiplier (1 for single_level)
+  uint32_t amax_factor;   // nvidia: S * (1 / Q)
+  uint32_t qmax;          // torchao: Q
+  uint32_t inverse;       // torchao: 1 / tensor_scale
   bool torchao;
 };
 
@@ -364,6 +375,12 @@ PYFMT_CODEC U e4m3_from_amax(const RecipeConstants& r, U amax, U* enc) {
 
 // ---- random source ----------------------------------------------------------------------------
 
+// The product of the low halves of 64-bit lanes; a SIMD level may know better.
+template <class W>
+struct Multiply32 {
+  PYFMT_LANE W low(W a, uint64_t b) { return (a & 0xffffffffull) * b; }
+};
+
 // Philox4x32-10 with counter words c[0..3], each in the low half of a 64-bit lane.
 // Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
 template <class W>
@@ -371,7 +388,8 @@ PYFMT_CODEC void philox(uint64_t seed, W c[4]) {
   constexpr uint64_t kLow = 0xffffffffu;
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const W p0 = (c[0] & kLow) * 0xd2511f53ull, p1 = (c[2] & kLow) * 0xcd9e8d57ull;
+    const W p0 = Multiply32<W>::low(c[0], 0xd2511f53ull);
+    const W p1 = Multiply32<W>::low(c[2], 0xcd9e8d57ull);
     c[0] = (p1 >> 32) ^ c[1] ^ uint64_t(k0);
     c[1] = p1 & kLow;
     c[2] = (p0 >> 32) ^ c[3] ^ uint64_t(k1);

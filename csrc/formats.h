@@ -27,7 +27,9 @@ constexpr uint32_t kFloatInf = 0x7f800000u;
 constexpr uint32_t kFloatMax = 0x7f7fffffu;
 
 // The bits of the float32 2^e, for e from -126 to 127.
-PYFMT_HD constexpr uint32_t power_of_two_bits(int e) { return uint32_t(e + 127) << 23; }
+PYFMT_HD constexpr uint32_t power_of_two_bits(int e) {
+  return uint32_t(e + 127) << 23;
+}
 
 // One element of a block: a float ExMy in sign-magnitude codes,
 //   (-1)^s * 2^(max(e, 1) - bias) * ([e > 0] + m / 2^man),
@@ -70,9 +72,7 @@ struct ElementSpec {
     for (uint32_t rest = n; rest > 1; rest >>= 1) ++top;
     return power_of_two_bits(e + top) + ((n - (1u << top)) << (23 - top));
   }
-  PYFMT_HD constexpr uint32_t max_bits() const {
-    return scaled_bits(max_significand(), max_exp());
-  }
+  PYFMT_HD constexpr uint32_t max_bits() const { return scaled_bits(max_significand(), max_exp()); }
   // Integers with clip "full" reach one step further below zero.
   PYFMT_HD constexpr uint32_t full_min_bits() const {
     return scaled_bits(max_significand() + 1, max_exp());
@@ -109,7 +109,9 @@ struct FormatSpec {
 constexpr int scale_bytes(Scale scale) {
   return scale == Scale::kFP32 ? 4 : scale == Scale::kBF16 || scale == Scale::kFP16 ? 2 : 1;
 }
-constexpr int dtype_bytes(DType dtype) { return dtype == DType::kFP32 ? 4 : 2; }
+constexpr int dtype_bytes(DType dtype) {
+  return dtype == DType::kFP32 ? 4 : 2;
+}
 
 // The named elements as constants: elements::e2m1, elements::int8q6, ...
 namespace elements {

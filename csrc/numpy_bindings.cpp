@@ -104,7 +104,9 @@ py::dtype scale_raw_dtype(Scale scale) {
 
 using Shape = std::vector<py::ssize_t>;
 
-Shape shape_of(const py::array& a) { return Shape(a.shape(), a.shape() + a.ndim()); }
+Shape shape_of(const py::array& a) {
+  return Shape(a.shape(), a.shape() + a.ndim());
+}
 
 void expect_array(const char* what, const py::array& a, const py::dtype& dtype) {
   options::expect(a.dtype().num() == dtype.num(), what, ": expected dtype ",
@@ -222,8 +224,8 @@ py::array dequantize(const py::array& codes, const py::array& scales,
   void* out_data = out.mutable_data();
   {
     const py::gil_scoped_release release;
-    cpu::dequantize(kParallel, codes_data, scales_data, tensor_scale ? &multiplier : nullptr, f,
-                    v, out_dtype, out_data);
+    cpu::dequantize(kParallel, codes_data, scales_data, tensor_scale ? &multiplier : nullptr, f, v,
+                    out_dtype, out_data);
   }
   return out;
 }
@@ -233,8 +235,7 @@ py::array fake_quantize(const py::array& x, const std::string& dtype, const std:
                         const py::object& seed, const std::string& clip,
                         const std::optional<double>& tensor_scale) {
   const cpu::Source s = source_of(x, dtype);
-  const cpu::Options o =
-      options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  const cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   py::array out = new_array(raw_dtype(s.dtype), shape_of(x));
   void* out_data = out.mutable_data();
   {
@@ -244,8 +245,7 @@ py::array fake_quantize(const py::array& x, const std::string& dtype, const std:
   return out;
 }
 
-py::array hadamard(const py::array& x, const std::string& dtype, int64_t size,
-                   const Signs& signs) {
+py::array hadamard(const py::array& x, const std::string& dtype, int64_t size, const Signs& signs) {
   const cpu::Source s = source_of(x, dtype);
   const cpu::Rotation r = rotation_of(size, s.view.columns, signs);
   py::array out = new_array(raw_dtype(s.dtype), shape_of(x));
@@ -328,8 +328,8 @@ PYBIND11_MODULE(_native, m) {
         "recipe"_a = py::none(), "rounding"_a = "nearest", "seed"_a = py::none(),
         "clip"_a = "symmetric", "tensor_scale"_a = py::none(), "rotation"_a = 0,
         "signs"_a = py::none());
-  m.def("dequantize", &dequantize, "codes"_a, "scales"_a, "tensor_scale"_a, "format"_a,
-        "length"_a, "rows"_a, "dtype"_a);
+  m.def("dequantize", &dequantize, "codes"_a, "scales"_a, "tensor_scale"_a, "format"_a, "length"_a,
+        "rows"_a, "dtype"_a);
   m.def("fake_quantize", &fake_quantize, "x"_a, "dtype"_a, "format"_a, "scale_rule"_a = py::none(),
         "recipe"_a = py::none(), "rounding"_a = "nearest", "seed"_a = py::none(),
         "clip"_a = "symmetric", "tensor_scale"_a = py::none());

@@ -14,11 +14,21 @@
 namespace pyfmt {
 namespace options {
 
-inline void append(std::string& out, const char* s) { out += s; }
-inline void append(std::string& out, std::string_view s) { out += s; }
-inline void append(std::string& out, const std::string& s) { out += s; }
-inline void append(std::string& out, int64_t n) { out += std::to_string(n); }
-inline void append(std::string& out, int n) { out += std::to_string(n); }
+inline void append(std::string& out, const char* s) {
+  out += s;
+}
+inline void append(std::string& out, std::string_view s) {
+  out += s;
+}
+inline void append(std::string& out, const std::string& s) {
+  out += s;
+}
+inline void append(std::string& out, int64_t n) {
+  out += std::to_string(n);
+}
+inline void append(std::string& out, int n) {
+  out += std::to_string(n);
+}
 inline void append(std::string& out, float f) {
   char text[32];
   std::snprintf(text, sizeof text, "%g", double(f));
@@ -64,8 +74,8 @@ inline cpu::Options quantize(std::string_view format, std::optional<std::string_
     expect(o.format.tensor_scale || o.recipe == Recipe::kSingleLevel, "recipe: ", format,
            " has no tensor scale, so it takes single_level only, got '", *recipe, "'");
   }
-  o.stochastic = parse::one_of<Rounding>("rounding", rounding, parse::kRoundings) ==
-                 Rounding::kStochastic;
+  o.stochastic =
+      parse::one_of<Rounding>("rounding", rounding, parse::kRoundings) == Rounding::kStochastic;
   expect(!o.stochastic || seed.has_value(),
          "seed: stochastic rounding needs one; pass seed=<int of 64 bits>");
   o.seed = uint64_t(seed.value_or(0));
@@ -75,8 +85,7 @@ inline cpu::Options quantize(std::string_view format, std::optional<std::string_
 
 // A caller's tensor scale.
 inline void set_tensor_scale(cpu::Options& o, float value) {
-  expect(o.has_tensor_scale(),
-         "tensor_scale: this format or recipe has none; leave it out");
+  expect(o.has_tensor_scale(), "tensor_scale: this format or recipe has none; leave it out");
   expect(std::isfinite(value) && value > 0.0f,
          "tensor_scale: expected a positive finite number, got ", value,
          "; it is the decode multiplier, for example amax / (448 * 6)");
@@ -93,8 +102,8 @@ inline cpu::Rotation rotation(int64_t size, int64_t length, const float* signs,
   cpu::Rotation r;
   r.size = int(size);
   if (signs) {
-    expect(signs_length == size || signs_length == length, "signs: expected ", size, " or ",
-           length, " values of +1 and -1, got ", signs_length);
+    expect(signs_length == size || signs_length == length, "signs: expected ", size, " or ", length,
+           " values of +1 and -1, got ", signs_length);
     // An empty axis has signs of length 0, which nothing reads.
     r.signs = signs_length > 0 ? signs : nullptr;
     r.signs_length = signs_length;

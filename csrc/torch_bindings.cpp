@@ -41,28 +41,43 @@ const cpu::ParallelFor kParallel{run_torch, nullptr};
 
 const char* name_of(ScalarType t) {
   switch (t) {
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::BFloat16:
+      return "bfloat16";
     case ScalarType::ComplexHalf:
     case ScalarType::ComplexFloat:
-    case ScalarType::ComplexDouble: return "complex";
-    default: return "another dtype";
+    case ScalarType::ComplexDouble:
+      return "complex";
+    default:
+      return "another dtype";
   }
 }
 
 DType dtype_of(const char* what, ScalarType t) {
   switch (t) {
-    case ScalarType::BFloat16: return DType::kBF16;
-    case ScalarType::Half: return DType::kFP16;
-    case ScalarType::Float: return DType::kFP32;
+    case ScalarType::BFloat16:
+      return DType::kBF16;
+    case ScalarType::Half:
+      return DType::kFP16;
+    case ScalarType::Float:
+      return DType::kFP32;
     default:
       options::fail(what, ": expected dtype bfloat16, float16 or float32, got ", name_of(t),
                     "; convert it to float32 first");
@@ -91,9 +106,9 @@ Tensor new_tensor(const Shape& shape, ScalarType type) {
     count *= shape[i] > 0 ? shape[i] : 1;
   }
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(shape.size()), shape.data(), strides.data(), shim_dtype(type),
-      aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
+                                                         strides.data(), shim_dtype(type),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor t(handle);
   const size_t bytes = size_t(count) * aoti_torch_dtype_element_size(shim_dtype(type));
   if (bytes >= cpu::kHugePageBytes) cpu::prefer_huge_pages(t.mutable_data_ptr(), bytes);
@@ -164,8 +179,7 @@ struct Rows {
   int64_t axis, last;
   cpu::Source source;
 
-  Rows(const Tensor& x, int64_t asked)
-      : axis(options::axis(asked, x.dim())), last(x.dim() - 1) {
+  Rows(const Tensor& x, int64_t asked) : axis(options::axis(asked, x.dim())), last(x.dim() - 1) {
     source.dtype = dtype_of("x", x.scalar_type());
     tensor = move_axis(x, axis, last);
     shape = shape_of(tensor);
@@ -213,10 +227,11 @@ void expect_bytes(const char* what, const Tensor& t) {
 
 // ---- the verbs --------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> quantize(
-    Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe, std::string rounding,
-    std::optional<int64_t> seed, std::string clip, std::optional<Tensor> tensor_scale,
-    int64_t rotation, std::optional<Tensor> signs) {
+std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
+                                            Text scale_rule, Text recipe, std::string rounding,
+                                            std::optional<int64_t> seed, std::string clip,
+                                            std::optional<Tensor> tensor_scale, int64_t rotation,
+                                            std::optional<Tensor> signs) {
   cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   const Rows rows(x, axis);
   if (rotation) o.rotation = rotation_of(rotation, rows.source.view.columns, signs);
@@ -234,8 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(
 Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
                      std::string rounding, std::optional<int64_t> seed, std::string clip,
                      std::optional<Tensor> tensor_scale) {
-  const cpu::Options o =
-      options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  const cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   const Rows rows(x, axis);
   Tensor out = rows.new_like();
   cpu::fake_quantize(kParallel, rows.source, o, out.mutable_data_ptr());
@@ -294,8 +308,8 @@ Tensor pack(Tensor codes, int64_t bits) {
   const int64_t length = shape.back(), bytes = (length * bits + 7) / 8;
   Tensor out = new_tensor(with_last(shape, bytes), ScalarType::Byte);
   const cpu::View v = view_of(shape);
-  cpu::pack(kParallel, static_cast<const uint8_t*>(in.const_data_ptr()), v.batches * v.rows,
-            length, int(bits), static_cast<uint8_t*>(out.mutable_data_ptr()), bytes);
+  cpu::pack(kParallel, static_cast<const uint8_t*>(in.const_data_ptr()), v.batches * v.rows, length,
+            int(bits), static_cast<uint8_t*>(out.mutable_data_ptr()), bytes);
   return out;
 }
 
@@ -332,9 +346,13 @@ Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
 
 // ---- the instruction-set level, for tests and reports ------------------------------------------
 
-std::string cpu_level() { return cpu::level(); }
+std::string cpu_level() {
+  return cpu::level();
+}
 
-std::string cpu_levels() { return cpu::levels(); }
+std::string cpu_levels() {
+  return cpu::levels();
+}
 
 void set_cpu_level(std::string level) {
   options::expect(cpu::set_level(level.c_str()), "level: this processor has ", cpu::levels(),

@@ -51,9 +51,7 @@ struct Options {
   float given = 1.0f;
   Rotation rotation;
 
-  bool has_tensor_scale() const {
-    return format.tensor_scale && recipe != Recipe::kSingleLevel;
-  }
+  bool has_tensor_scale() const { return format.tensor_scale && recipe != Recipe::kSingleLevel; }
 };
 
 // codes: (batches * rows, row_bytes); scales: (batches * ceil(rows / block_rows), blocks);
@@ -81,8 +79,8 @@ void block_amax(const ParallelFor&, const Source&, int64_t block, float* out);
 // codes: (rows, length), one a byte; packed: (rows, stride) bytes, ceil(length * bits / 8) used.
 void pack(const ParallelFor&, const uint8_t* codes, int64_t rows, int64_t length, int bits,
           uint8_t* packed, int64_t stride);
-void unpack(const ParallelFor&, const uint8_t* packed, int64_t rows, int64_t stride,
-            int64_t length, int bits, uint8_t* codes);
+void unpack(const ParallelFor&, const uint8_t* packed, int64_t rows, int64_t stride, int64_t length,
+            int bits, uint8_t* codes);
 
 // Ask for huge pages under a large output that nobody has touched yet: faulting it in by small
 // pages costs several times what the kernels do.

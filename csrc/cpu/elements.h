@@ -7,6 +7,62 @@
 namespace pyfmt {
 namespace PYFMT_ISA {
 
+#if PYFMT_AVX512
+// The float codec of AVX-512: a table in a register holds the rounding base of each exponent, for
+// elements of at most 16 exponents.
+struct TableFloat {
+  alignas(64) uint32_t base[16];
+
+  PYFMT_HD constexpr explicit TableFloat(const codec::FloatCodec& c) : base{} {
+    const uint32_t low = (c.emin_bits >> 23) - 1;
+    for (uint32_t field = low; field < low + 16; ++field) {
+      uint32_t exponent = field << 23;
+      if (exponent < c.emin_bits) exponent = c.emin_bits;
+      base[field & 15] = exponent + (exponent >> c.shift) + c.magic;
+    }
+  }
+  static constexpr bool serves(const ElementSpec& e) {
+    return e.is_signed && e.emax() - e.emin() < 15;
+  }
+  PYFMT_INLINE U encode(const codec::FloatCodec& c, __m512i table, U y) {
+    const __m512 max = _mm512_castsi512_ps((__m512i)broadcast(c.max_bits));
+    // The smaller magnitude, positive.
+    const __m512 mag = _mm512_range_ps((__m512)y, max, 0b1010);
+    const U bounded = max_u((U)mag, broadcast(c.emin_bits - (1u << 23)));
+    const __m512i base = _mm512_permutexvar_epi32((__m512i)(bounded >> 23), table);
+    const U sum = (U)(F)_mm512_add_ps(mag, _mm512_castsi512_ps(base));
+    return select_bits(c.magnitude_mask, sum, y >> c.sign_shift);
+  }
+};
+#endif
+
+// The values of 16 codes, looked up lane by lane where the level can.
+#if PYFMT_AVX512 || PYFMT_AVX2
+constexpr bool kHasLookup = true;
+#else
+constexpr bool kHasLookup = false;
+#endif
+struct Lookup {
+#if PYFMT_AVX512
+  __m512 values;
+  PYFMT_HD explicit Lookup(const uint32_t* v) : values(_mm512_loadu_ps(v)) {}
+  // Only the low four bits of an index count.
+  PYFMT_HD F operator[](U code) const { return (F)_mm512_permutexvar_ps((__m512i)code, values); }
+#elif PYFMT_AVX2
+  __m256 low, high;
+  PYFMT_HD explicit Lookup(const uint32_t* v)
+      : low(_mm256_loadu_ps((const float*)v)), high(_mm256_loadu_ps((const float*)v + 8)) {}
+  PYFMT_HD F operator[](U code) const {
+    const __m256i i = (__m256i)code;
+    return (F)_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i),
+                               (__m256)(code << 28));
+  }
+#else
+  PYFMT_HD explicit Lookup(const uint32_t*) {}
+  PYFMT_HD F operator[](U code) const { return (F)code; }
+#endif
+};
+
 // Any float element, its constants in registers.
 struct AnyFloat {
   PYFMT_INLINE codec::FloatCodec make(const ElementSpec& e, bool) { return codec::FloatCodec(e); }
@@ -22,12 +78,27 @@ struct AnyFloat {
 // A float element of the format table: its constants fold into the instructions.
 template <class Element>
 struct StaticFloat {
-  PYFMT_INLINE int make(const ElementSpec&, bool) { return 0; }
-  PYFMT_INLINE U encode(int, U y) {
+#if PYFMT_AVX512
+  struct Table {
+    __m512i base;
+  };
+  PYFMT_INLINE Table make(const ElementSpec&, bool) {
+    constexpr TableFloat table{codec::FloatCodec(Element::spec)};
+    return {_mm512_load_si512(table.base)};
+  }
+#else
+  struct Table {};
+  PYFMT_INLINE Table make(const ElementSpec&, bool) { return {}; }
+#endif
+  PYFMT_INLINE U encode(const Table& t, U y) {
     constexpr codec::FloatCodec c(Element::spec);
+#if PYFMT_AVX512
+    if constexpr (TableFloat::serves(Element::spec)) return TableFloat::encode(c, t.base, y);
+#endif
+    (void)t;
     return codec::encode_float<U>(c, y);
   }
-  PYFMT_INLINE U decode(int, U code) {
+  PYFMT_INLINE U decode(const Table&, U code) {
     constexpr codec::FloatCodec c(Element::spec);
     return codec::decode_float<U>(c, code);
   }
@@ -43,6 +114,18 @@ struct AnyInt {
     return codec::encode_int_stochastic<U>(c, y, random);
   }
   PYFMT_INLINE U decode(const codec::IntCodec& c, U code) { return codec::decode_int<U>(c, code); }
+};
+
+// A signed integer with equal limits on both sides.
+struct SymmetricInt : AnyInt {
+#if PYFMT_AVX512
+  PYFMT_INLINE U encode(const codec::IntCodec& c, U y) {
+    const F v = (F)y * (F)broadcast(c.steps_per_one);
+    // The smaller magnitude with y's sign; then as in codec::encode_int.
+    const F clamped = (F)_mm512_range_ps((__m512)v, (__m512)broadcast(c.positive_limit), 0b0010);
+    return (U)(clamped + 12582912.0f) & c.mask;
+  }
+#endif
 };
 
 template <class Element, Kind kKind>

@@ -4,8 +4,8 @@
 #include "system.h"
 
 #if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,bmi,bmi2"))),  \
+#pragma clang attribute push(                                                        \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512cd,bmi,bmi2"))), \
     apply_to = function)
 #else
 #pragma GCC push_options

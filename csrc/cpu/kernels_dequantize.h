@@ -2,19 +2,91 @@
 // Codes to values: element times block scale, times tensor scale, rounded once to the dtype.
 #pragma once
 
-#include "elements.h"
 #include "kernels_layout.h"
+#include "pairs.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
 
 struct DecodeRow {
-  const uint8_t* codes = nullptr;  // one a byte, readable up to a multiple of 16
+  const uint8_t* codes = nullptr;  // one a byte, readable up to a multiple of 16; or two a byte
+  bool nibbles = false;
   int64_t n = 0;
   void* out = nullptr;
   bool has_tensor_scale = false;
   uint32_t tensor_scale = 0x3f800000u;
+  bool exact = false;  // the products are bfloat16 already
 };
+
+// ---- bfloat16 by pairs ------------------------------------------------------------------------
+
+template <class Element, class Codec>
+struct Arithmetic {
+  Codec c;
+  PYFMT_HD F operator[](U code) const { return (F)Element::decode(c, code); }
+};
+
+template <class Values, bool kMixed, bool kNibbles, bool kTensorScale, bool kExact>
+PYFMT_INLINE void decode_pairs_as(const Values& values, const DecodeRow& d, const Multipliers& m) {
+  const uint32_t* const scales = m.values;
+  const uint8_t* const codes = d.codes;
+  void* const out = d.out;
+  const int shift = m.shift;
+  const int64_t n = d.n;
+  const F tensor_scale = (F)broadcast(d.tensor_scale);
+  for (int64_t i = 0; i < n; i += kPairs) {
+    const Group scale = pair_multipliers<kMixed>(scales, shift, i / kGroup);
+    const Group g = kNibbles ? load_u8(codes + i / 2) : load_u16(codes + i);
+    Pairs p;
+    for (int k = 0; k < kVectors; ++k) {
+      F even = values[kNibbles ? g.v[k] & 0xfu : g.v[k] & 0xffu] * (F)scale.v[k];
+      F odd = values[g.v[k] >> (kNibbles ? 4 : 8)] * (F)scale.v[k];
+      if (kTensorScale) {
+        even = even * tensor_scale;
+        odd = odd * tensor_scale;
+      }
+      p.even.v[k] = (U)even;
+      p.odd.v[k] = (U)odd;
+    }
+    store_bf16_pairs(out, i, p, !kExact);
+  }
+}
+
+template <class Values, bool kNibbles>
+PYFMT_INLINE void decode_pairs(const Values& values, const DecodeRow& d, const Multipliers& m) {
+  if (d.exact) {
+    return m.shift ? decode_pairs_as<Values, false, kNibbles, false, true>(values, d, m)
+                   : decode_pairs_as<Values, true, kNibbles, false, true>(values, d, m);
+  }
+  if (d.has_tensor_scale) {
+    return m.shift ? decode_pairs_as<Values, false, kNibbles, true, false>(values, d, m)
+                   : decode_pairs_as<Values, true, kNibbles, true, false>(values, d, m);
+  }
+  return m.shift ? decode_pairs_as<Values, false, kNibbles, false, false>(values, d, m)
+                 : decode_pairs_as<Values, true, kNibbles, false, false>(values, d, m);
+}
+
+// Whole pairs to bfloat16, where no NaN can arise but from a NaN scale.
+template <class Element>
+static void decode_tame(const ElementSpec& spec, const DecodeRow& d, const Multipliers& m) {
+  const auto c = Element::make(spec, false);
+  const Arithmetic<Element, decltype(Element::make(spec, false))> values{c};
+  if (!d.nibbles) return decode_pairs<decltype(values), false>(values, d, m);
+  if constexpr (kHasLookup) {
+    uint32_t table[16];
+    Group codes;
+    for (int k = 0; k < kVectors; ++k) {
+      for (int i = 0; i < kLanes; ++i) codes.v[k][i] = uint32_t(k * kLanes + i);
+      codes.v[k] = (U)values[codes.v[k]];
+    }
+    store_u32(table, codes);
+    const Lookup lookup(table);
+    return decode_pairs<Lookup, true>(lookup, d, m);
+  }
+  decode_pairs<decltype(values), true>(values, d, m);
+}
+
+// ---- any dtype, by groups ---------------------------------------------------------------------
 
 // The values of elements i to i + 15. kEach: a multiplier for every element.
 template <class Element, class Codec, bool kEach, bool kTensorScale>
@@ -48,6 +120,10 @@ static void decode_groups(const ElementSpec& spec, const DecodeRow& d, const Mul
 
 using DecodeFn = void (*)(const ElementSpec&, const DecodeRow&, const Multipliers&);
 
+struct Decoders {
+  DecodeFn groups, pairs;
+};
+
 template <class Element, DType kDType>
 static DecodeFn decoder_for(bool each, bool tensor_scale) {
   if (each) return decode_groups<Element, kDType, true, true>;
@@ -56,37 +132,62 @@ static DecodeFn decoder_for(bool each, bool tensor_scale) {
 }
 
 template <class Element>
-static DecodeFn decoder_of(DType dtype, bool each, bool tensor_scale) {
-  return dtype == DType::kBF16   ? decoder_for<Element, DType::kBF16>(each, tensor_scale)
-         : dtype == DType::kFP16 ? decoder_for<Element, DType::kFP16>(each, tensor_scale)
-                                 : decoder_for<Element, DType::kFP32>(each, tensor_scale);
+static Decoders decoders_of(DType dtype, bool each, bool tensor_scale) {
+  const DecodeFn groups =
+      dtype == DType::kBF16   ? decoder_for<Element, DType::kBF16>(each, tensor_scale)
+      : dtype == DType::kFP16 ? decoder_for<Element, DType::kFP16>(each, tensor_scale)
+                              : decoder_for<Element, DType::kFP32>(each, tensor_scale);
+  return {groups, dtype == DType::kBF16 && !each ? decode_tame<Element> : nullptr};
 }
 
-static DecodeFn find_decoder(const ElementSpec& e, DType dtype, bool each, bool tensor_scale) {
-#define PYFMT_ELEMENT(id, name, kind, exp, man, bias, frac, is_signed, special)               \
-  if (e == elements::id) {                                                                    \
-    return decoder_of<Choose<id##_element, Kind::kind>::type>(dtype, each, tensor_scale);     \
+static Decoders find_decoders(const ElementSpec& e, DType dtype, bool each, bool tensor_scale) {
+#define PYFMT_ELEMENT(id, name, kind, exp, man, bias, frac, is_signed, special)            \
+  if (e == elements::id) {                                                                 \
+    return decoders_of<Choose<id##_element, Kind::kind>::type>(dtype, each, tensor_scale); \
   }
 #include "../formats.inc"
-  return e.is_int() ? decoder_of<AnyInt>(dtype, each, tensor_scale)
-                    : decoder_of<AnyFloat>(dtype, each, tensor_scale);
+  return e.is_int() ? decoders_of<AnyInt>(dtype, each, tensor_scale)
+                    : decoders_of<AnyFloat>(dtype, each, tensor_scale);
 }
 
 // Decodes rows of one tensor, block scales given as float32 bits.
 class Decoder {
  public:
-  PYFMT_HD Decoder(const ElementSpec& e, DType dtype, int64_t block, bool tensor_scale)
+  PYFMT_HD Decoder(const ElementSpec& e, Scale scale, DType dtype, int64_t block,
+                   const float* tensor_scale)
       : element_(e),
         block_(block),
         each_(block % kGroup != 0),
-        decode_(find_decoder(e, dtype, each_, tensor_scale)) {}
+        decode_(find_decoders(e, dtype, each_, tensor_scale != nullptr)) {
+    const float t = tensor_scale ? *tensor_scale : 1.0f;
+    const bool bounded = t > 0.0f && t <= 0x1p127f;
+    // E8M0 is never zero or infinite; other scales may be, and infinity times zero is a NaN.
+    const bool number = e.special != Special::kIeee || scale == Scale::kE8M0;
+    if (!number || !bounded) decode_.pairs = nullptr;
+    float_scales_ = scale != Scale::kE8M0 && scale != Scale::kE4M3;
+    // k * 2^step with |k| below 2^8 is a bfloat16 while step is no less than -133.
+    exact_ = scale == Scale::kE8M0 && !tensor_scale;
+    const int lowest = -133 - e.step_exp();
+    exact_ &= lowest <= 127;
+    exact_from_ = lowest < -126 ? 0x00400000u : power_of_two_bits(lowest <= 127 ? lowest : 127);
+  }
+
+  // Whether a row with these scales may come as nibbles.
+  PYFMT_HD bool takes_nibbles(int64_t n, const uint32_t* scales, int64_t blocks) const {
+    return decode_.pairs && n % kPairs == 0 && element_.bits() == 4 && tame(scales, blocks);
+  }
 
   // The row's first element lies `phase` elements into the block of scales[0]; `room` holds
   // round_up(n, 16) words.
-  PYFMT_HD void run(const DecodeRow& d, const uint32_t* scales, int64_t phase,
-                    uint32_t* room) const {
+  PYFMT_HD void run(DecodeRow d, const uint32_t* scales, int64_t phase, uint32_t* room) const {
     if (!each_) {
-      return decode_(element_, d, group_multipliers(scales, phase, block_, d.n, room));
+      const Multipliers m = group_multipliers(scales, phase, block_, d.n, room);
+      const int64_t blocks = (phase + d.n + block_ - 1) / block_;
+      const bool pairs = decode_.pairs && d.n % kPairs == 0 && tame(scales, blocks);
+      if (!pairs) return decode_.groups(element_, d, m);
+      d.exact = exact_;
+      for (int64_t b = 0; b < blocks; ++b) d.exact &= scales[b] >= exact_from_;
+      return decode_.pairs(element_, d, m);
     }
     for (int64_t i = 0; i < d.n; ++scales) {
       const int64_t end = i + block_ - phase < d.n ? i + block_ - phase : d.n;
@@ -94,14 +195,24 @@ class Decoder {
       for (; i < end; ++i) room[i] = *scales;
     }
     for (int64_t i = d.n; i < round_up(d.n, kGroup); ++i) room[i] = 0;
-    decode_(element_, d, Multipliers{room, 0});
+    decode_.groups(element_, d, Multipliers{room, 0});
   }
 
  private:
+  // No scale that a caller may have made up: infinite, or a NaN but the canonical one.
+  PYFMT_HD bool tame(const uint32_t* scales, int64_t blocks) const {
+    bool wild = false;
+    for (int64_t b = 0; float_scales_ && b < blocks; ++b) {
+      wild |= scales[b] > kFloatMax && scales[b] != kFloatNaN;
+    }
+    return !wild;
+  }
+
   ElementSpec element_;
   int64_t block_;
-  bool each_;
-  DecodeFn decode_;
+  bool each_, exact_, float_scales_;
+  Decoders decode_;
+  uint32_t exact_from_;
 };
 
 // Scale codes to float32 bits.
@@ -125,11 +236,16 @@ PYFMT_INLINE void decode_scales_as(const void* scales, int64_t n, uint32_t* out)
 
 static void decode_scales(Scale kind, const void* scales, int64_t n, uint32_t* out) {
   switch (kind) {
-    case Scale::kE8M0: return decode_scales_as<Scale::kE8M0>(scales, n, out);
-    case Scale::kE4M3: return decode_scales_as<Scale::kE4M3>(scales, n, out);
-    case Scale::kBF16: return decode_scales_as<Scale::kBF16>(scales, n, out);
-    case Scale::kFP16: return decode_scales_as<Scale::kFP16>(scales, n, out);
-    default: return decode_scales_as<Scale::kFP32>(scales, n, out);
+    case Scale::kE8M0:
+      return decode_scales_as<Scale::kE8M0>(scales, n, out);
+    case Scale::kE4M3:
+      return decode_scales_as<Scale::kE4M3>(scales, n, out);
+    case Scale::kBF16:
+      return decode_scales_as<Scale::kBF16>(scales, n, out);
+    case Scale::kFP16:
+      return decode_scales_as<Scale::kFP16>(scales, n, out);
+    default:
+      return decode_scales_as<Scale::kFP32>(scales, n, out);
   }
 }
 
@@ -143,7 +259,8 @@ static void dequantize(const cpu::DequantizeArgs& a, int64_t begin, int64_t end)
   uint32_t* room = scratch.take<uint32_t>(width);
   uint32_t* scales = scratch.take<uint32_t>(most_blocks);
   uint8_t* unpacked = scratch.take<uint8_t>(width);
-  const Decoder decoder(a.element, a.dtype, t.block_columns, a.has_tensor_scale);
+  const Decoder decoder(a.element, a.scale, a.dtype, t.block_columns,
+                        a.has_tensor_scale ? &a.tensor_scale : nullptr);
   DecodeRow d;
   d.has_tensor_scale = a.has_tensor_scale;
   d.tensor_scale = codec::Lane<uint32_t>::as_uint(a.tensor_scale);
@@ -158,7 +275,8 @@ static void dequantize(const cpu::DequantizeArgs& a, int64_t begin, int64_t end)
       const int64_t row = tile.row + r, offset = tile.column * bits / 8;
       const uint8_t* packed = a.codes + row * a.row_bytes + offset;
       d.codes = packed;
-      if (bits != 8 || tile.width % kGroup) {
+      d.nibbles = decoder.takes_nibbles(tile.width, scales, blocks);
+      if (!d.nibbles && (bits != 8 || tile.width % kGroup)) {
         unpack_row(packed, a.row_bytes - offset, tile.width, bits, unpacked);
         d.codes = unpacked;
       }

@@ -5,6 +5,7 @@
 
 #include "kernels_amax.h"
 #include "kernels_dequantize.h"
+#include "kernels_encode.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
@@ -14,131 +15,124 @@ using cpu::ScaleArgs;
 
 // ---- scales -----------------------------------------------------------------------------------
 
-template <class T>
-PYFMT_INLINE void store_narrow(void* scales, int64_t i, U codes, int64_t count) {
-  if (count == kLanes) {
-    store((T*)scales + i,
-          __builtin_convertvector(codes, typename Narrow<int(sizeof(T))>::V));
-    return;
+// The facts of a format that turn block amax into scales.
+struct ScaleConstants {
+  uint32_t addend;
+  int emax;
+  F qmax;
+  const codec::RecipeConstants& recipe;
+
+  PYFMT_HD explicit ScaleConstants(const QuantizeArgs& q)
+      : addend(codec::e8m0_addend(q.rule, q.element)),
+        emax(q.element.emax()),
+        qmax((F)broadcast(q.element.max_bits())),
+        recipe(q.recipe) {}
+};
+
+// kLanes blocks: scale codes, multipliers for encoding, and scales as float32.
+template <Scale kScale>
+PYFMT_INLINE U scales_of(const ScaleConstants& c, U amax, U* encode, U* decode) {
+  U code;
+  if constexpr (kScale == Scale::kE8M0) {
+    code = codec::e8m0_from_amax<U>(amax, c.addend, c.emax);
+    *encode = codec::e8m0_encode_multiplier<U>(code);
+  } else if constexpr (kScale == Scale::kE4M3) {
+    code = codec::e4m3_from_amax<U>(c.recipe, amax, encode);
+  } else {
+    code = codec::round_scale<U>(kScale, (U)((F)amax / c.qmax));
+    *encode = codec::reciprocal<U>((F)codec::decode_scale<U>(kScale, code), code);
   }
-  for (int64_t k = 0; k < count; ++k) ((T*)scales)[i + k] = T(codes[k]);
+  // A block holding NaN or infinity: NaN scale, and a NaN multiplier as its mark.
+  const auto poisoned = (I)amax >= int32_t(kFloatInf);
+  code = poisoned ? broadcast(codec::scale_nan(kScale)) : code;
+  *encode = poisoned ? broadcast(kFloatNaN) : *encode;
+  *decode = codec::decode_scale<U>(kScale, code);
+  return code;
 }
 
+template <int kBytes>
+PYFMT_INLINE void store_codes(void* p, U codes) {
+  if constexpr (kBytes == 4) {
+    store<U>(p, codes);
+  } else {
+    store(p, __builtin_convertvector(codes, typename Narrow<kBytes>::V));
+  }
+}
+
+// Returns whether a block was not finite.
 template <Scale kScale>
-PYFMT_INLINE void scale_blocks_as(const ScaleArgs& a) {
-  const QuantizeArgs& q = *a.quantize;
-  const uint32_t addend = codec::e8m0_addend(q.rule, q.element);
-  const int emax = q.element.emax();
-  const F qmax = (F)broadcast(q.element.max_bits());
-  for (int64_t i = 0; i < a.count; i += kLanes) {
-    const int64_t count = a.count - i < kLanes ? a.count - i : kLanes;
+PYFMT_INLINE bool scale_blocks_as(const ScaleArgs& a) {
+  constexpr int kBytes = scale_bytes(kScale);
+  const ScaleConstants c(*a.quantize);
+  char* const scales = (char*)a.scales;
+  uint32_t *const encodes = a.encode, *const decodes = a.decode;
+  U largest{}, encode, decode;
+  int64_t i = 0;
+  for (; i + kLanes <= a.count; i += kLanes) {
+    const U amax = load<U>(a.amax + i);
+    const U code = scales_of<kScale>(c, amax, &encode, &decode);
+    largest = max_u(largest, amax);
+    store<U>(encodes + i, encode);
+    if (decodes) store<U>(decodes + i, decode);
+    if (scales) store_codes<kBytes>(scales + i * kBytes, code);
+  }
+  if (i < a.count) {
+    const size_t rest = size_t(a.count - i);
     U amax{};
-    memcpy(&amax, a.amax + i, size_t(count) * 4);
-    U code, encode;
-    if constexpr (kScale == Scale::kE8M0) {
-      code = codec::e8m0_from_amax<U>(amax, addend, emax);
-      encode = codec::e8m0_encode_multiplier<U>(code);
-    } else if constexpr (kScale == Scale::kE4M3) {
-      code = codec::e4m3_from_amax<U>(q.recipe, amax, &encode);
-    } else {
-      code = codec::round_scale<U>(kScale, (U)((F)amax / qmax));
-      encode = codec::reciprocal<U>((F)codec::decode_scale<U>(kScale, code), code);
-    }
-    // A block holding NaN or infinity: NaN scale, and a NaN multiplier as its mark.
-    const auto poisoned = (I)amax >= int32_t(kFloatInf);
-    code = poisoned ? broadcast(codec::scale_nan(kScale)) : code;
-    encode = poisoned ? broadcast(kFloatNaN) : encode;
-    memcpy(a.encode + i, &encode, size_t(count) * 4);
-    if (a.decode) {
-      const U decode = codec::decode_scale<U>(kScale, code);
-      memcpy(a.decode + i, &decode, size_t(count) * 4);
-    }
-    if (!a.scales) continue;
-    if constexpr (kScale == Scale::kFP32) {
-      memcpy((uint32_t*)a.scales + i, &code, size_t(count) * 4);
-    } else if constexpr (scale_bytes(kScale) == 2) {
-      store_narrow<uint16_t>(a.scales, i, code, count);
-    } else {
-      store_narrow<uint8_t>(a.scales, i, code, count);
-    }
+    memcpy(&amax, a.amax + i, rest * 4);
+    const U code = scales_of<kScale>(c, amax, &encode, &decode);
+    largest = max_u(largest, amax);
+    memcpy(encodes + i, &encode, rest * 4);
+    if (decodes) memcpy(decodes + i, &decode, rest * 4);
+    alignas(64) char narrow[4 * kLanes];
+    store_codes<kBytes>(narrow, code);
+    if (scales) memcpy(scales + i * kBytes, narrow, rest * kBytes);
+  }
+  uint32_t most = 0;
+  for (int k = 0; k < kLanes; ++k) most = largest[k] > most ? largest[k] : most;
+  return most >= kFloatInf;
+}
+
+static bool scale_tile(const ScaleArgs& a) {
+  switch (a.quantize->scale) {
+    case Scale::kE8M0:
+      return scale_blocks_as<Scale::kE8M0>(a);
+    case Scale::kE4M3:
+      return scale_blocks_as<Scale::kE4M3>(a);
+    case Scale::kBF16:
+      return scale_blocks_as<Scale::kBF16>(a);
+    case Scale::kFP16:
+      return scale_blocks_as<Scale::kFP16>(a);
+    default:
+      return scale_blocks_as<Scale::kFP32>(a);
   }
 }
 
 static void scale_blocks(const ScaleArgs& a) {
   GradualUnderflow guard;
-  switch (a.quantize->scale) {
-    case Scale::kE8M0: return scale_blocks_as<Scale::kE8M0>(a);
-    case Scale::kE4M3: return scale_blocks_as<Scale::kE4M3>(a);
-    case Scale::kBF16: return scale_blocks_as<Scale::kBF16>(a);
-    case Scale::kFP16: return scale_blocks_as<Scale::kFP16>(a);
-    default: return scale_blocks_as<Scale::kFP32>(a);
-  }
+  scale_tile(a);
 }
 
 // ---- codes ------------------------------------------------------------------------------------
-
-// n elements (a multiple of 16) times the multiplier of their group, to one code a byte.
-using EncodeFn = void (*)(const ElementSpec&, bool full, const void* x, int64_t n,
-                          const Multipliers&, uint8_t* codes);
-
-template <class Element, DType kDType>
-static void encode_row(const ElementSpec& spec, bool full, const void* x, int64_t n,
-                       const Multipliers& m, uint8_t* codes) {
-  const auto c = Element::make(spec, full);
-  for (int64_t i = 0; i < n; i += kGroup) {
-    const F multiplier = (F)broadcast(m.of_group(i / kGroup));
-    Group g = load_as<kDType>(x, i);
-    for (int k = 0; k < kVectors; ++k) {
-      g.v[k] = Element::encode(c, (U)((F)g.v[k] * multiplier));
-    }
-    store_u8(codes + i, g);
-  }
-}
-
-template <class Element>
-static EncodeFn encoder_of(DType dtype) {
-  return dtype == DType::kBF16   ? encode_row<Element, DType::kBF16>
-         : dtype == DType::kFP16 ? encode_row<Element, DType::kFP16>
-                                 : encode_row<Element, DType::kFP32>;
-}
-
-static EncodeFn find_encoder(const ElementSpec& e, DType dtype) {
-#define PYFMT_ELEMENT(id, name, kind, exp, man, bias, frac, is_signed, special) \
-  if (e == elements::id) return encoder_of<Choose<id##_element, Kind::kind>::type>(dtype);
-#include "../formats.inc"
-  return e.is_int() ? encoder_of<AnyInt>(dtype) : encoder_of<AnyFloat>(dtype);
-}
-
-// Scaled float32 values and their random numbers to codes.
-template <class Element>
-static void encode_stochastic_row(const ElementSpec& spec, bool full, const uint32_t* y,
-                                  const uint32_t* random, int64_t n, uint8_t* codes) {
-  const auto c = Element::make(spec, full);
-  for (int64_t i = 0; i < n; i += kGroup) {
-    Group g = load_u32(y + i);
-    const Group r = load_u32(random + i);
-    for (int k = 0; k < kVectors; ++k) {
-      g.v[k] = Element::encode_stochastic(c, g.v[k], r.v[k]);
-    }
-    store_u8(codes + i, g);
-  }
-}
 
 // out[i] = the 24 random bits of flat index first + i; room for n + 2 * kLanes + 4 needed.
 // Returns where index `first` lies.
 static const uint32_t* random_row(uint64_t seed, int64_t first, int64_t n, uint32_t* out) {
   constexpr int kCounters = kLanes / 2;
   const uint64_t begin = uint64_t(first) / 4, end = (uint64_t(first) + uint64_t(n) + 3) / 4;
+  W steps;
+  for (int k = 0; k < kCounters; ++k) steps[k] = uint64_t(k);
   for (uint64_t counter = begin; counter < end; counter += kCounters) {
-    uint64_t first_word[kCounters];
-    for (int k = 0; k < kCounters; ++k) first_word[k] = counter + uint64_t(k);
-    const W counters = load<W>(first_word);
+    const W counters = steps + counter;
     W c[4] = {counters, counters >> 32, W{}, W{}};
     codec::philox<W>(seed, c);
+    // Words 0 and 1 of each counter, words 2 and 3, then both in turn.
+    const W low = c[0] >> 8 | c[1] >> 8 << 32, high = c[2] >> 8 | c[3] >> 8 << 32;
+    W first_half, second_half;
+    interleave(low, high, &first_half, &second_half);
     uint32_t* p = out + (counter - begin) * 4;
-    for (int k = 0; k < kCounters; ++k) {
-      for (int lane = 0; lane < 4; ++lane) p[4 * k + lane] = uint32_t(c[lane][k]) >> 8;
-    }
+    store<W>(p, first_half);
+    store<W>(p + kLanes, second_half);
   }
   return out + uint64_t(first) % 4;
 }
@@ -182,9 +176,11 @@ class Quantizer {
         decode_(scratch_.take<uint32_t>(most_blocks(a))),
         // Nearest rounding of whole blocks of 16: multiply while encoding, from the source itself.
         by_group_(t_.block_columns % kGroup == 0 && !a.stochastic && !a.given),
-        direct_(find_encoder(a.element, a.dtype)),
-        staged_(find_encoder(a.element, DType::kFP32)),
-        decoder_(a.element, a.out_dtype, t_.block_columns, a.has_tensor_scale) {}
+        direct_(find_encoder(a.element, a.full, a.dtype)),
+        staged_(find_encoder(a.element, a.full, DType::kFP32)),
+        tensor_scale_(codec::Lane<uint32_t>::as_float(a.recipe.tensor_scale)),
+        decoder_(a.element, a.scale, a.out_dtype, t_.block_columns,
+                 a.has_tensor_scale ? &tensor_scale_ : nullptr) {}
 
   // Spelt out: GCC gives implicit destructors no target of their own.
   ~Quantizer() {}
@@ -192,8 +188,8 @@ class Quantizer {
   void run(int64_t item) {
     const Tile tile = tile_at(t_, item);
     const int64_t blocks = tile.padded / t_.block_columns;
-    const bool direct = by_group_ && t_.block_rows == 1 && !a_.rotation.size &&
-                        tile.padded == tile.width;
+    const bool direct =
+        by_group_ && t_.block_rows == 1 && !a_.rotation.size && tile.padded == tile.width;
     if (!direct) stage(tile);
 
     const uint32_t* encode = encode_;
@@ -202,13 +198,8 @@ class Quantizer {
       const int64_t block = tile.column / t_.block_columns;
       phase = tile.column - block * t_.block_columns;
       encode = a_.given + given_row(tile.row) * t_.blocks() + block;
-    } else {
-      find_scales(tile, blocks, direct);
     }
-    bool poisoned = false;
-    if (!a_.given) {
-      for (int64_t b = 0; b < blocks; ++b) poisoned |= encode[b] == kFloatNaN;
-    }
+    const bool poisoned = !a_.given && find_scales(tile, blocks, direct);
     if (poisoned && direct) stage(tile);
     if (poisoned && by_group_) clean(tile, blocks);
 
@@ -216,11 +207,10 @@ class Quantizer {
       uint32_t* x = x_ + r * width_;
       uint8_t* bytes = codes_out(tile, r);
       if (by_group_) {
-        const Multipliers m =
-            group_multipliers(encode_, 0, t_.block_columns, tile.padded, random_);
+        const Multipliers m = group_multipliers(encode_, 0, t_.block_columns, tile.padded, random_);
         const bool from_source = direct && !poisoned;
         (from_source ? direct_ : staged_)(a_.element, a_.full, from_source ? source(tile, r) : x,
-                                          tile.padded, m, bytes);
+                                          tile.padded, m, nibbles(tile), bytes);
       } else {
         encode_scaled(tile, r, phase, encode, bytes);
       }
@@ -246,12 +236,16 @@ class Quantizer {
     const int64_t padded = round_up(tile.padded, kGroup);
     for (int64_t r = 0; r < tile.rows; ++r) {
       uint32_t* x = x_ + r * width_;
-      load_row(source(tile, r), a_.dtype, tile.width, padded, x);
-      if (a_.rotation.size) rotate((float*)x, tile.width, a_.rotation, tile.column);
+      if (a_.rotation.size) {
+        rotate_row(source(tile, r), a_.dtype, tile.width, padded, a_.rotation, tile.column, x);
+      } else {
+        load_row(source(tile, r), a_.dtype, tile.width, padded, x);
+      }
     }
   }
 
-  void find_scales(const Tile& tile, int64_t blocks, bool direct) {
+  // Returns whether a block is not finite.
+  bool find_scales(const Tile& tile, int64_t blocks, bool direct) {
     const DType dtype = direct ? a_.dtype : DType::kFP32;
     for (int64_t r = 0; r < tile.rows; ++r) {
       uint32_t* amax = r == 0 ? amax_ : amax_ + most_blocks(a_);
@@ -268,7 +262,7 @@ class Quantizer {
     s.scales = a_.scales ? (char*)a_.scales + first * scale_bytes(a_.scale) : nullptr;
     s.encode = encode_;
     s.decode = a_.codes ? nullptr : decode_;
-    scale_blocks(s);
+    return scale_tile(s);
   }
 
   // Zero the poisoned blocks, whose codes must be 0 whatever they hold.
@@ -285,26 +279,34 @@ class Quantizer {
   void encode_scaled(const Tile& tile, int64_t r, int64_t phase, const uint32_t* encode,
                      uint8_t* codes) {
     uint32_t* x = x_ + r * width_;
-    apply_multipliers(x, tile.padded, phase, t_.block_columns, encode,
-                      a_.scale == Scale::kE8M0);
+    apply_multipliers(x, tile.padded, phase, t_.block_columns, encode, a_.scale == Scale::kE8M0);
     const int64_t n = round_up(tile.padded, kGroup);
     if (a_.stochastic) {
       const int64_t first = (tile.row + r) * t_.columns + tile.column;
       // Padding is zero, which no random number rounds up: any number will do for it.
       const uint32_t* random = random_row(a_.seed, first, n, random_);
-      const auto encode_row = a_.element.is_int() ? encode_stochastic_row<AnyInt>
-                                                  : encode_stochastic_row<AnyFloat>;
+      const auto encode_row =
+          a_.element.is_int() ? encode_stochastic_row<AnyInt> : encode_stochastic_row<AnyFloat>;
       encode_row(a_.element, a_.full, x, random, n, codes);
       return;
     }
     const uint32_t one = 0x3f800000u;
-    staged_(a_.element, a_.full, x, n, Multipliers{&one, 63}, codes);
+    staged_(a_.element, a_.full, x, n, Multipliers{&one, 63}, false, codes);
   }
 
-  // 8-bit codes go straight to the output where whole groups do not run over its end.
+  // Nibbles of whole pairs are packed as they are encoded.
+  bool nibbles(const Tile& tile) const {
+    return by_group_ && a_.element.bits() == 4 && tile.padded % kPairs == 0 &&
+           (a_.codes ||
+            (tile.padded == tile.width && decoder_.takes_nibbles(tile.width, decode_, 0)));
+  }
+
+  // Packed codes go straight to the output where whole groups do not run over its end.
   uint8_t* codes_out(const Tile& tile, int64_t r) {
-    if (!a_.codes || a_.element.bits() != 8 || tile.padded % kGroup) return codes_;
-    return a_.codes + (tile.row + r) * a_.row_bytes + tile.column;
+    const int bits = a_.element.bits();
+    const bool straight = nibbles(tile) || (bits == 8 && tile.padded % kGroup == 0);
+    if (!a_.codes || !straight) return codes_;
+    return a_.codes + (tile.row + r) * a_.row_bytes + tile.column * bits / 8;
   }
 
   int64_t given_row(int64_t row) const {
@@ -322,6 +324,7 @@ class Quantizer {
     }
     DecodeRow d;
     d.codes = codes;
+    d.nibbles = nibbles(tile);
     d.n = tile.width;
     d.out = at(a_.out, a_.out_dtype, row * t_.columns + tile.column);
     d.has_tensor_scale = a_.has_tensor_scale;
@@ -341,6 +344,7 @@ class Quantizer {
   uint32_t *random_, *amax_, *encode_, *decode_;
   bool by_group_;
   EncodeFn direct_, staged_;
+  float tensor_scale_;
   Decoder decoder_;
 };
 

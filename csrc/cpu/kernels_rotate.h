@@ -11,9 +11,9 @@ namespace PYFMT_ISA {
 template <int kStride>
 PYFMT_INLINE F butterfly_lanes(F v) {
   if constexpr (kStride < kLanes) {
-    U sign;
-    for (int i = 0; i < kLanes; ++i) sign[i] = i & kStride ? 0x80000000u : 0u;
-    return exchange<kStride>(v) + (F)((U)v ^ sign);
+    F sign;
+    for (int i = 0; i < kLanes; ++i) sign[i] = i & kStride ? -1.0f : 1.0f;
+    return add_signed(exchange<kStride>(v), v, sign);
   }
   return v;
 }
@@ -37,11 +37,20 @@ PYFMT_INLINE void butterflies(F v[kCount], int lanes) {
   }
 }
 
-template <int kCount>
-PYFMT_INLINE void rotate_in_registers(float* x, int64_t n, int lanes, F factor) {
+// kLanes elements of a dtype as float32.
+template <DType kDType>
+PYFMT_INLINE F load_lanes(const void* x, int64_t i) {
+  if constexpr (kDType == DType::kFP32) return load<F>((const float*)x + i);
+  const U half = load_u16_lanes((const uint16_t*)x + i);
+  return (F)(kDType == DType::kBF16 ? codec::float_from_bf16<U>(half)
+                                    : codec::float_from_half<U>(half));
+}
+
+template <int kCount, DType kDType>
+PYFMT_INLINE void rotate_in_registers(const void* in, float* x, int64_t n, int lanes, F factor) {
   for (int64_t i = 0; i < n; i += kCount * kLanes) {
     F v[kCount];
-    for (int k = 0; k < kCount; ++k) v[k] = load<F>(x + i + k * kLanes);
+    for (int k = 0; k < kCount; ++k) v[k] = load_lanes<kDType>(in, i + k * kLanes);
     butterflies<kCount>(v, lanes);
     for (int k = 0; k < kCount; ++k) store<F>(x + i + k * kLanes, v[k] * factor);
   }
@@ -66,29 +75,48 @@ PYFMT_INLINE float rotation_factor(int size) {
   return codec::Lane<uint32_t>::as_float(root - (uint32_t(k / 2) << 23));
 }
 
-// x: n values, a multiple of the size, readable and writable up to a multiple of 16; `column` is
-// the first one's place in its row.
-static void rotate(float* x, int64_t n, const Rotation& r, int64_t column) {
-  if (r.signs) {
-    int64_t s = column % r.signs_length;
-    for (int64_t i = 0; i < n;) {
-      int64_t run = r.signs_length - s < n - i ? r.signs_length - s : n - i;
-      for (int64_t k = 0; k < run; ++k) x[i + k] *= r.signs[s + k];
-      i += run;
-      s = 0;
-    }
-  }
+template <DType kDType>
+static void rotate_from(const void* in, float* x, int64_t n, int size) {
   const F one = (F)broadcast(0x3f800000u);
-  const F factor = (F)broadcast(codec::Lane<uint32_t>::as_uint(rotation_factor(r.size)));
-  const int64_t whole = round_up(n, kLanes);
-  if (r.size <= kLanes) return rotate_in_registers<1>(x, whole, r.size, factor);
-  if (r.size == 2 * kLanes) return rotate_in_registers<2>(x, n, kLanes, factor);
-  if (r.size == 4 * kLanes) return rotate_in_registers<4>(x, n, kLanes, factor);
+  const F factor = (F)broadcast(codec::Lane<uint32_t>::as_uint(rotation_factor(size)));
+  if (size < kLanes) return rotate_in_registers<1, kDType>(in, x, n, size, factor);
+  if (size == kLanes) return rotate_in_registers<1, kDType>(in, x, n, kLanes, factor);
+  if (size == 2 * kLanes) return rotate_in_registers<2, kDType>(in, x, n, kLanes, factor);
+  if (size == 4 * kLanes) return rotate_in_registers<4, kDType>(in, x, n, kLanes, factor);
   // Larger sizes: eight vectors in registers, then one pass a stride; the last one scales.
-  rotate_in_registers<8>(x, n, kLanes, r.size == 8 * kLanes ? factor : one);
-  for (int64_t stride = 8 * kLanes; stride < r.size; stride *= 2) {
-    butterfly_pass(x, n, stride, 2 * stride == r.size ? factor : one);
+  rotate_in_registers<8, kDType>(in, x, n, kLanes, size == 8 * kLanes ? factor : one);
+  for (int64_t stride = 8 * kLanes; stride < size; stride *= 2) {
+    butterfly_pass(x, n, stride, 2 * stride == size ? factor : one);
   }
+}
+
+static void apply_signs(float* x, int64_t n, const Rotation& r, int64_t column) {
+  int64_t s = column % r.signs_length;
+  for (int64_t i = 0; i < n;) {
+    const int64_t run = r.signs_length - s < n - i ? r.signs_length - s : n - i;
+    for (int64_t k = 0; k < run; ++k) x[i + k] *= r.signs[s + k];
+    i += run;
+    s = 0;
+  }
+}
+
+// Rotate n elements of `in`, a multiple of the size, into x, padded with zeros to `padded` (a
+// multiple of 16); `column` is the first one's place in its row.
+static void rotate_row(const void* in, DType dtype, int64_t n, int64_t padded, const Rotation& r,
+                       int64_t column, uint32_t* x) {
+  float* y = (float*)x;
+  if (r.signs || n % kGroup || dtype == DType::kFP16) {
+    load_row(in, dtype, n, padded, x);
+    if (r.signs) apply_signs(y, n, r, column);
+    // The padding rotates among itself and stays zero.
+    return rotate_from<DType::kFP32>(x, y, round_up(n, r.size > kGroup ? r.size : kGroup), r.size);
+  }
+  if (dtype == DType::kBF16) {
+    rotate_from<DType::kBF16>(in, y, n, r.size);
+  } else {
+    rotate_from<DType::kFP32>(in, y, n, r.size);
+  }
+  memset(x + n, 0, size_t(padded - n) * 4);
 }
 
 static void hadamard(const cpu::HadamardArgs& a, int64_t begin, int64_t end) {
@@ -100,8 +128,7 @@ static void hadamard(const cpu::HadamardArgs& a, int64_t begin, int64_t end) {
     const int64_t row = item / across, column = item % across * a.tile_columns;
     const int64_t left = a.columns - column, n = left < a.tile_columns ? left : a.tile_columns;
     const int64_t start = row * a.columns + column;
-    load_row(at(a.x, a.dtype, start), a.dtype, n, round_up(n, kGroup), x);
-    rotate((float*)x, n, a.rotation, column);
+    rotate_row(at(a.x, a.dtype, start), a.dtype, n, round_up(n, kGroup), a.rotation, column, x);
     store_row(x, n, a.out_dtype, at(a.out, a.out_dtype, start));
   }
 }

@@ -12,7 +12,9 @@ namespace PYFMT_ISA {
 using cpu::Rotation;
 using cpu::Tiling;
 
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t round_up(int64_t n, int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
 
 using cpu::GradualUnderflow;
 
@@ -55,6 +57,17 @@ PYFMT_INLINE Group load_as(const void* p, int64_t i) {
   return g;
 }
 
+// kLanes 16-bit elements, widened.
+PYFMT_INLINE U load_u16_lanes(const uint16_t* p) {
+#if PYFMT_AVX512
+  return load_u16(p).v[0];
+#elif PYFMT_AVX2
+  return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  return __builtin_convertvector(load<Narrow<2>::V>(p), U);
+#endif
+}
+
 // Sixteen float32 (bits) rounded to a dtype, NaN made canonical.
 template <DType kDType>
 PYFMT_INLINE void store_as(void* p, int64_t i, Group g) {
@@ -93,9 +106,12 @@ static void load_row_as(const void* x, int64_t n, int64_t padded, uint32_t* out)
 
 static void load_row(const void* x, DType dtype, int64_t n, int64_t padded, uint32_t* out) {
   switch (dtype) {
-    case DType::kBF16: return load_row_as<DType::kBF16>(x, n, padded, out);
-    case DType::kFP16: return load_row_as<DType::kFP16>(x, n, padded, out);
-    default: return load_row_as<DType::kFP32>(x, n, padded, out);
+    case DType::kBF16:
+      return load_row_as<DType::kBF16>(x, n, padded, out);
+    case DType::kFP16:
+      return load_row_as<DType::kFP16>(x, n, padded, out);
+    default:
+      return load_row_as<DType::kFP32>(x, n, padded, out);
   }
 }
 
@@ -113,9 +129,12 @@ static void store_row_as(const uint32_t* in, int64_t n, void* x) {
 // The reverse; `in` is readable up to a multiple of 16.
 static void store_row(const uint32_t* in, int64_t n, DType dtype, void* x) {
   switch (dtype) {
-    case DType::kBF16: return store_row_as<DType::kBF16>(in, n, x);
-    case DType::kFP16: return store_row_as<DType::kFP16>(in, n, x);
-    default: return store_row_as<DType::kFP32>(in, n, x);
+    case DType::kBF16:
+      return store_row_as<DType::kBF16>(in, n, x);
+    case DType::kFP16:
+      return store_row_as<DType::kFP16>(in, n, x);
+    default:
+      return store_row_as<DType::kFP32>(in, n, x);
   }
 }
 

@@ -43,9 +43,13 @@ std::atomic<const Kernels*>& chosen() {
 
 }  // namespace
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  return *chosen().load(std::memory_order_relaxed);
+}
 
-const char* level() { return kernels().name; }
+const char* level() {
+  return kernels().name;
+}
 
 bool set_level(const char* name) {
   const Kernels* found = find(name);

@@ -86,29 +86,30 @@ void quantize_long(const ParallelFor& parallel, const Source& s, QuantizeArgs a)
   const int64_t strips = t.strips(), count = t.batches * strips * blocks;
   const std::unique_ptr<uint32_t[]> words(new uint32_t[size_t(count * 3)]);
   uint32_t *amax = words.get(), *encode = amax + count, *decode = encode + count;
-  parallel(t.batches * strips, 1 + kGrain / (blocks * t.block_rows), [&](int64_t begin, int64_t end) {
-    for (int64_t strip = begin; strip < end; ++strip) {
-      const int64_t first = strip % strips * t.block_rows;
-      const int64_t last = first + t.block_rows < t.rows ? first + t.block_rows : t.rows;
-      uint32_t* out = amax + strip * blocks;
-      for (int64_t b = 0; b < blocks; ++b) out[b] = 0;
-      for (int64_t r = first; r < last; ++r) {
-        const uint32_t* row = part.get() + (strip / strips * t.rows + r) * blocks * pieces;
-        for (int64_t i = 0; i < blocks * pieces; ++i) {
-          uint32_t& m = out[i / pieces];
-          m = row[i] > m ? row[i] : m;
+  parallel(
+      t.batches * strips, 1 + kGrain / (blocks * t.block_rows), [&](int64_t begin, int64_t end) {
+        for (int64_t strip = begin; strip < end; ++strip) {
+          const int64_t first = strip % strips * t.block_rows;
+          const int64_t last = first + t.block_rows < t.rows ? first + t.block_rows : t.rows;
+          uint32_t* out = amax + strip * blocks;
+          for (int64_t b = 0; b < blocks; ++b) out[b] = 0;
+          for (int64_t r = first; r < last; ++r) {
+            const uint32_t* row = part.get() + (strip / strips * t.rows + r) * blocks * pieces;
+            for (int64_t i = 0; i < blocks * pieces; ++i) {
+              uint32_t& m = out[i / pieces];
+              m = row[i] > m ? row[i] : m;
+            }
+          }
         }
-      }
-    }
-    ScaleArgs sa;
-    sa.quantize = &a;
-    sa.amax = amax + begin * blocks;
-    sa.count = (end - begin) * blocks;
-    sa.scales = a.scales ? (char*)a.scales + begin * blocks * scale_bytes(a.scale) : nullptr;
-    sa.encode = encode + begin * blocks;
-    sa.decode = decode + begin * blocks;
-    kernels().scale_blocks(sa);
-  });
+        ScaleArgs sa;
+        sa.quantize = &a;
+        sa.amax = amax + begin * blocks;
+        sa.count = (end - begin) * blocks;
+        sa.scales = a.scales ? (char*)a.scales + begin * blocks * scale_bytes(a.scale) : nullptr;
+        sa.encode = encode + begin * blocks;
+        sa.decode = decode + begin * blocks;
+        kernels().scale_blocks(sa);
+      });
 
   a.given = encode;
   a.given_decode = decode;

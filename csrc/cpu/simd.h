@@ -44,7 +44,9 @@ PYFMT_INLINE void store(void* p, V v) {
   memcpy(p, &v, sizeof v);
 }
 
-PYFMT_INLINE U broadcast(uint32_t x) { return x - U{}; }
+PYFMT_INLINE U broadcast(uint32_t x) {
+  return x - U{};
+}
 
 PYFMT_INLINE U min_u(U a, U b) {
 #if PYFMT_AVX512
@@ -62,6 +64,29 @@ PYFMT_INLINE U max_u(U a, U b) {
   return (U)_mm256_max_epu32((__m256i)a, (__m256i)b);
 #else
   return a > b ? a : b;
+#endif
+}
+
+// The bits of a where the mask is 1, of b where it is 0.
+PYFMT_INLINE U select_bits(uint32_t mask, U a, U b) {
+#if PYFMT_AVX512
+  return (U)_mm512_ternarylogic_epi32((__m512i)broadcast(mask), (__m512i)a, (__m512i)b, 0xca);
+#else
+  return (a & mask) | (b & ~mask);
+#endif
+}
+
+// The larger of 16-bit lanes below 2^15.
+PYFMT_INLINE U max_i16(U a, U b) {
+#if PYFMT_AVX512
+  return (U)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif PYFMT_AVX2
+  return (U)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#elif PYFMT_SSE2
+  return (U)_mm_max_epi16((__m128i)a, (__m128i)b);
+#else
+  typedef int16_t H __attribute__((vector_size(sizeof(U))));
+  return (U)((H)a > (H)b ? (H)a : (H)b);
 #endif
 }
 
@@ -83,11 +108,42 @@ struct Lane<PYFMT_ISA::U> {
   PYFMT_INLINE F to_float(U x) { return __builtin_convertvector((I)x, F); }
   PYFMT_INLINE U truncate(F x) { return (U) __builtin_convertvector(x, I); }
 };
+#if PYFMT_AVX512 || PYFMT_AVX2 || PYFMT_SSE2
+template <>
+struct Multiply32<PYFMT_ISA::W> {
+  using W = PYFMT_ISA::W;
+  PYFMT_INLINE W low(W a, uint64_t b) {
+#if PYFMT_AVX512
+    return (W)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(int64_t(b)));
+#elif PYFMT_AVX2
+    return (W)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(int64_t(b)));
+#else
+    return (W)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(int64_t(b)));
+#endif
+  }
+};
+#endif
 }  // namespace codec
 
 namespace PYFMT_ISA {
 
 using L = codec::Lane<U>;
+
+template <int... i>
+struct Indices {};
+#if PYFMT_LANES == 16
+using LaneIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif PYFMT_LANES == 8
+using LaneIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using LaneIndices = Indices<0, 1, 2, 3>;
+#endif
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define PYFMT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PYFMT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
+#endif
 
 // ---- sixteen elements in and out --------------------------------------------------------------
 
@@ -197,28 +253,48 @@ PYFMT_INLINE void store_u8(uint8_t* p, const Group& g) {
 
 // ---- across lanes -----------------------------------------------------------------------------
 
-template <int... i>
-struct Indices {};
-#if PYFMT_LANES == 16
-using LaneIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
-#elif PYFMT_LANES == 8
-using LaneIndices = Indices<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
-using LaneIndices = Indices<0, 1, 2, 3>;
-#endif
+// The lanes 0, 2, 4, ... of a and b (first = 0), or 1, 3, 5, ... (first = 1).
+template <int first, int... i>
+PYFMT_INLINE U every_second(U a, U b, Indices<i...>) {
+  return PYFMT_SHUFFLE(a, b, (2 * i + first)...);
+}
 
 // The lane i ^ kStride of v.
 template <int kStride, int... i>
 PYFMT_INLINE F exchange_lanes(F v, Indices<i...>) {
-#if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(v, v, (i ^ kStride)...);
-#else
-  return __builtin_shuffle(v, I{(i ^ kStride)...});
-#endif
+  return PYFMT_SHUFFLE(v, v, (i ^ kStride)...);
 }
 template <int kStride>
 PYFMT_INLINE F exchange(F v) {
   return exchange_lanes<kStride>(v, LaneIndices{});
+}
+
+// a[0], b[0], a[1], b[1], ... in two vectors.
+PYFMT_INLINE void interleave(W a, W b, W* first, W* second) {
+#if PYFMT_AVX512
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  *first = (W)_mm512_permutex2var_epi64((__m512i)a, low, (__m512i)b);
+  *second = (W)_mm512_permutex2var_epi64((__m512i)a, high, (__m512i)b);
+#else
+  constexpr int kHalf = kLanes / 4;
+  for (int i = 0; i < kHalf; ++i) {
+    (*first)[2 * i] = a[i];
+    (*first)[2 * i + 1] = b[i];
+    (*second)[2 * i] = a[kHalf + i];
+    (*second)[2 * i + 1] = b[kHalf + i];
+  }
+#endif
+}
+
+// a + sign * b for sign +-1 in each lane: the product is exact, so that a fused multiply-add rounds
+// as the sum or difference does.
+PYFMT_INLINE F add_signed(F a, F b, F sign) {
+#if PYFMT_AVX512
+  return (F)_mm512_fmadd_ps((__m512)b, (__m512)sign, (__m512)a);
+#else
+  return a + (F)((U)b ^ ((U)sign & 0x80000000u));
+#endif
 }
 
 // The largest lane of each of kLanes vectors, in order.

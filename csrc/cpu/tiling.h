@@ -7,11 +7,15 @@
 namespace pyfmt {
 namespace cpu {
 
-constexpr int64_t kTile = 2048;     // elements a work item, about
+constexpr int64_t kTile = 2048;      // elements a work item, about
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, at least
 
-inline int64_t gcd(int64_t a, int64_t b) { return b ? gcd(b, a % b) : a; }
-inline int64_t lcm(int64_t a, int64_t b) { return a / gcd(a, b) * b; }
+inline int64_t gcd(int64_t a, int64_t b) {
+  return b ? gcd(b, a % b) : a;
+}
+inline int64_t lcm(int64_t a, int64_t b) {
+  return a / gcd(a, b) * b;
+}
 
 // Items a thread, at least.
 inline int64_t grain(const Tiling& t) {

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Scaled elements to codes, by pairs.
+#pragma once
+
+#include "pairs.h"
+
+namespace pyfmt {
+namespace PYFMT_ISA {
+
+template <class Element, class Codec, DType kDType, bool kMixed, bool kNibbles>
+PYFMT_INLINE void encode_pairs(const Codec& c, const void* x, int64_t n, Multipliers m,
+                               uint8_t* codes) {
+  const uint32_t* const values = m.values;
+  const int shift = m.shift;
+  for (int64_t i = 0; i < n; i += kPairs) {
+    const Group multiplier = pair_multipliers<kMixed>(values, shift, i / kGroup);
+    const Pairs p = load_pairs<kDType>(x, i);
+    Group joined;
+    for (int k = 0; k < kVectors; ++k) {
+      const F f = (F)multiplier.v[k];
+      const U even = Element::encode(c, (U)((F)p.even.v[k] * f));
+      const U odd = Element::encode(c, (U)((F)p.odd.v[k] * f));
+      joined.v[k] = even | odd << (kNibbles ? 4 : 8);
+    }
+    if constexpr (kNibbles) {
+      store_u8(codes + i / 2, joined);
+    } else {
+      store_u16(codes + i, joined);
+    }
+  }
+}
+
+// n elements (a multiple of 16) times the multiplier of their group. `nibbles` (n a multiple of
+// 32): two codes a byte, else one.
+using EncodeFn = void (*)(const ElementSpec&, bool full, const void* x, int64_t n,
+                          const Multipliers&, bool nibbles, uint8_t* codes);
+
+template <class Element, DType kDType>
+static void encode_row(const ElementSpec& spec, bool full, const void* x, int64_t n,
+                       const Multipliers& m, bool nibbles, uint8_t* codes) {
+  const auto c = Element::make(spec, full);
+  using C = decltype(Element::make(spec, full));
+  const int64_t whole = n / kPairs * kPairs;
+  if (nibbles) {
+    if (m.shift) {
+      encode_pairs<Element, C, kDType, false, true>(c, x, whole, m, codes);
+    } else {
+      encode_pairs<Element, C, kDType, true, true>(c, x, whole, m, codes);
+    }
+    return;
+  }
+  if (m.shift) {
+    encode_pairs<Element, C, kDType, false, false>(c, x, whole, m, codes);
+  } else {
+    encode_pairs<Element, C, kDType, true, false>(c, x, whole, m, codes);
+  }
+  for (int64_t i = whole; i < n; i += kGroup) {
+    const F multiplier = (F)broadcast(m.of_group(i / kGroup));
+    Group g = load_as<kDType>(x, i);
+    for (int k = 0; k < kVectors; ++k) {
+      g.v[k] = Element::encode(c, (U)((F)g.v[k] * multiplier));
+    }
+    store_u8(codes + i, g);
+  }
+}
+
+template <class Element>
+static EncodeFn encoder_of(DType dtype) {
+  return dtype == DType::kBF16   ? encode_row<Element, DType::kBF16>
+         : dtype == DType::kFP16 ? encode_row<Element, DType::kFP16>
+                                 : encode_row<Element, DType::kFP32>;
+}
+
+static EncodeFn find_encoder(const ElementSpec& e, bool full, DType dtype) {
+#define PYFMT_ELEMENT(id, name, kind, exp, man, bias, frac, is_signed, special) \
+  if (Kind::kind == Kind::kFloat && e == elements::id) {                        \
+    return encoder_of<Choose<id##_element, Kind::kind>::type>(dtype);           \
+  }
+#include "../formats.inc"
+  if (!e.is_int()) return encoder_of<AnyFloat>(dtype);
+  return e.is_signed && !full ? encoder_of<SymmetricInt>(dtype) : encoder_of<AnyInt>(dtype);
+}
+
+// Scaled float32 values and their random numbers to codes, one a byte.
+template <class Element>
+static void encode_stochastic_row(const ElementSpec& spec, bool full, const uint32_t* y,
+                                  const uint32_t* random, int64_t n, uint8_t* codes) {
+  const auto c = Element::make(spec, full);
+  for (int64_t i = 0; i < n; i += kGroup) {
+    Group g = load_u32(y + i);
+    const Group r = load_u32(random + i);
+    for (int k = 0; k < kVectors; ++k) {
+      g.v[k] = Element::encode_stochastic(c, g.v[k], r.v[k]);
+    }
+    store_u8(codes + i, g);
+  }
+}
+
+}  // namespace PYFMT_ISA
+}  // namespace pyfmt
