@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pyfmt import backends, reference
-from pyfmt.formats import FLT_MAX, FORMATS, SCALES, Format, get_format
+from pyfmt.formats import FLT_MAX, FORMATS, SCALES, Format, get_element, get_format
 from pyfmt.reference.layout import pack, unpack
 from tests import grids, mismatch, oracle
 from tests.grids import ALL_FORMATS, BF16, DTYPES, FP16, FP32
@@ -63,20 +64,43 @@ def test_reference_is_the_oracle(fmt: Format, dtype: str, near: bool) -> None:
         same_as_oracle(x, fmt, **options[(turn + i) % len(options)])
 
 
+def around(points: np.ndarray, ulps: int) -> np.ndarray:
+    """Each point in float32 with its neighbours up to `ulps` away."""
+    bits = points.astype(np.float32).view(np.uint32).astype(np.int64)
+    near = bits[:, None] + np.arange(-ulps, ulps + 1)
+    return near.astype(np.uint32).view(np.float32).ravel()
+
+
+def scale_ties(fmt: Format, largest: float) -> np.ndarray:
+    """Blocks of two (a maximum; a number beside it) where the scale, then the code, is a tie."""
+    q, top = fmt.max, 448.0 if fmt.scale == "e4m3" else 1.0
+    grid = get_element("e4m3fn") if fmt.scale == "e4m3" else get_element("e4m3ieee")
+    spread = np.array(grid.midpoints if fmt.scale == "e4m3" else grid.midpoints[8:]) / top
+    maxima = around(spread * largest, 4)
+    blocks = [np.stack([maxima, np.zeros_like(maxima)], axis=1)]
+    # A code is a tie next to midpoint * scale * tensor scale, the scale being what it rounds to.
+    for share in (1.0, 0.37, 0.0113, 0.93 * 2.0**-9):
+        amax = np.float32(largest * share)
+        s = amax / q / (largest / q / top) if fmt.scale == "e4m3" else amax / q
+        s = float(oracle.round_float(Fraction(float(s)), fmt.scale))
+        unit = s * (largest / q / top) if fmt.scale == "e4m3" else s
+        beside = around(np.array(fmt.element.midpoints)[:40] * unit, 3)
+        beside = beside[np.abs(beside) <= amax]
+        blocks.append(np.stack([np.full_like(beside, amax), beside], axis=1))
+    last = np.float32([[largest, -largest]])
+    x = np.concatenate([*blocks, last])
+    return x[np.abs(x[:, 0]) <= np.float32(largest)]
+
+
 @pytest.mark.parametrize("element", ["e2m1", "int4", "e4m3fn", "int8q6"])
 @pytest.mark.parametrize("scale", ["e4m3", "e4m3-ts", "bf16", "fp16", "fp32"])
-def test_scale_arithmetic_on_a_dense_grid(element: str, scale: str) -> None:
-    # Blocks of two: a maximum, and half of it. Random blocks hit a wrong order of operations
-    # once in a million; this grid of block maximum by tensor scale, a thousand times as often.
+def test_scale_arithmetic_where_the_order_of_operations_shows(element: str, scale: str) -> None:
+    # Random blocks meet a wrong order of operations once in a million; these do at once.
     fmt = get_format(f"{element}-b2-{scale}")
-    rng = np.random.default_rng(3)
-    maxima = np.concatenate([2.0 ** rng.uniform(-12, 12, 250), grids.amax_grid(fmt)[::13]])
-    x = np.stack([maxima, maxima / 2], axis=1).astype(np.float32)
     for recipe in fmt.recipes or (None,):
-        for largest in (1.0, 448 * 6.0, 1e-3, 77.7) if fmt.tensor_scale else (FLT_MAX,):
-            part = x[np.abs(x[:, 0]) <= largest]
-            part = np.concatenate([part, np.float32([[largest, 0]])])
-            same_as_oracle(part, fmt, **({"recipe": recipe} if recipe else {}))
+        for largest in (1.0, 77.7, 1e-3):
+            options = {"recipe": recipe} if recipe else {}
+            same_as_oracle(scale_ties(fmt, largest), fmt, **options)
 
 
 def test_a_tensor_scale_too_small_for_its_reciprocal() -> None:
@@ -223,6 +247,17 @@ def test_rooms_equal_the_reference(
         parts = same_quantized(every_room, x, fmt, **options)
         want = reference.dequantize(*parts, fmt, x.shape, dtype=x.dtype)
         same_everywhere(every_room, want, "fake_quantize", x, fmt, **options)
+
+
+@pytest.mark.parametrize("fmt", [f for f in ALL_FORMATS if f.scale != "e8m0"], ids=str)
+def test_rooms_where_the_order_of_operations_shows(every_room: list[Room], fmt: Format) -> None:
+    height, width = fmt.block_rows, fmt.block_columns(24)
+    for largest in (1.0, 77.7, 1e-3):
+        pairs = scale_ties(fmt, largest)
+        x = np.zeros((len(pairs) * height, width), np.float32)
+        x[::height, :2] = pairs
+        for recipe in fmt.recipes or (None,):
+            same_quantized(every_room, x, fmt, **({"recipe": recipe} if recipe else {}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
