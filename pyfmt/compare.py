@@ -8,6 +8,7 @@ or rotated; the sentence embeddings are then compared with those of the float32 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import platform
 import statistics
@@ -188,7 +189,7 @@ def compare(
             "sentences_per_s": rate,
         },
     )
-    whole = 0
+    whole, weight_noise = 0, math.nan
     for done, (format, activations, rotation) in enumerate(plan):
         what = f"{format.name}, {'W+A' if activations else 'W'}"
         what += f", rotated by {rotation}" if rotation else ""
@@ -214,6 +215,11 @@ def compare(
                 continue
             made = {name: encoder.model.get_submodule(name) for name in names}
             embeddings, rate = _timed(encoder.model, batches)
+            if not activations:
+                # The next row has the same weights, and its inputs quantized too.
+                weight_noise = statistics.fmean(
+                    qsnr(linears[name].weight, made[name].weight) for name in names
+                )
             elements = sum(linears[name].weight.numel() for name in names)
             result.rows.append(
                 Row(
@@ -224,9 +230,7 @@ def compare(
                     bits_per_weight=8 * report.bytes_after / elements,
                     weights_mb=report.bytes_after / 1e6,
                     rest_mb=rest / 1e6,
-                    weight_qsnr=statistics.fmean(
-                        qsnr(linears[name].weight, made[name].weight) for name in names
-                    ),
+                    weight_qsnr=weight_noise,
                     activation_qsnr=_activation_qsnr(samples, names, format, rotation)
                     if activations
                     else None,

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+PIECE = 1 << 15
+
 
 def _float32(x: Any) -> np.ndarray:
     """View a NumPy array or a torch tensor as float32 NumPy (every 16-bit float is exact)."""
@@ -37,11 +39,13 @@ class Noise:
         x, xq = _float32(x), _float32(xq)
         if x.shape != xq.shape:
             raise ValueError(f"qsnr: expected two equal shapes, got {x.shape} and {xq.shape}")
-        # The subtraction is done in float64 as well: a float32 one would round small errors.
-        error = (x.astype(np.float64) - xq).ravel()
-        self.noise += float(error @ error)
-        wide = x.astype(np.float64).ravel()
-        self.signal += float(wide @ wide)
+        x, xq = x.ravel(), xq.ravel()
+        # Pieces that stay in the cache; float64 before the subtraction, or small errors are lost.
+        for start in range(0, x.size, PIECE):
+            wide = x[start : start + PIECE].astype(np.float64)
+            self.signal += float(np.square(wide).sum())
+            wide -= xq[start : start + PIECE]
+            self.noise += float(np.square(wide, out=wide).sum())
 
     @property
     def qsnr(self) -> float:
