@@ -65,14 +65,16 @@ format: $(STAMP) ## format Python and C++, and mend what ruff can
 codegen: $(STAMP) ## write what follows from pyfmt/formats.py: csrc/formats.inc, README's table
 	$(BIN)/python -m pyfmt._codegen
 
-# A second checkout in small, with sanitized libraries: the normal build stays as it is.
+# A second checkout in small, with sanitized libraries: the normal build stays as it is. libstdc++
+# is loaded early too, else the sanitizer stops at the first C++ exception.
 SANITIZED := build/sanitize
-sanitize: build ## run the tests under the address and undefined-behaviour sanitizers
+PRELOAD = $(foreach lib,libasan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(lib)))
+ROOMS := $(patsubst %,tests/test_%.py,quantize rotate layout matmul ops nn)
+sanitize: build ## test the compiled rooms under the address and undefined-behaviour sanitizers
 	PYFMT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	cp -R tests csrc README.md pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD=$$($${CXX:-c++} -print-file-name=libasan.so) \
-	  $(CURDIR)/$(PYTEST) -m "not slow" $(ARGS)
+	  LD_PRELOAD="$(PRELOAD)" $(CURDIR)/$(PYTEST) -m "not slow" $(ROOMS) $(ARGS)
 
 wheel: build ## wheel and source archive in dist/
 	$(BIN)/pyproject-build --no-isolation
