@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyfmt import _arrays
+from pyfmt import _arrays, _check
 from pyfmt.backends import _cpu_numpy
 from pyfmt.formats import Format
 from pyfmt.reference.codec import from_float32, to_float32
@@ -67,13 +67,18 @@ def _torch_ops() -> Any:
     return torch.ops.pyfmt
 
 
-def _as_tensor_scale(value: Any, x: Any) -> Any:
-    """Return a caller's tensor scale as the float32 tensor that the ops take."""
+def _as_tensor_scale(value: Any, fmt: Format, recipe: str | None, x: Any) -> Any:
+    """Return a caller's tensor scale, checked, as the float32 tensor that the ops take."""
     import torch
 
-    if value is None or isinstance(value, torch.Tensor):
-        return value
-    return torch.tensor(float(value), dtype=torch.float32, device=x.device)
+    if value is None:
+        return None
+    given = isinstance(value, torch.Tensor)
+    if not (given and torch.compiler.is_compiling()):
+        _check.tensor_scale(value, fmt, recipe or "")
+    return (
+        value.float() if given else torch.tensor(float(value), dtype=torch.float32, device=x.device)
+    )
 
 
 def _signed(seed: int | None) -> int | None:
@@ -116,7 +121,7 @@ def quantize(
         rounding,
         _signed(seed),
         clip,
-        _as_tensor_scale(tensor_scale, x),
+        _as_tensor_scale(tensor_scale, fmt, recipe, x),
         rotation or 0,
         signs,
     )
@@ -165,7 +170,7 @@ def fake_quantize(
         rounding,
         _signed(seed),
         clip,
-        _as_tensor_scale(tensor_scale, x),
+        _as_tensor_scale(tensor_scale, fmt, recipe, x),
     )
 
 
