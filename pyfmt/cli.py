@@ -316,7 +316,7 @@ def compare_command(
     ] = None,
     sentences: Annotated[
         int | None,
-        typer.Option(help="How many sentences; 1000, or 200 with --quick.", show_default=False),
+        typer.Option(help="How many sentences; 1000, or 128 with --quick.", show_default=False),
     ] = None,
     quick: Annotated[
         bool,
@@ -346,7 +346,7 @@ def compare_command(
         result = compare(
             chosen,
             model=model,
-            sentences=(200 if quick else 1000) if sentences is None else sentences,
+            sentences=(128 if quick else 1000) if sentences is None else sentences,
             quick=quick,
             threads=threads,
             progress=progress,
