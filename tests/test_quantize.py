@@ -16,7 +16,7 @@ from pyfmt.formats import FLT_MAX, FORMATS, SCALES, Format, get_element, get_for
 from pyfmt.reference.layout import pack, unpack
 from tests import grids, mismatch, oracle
 from tests.grids import ALL_FORMATS, BF16, DTYPES, FP16, FP32
-from tests.rooms import Room, same_everywhere, same_quantized
+from tests.rooms import Room, native, same_everywhere, same_quantized
 
 SOME_FORMATS = [
     *FORMATS.values(),
@@ -336,6 +336,25 @@ def test_rooms_where_threads_share_the_work(every_room: list[Room], fmt: Format)
     same_everywhere(every_room, want, "dequantize", *parts, fmt, x.shape, dtype=BF16)
     same_everywhere(every_room, want, "fake_quantize", x, fmt)
     same_quantized(every_room, x, fmt, rounding="stochastic", seed=11)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 7])
+def test_the_number_of_threads_changes_no_bit(every_room: list[Room], threads: int) -> None:
+    import torch
+
+    x = grids.noise(301, 1100)
+    before = torch.get_num_threads()
+    try:
+        native().set_threads(threads)
+        torch.set_num_threads(threads)
+        for spec in ("mxfp4", "nvfp4", "int8", "e2m1-b16x16-e8m0", "int8-brow-bf16"):
+            fmt = get_format(spec)
+            parts = same_quantized(every_room, x, fmt, rounding="stochastic", seed=2)
+            want = reference.dequantize(*parts, fmt, x.shape)
+            same_everywhere(every_room, want, "dequantize", *parts, fmt, x.shape)
+    finally:
+        native().set_threads(0)
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32 - 1, 2**32, 2**63 - 1, -(2**63)])
