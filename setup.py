@@ -3,13 +3,18 @@
 
     pyfmt/_native.<python>.so   NumPy side: pybind11, csrc/numpy_bindings.cpp + csrc/cpu, no torch
     pyfmt/_torch_ops.so         torch side: stable ABI, csrc/torch_bindings.cpp + csrc/cpu
+    pyfmt/_torch_ops_cuda.so    GPUs: stable ABI, csrc/torch_bindings_cuda.cpp + csrc/cuda
 
 The kernels in csrc/cpu are compiled once and linked into both. The torch side is built where
 torch >= 2.10 is installed in the building Python; it is no Python module and names neither a
 Python nor a CUDA library, so one build serves torch 2.10 and later, CPU or CUDA, on any Python.
 
+The GPU library is built beside it wherever nvcc >= 12.8 is, also against a CPU torch: CUDA's
+runtime is linked statically, and what torch must tell is looked up when the library is used.
+
 Environment: CXX (the compiler), CXXFLAGS (added last), MAX_JOBS (parallel compilations),
-PYFMT_SANITIZE=1 (address and undefined-behaviour sanitizers).
+PYFMT_SANITIZE=1 (address and undefined-behaviour sanitizers), NVCC (the CUDA compiler; empty: do
+without), PYFMT_CUDA_ARCHS (for example "90a-real;90-virtual", the default).
 """
 
 from __future__ import annotations
@@ -40,6 +45,8 @@ MAC = sys.platform == "darwin"
 
 NATIVE = "pyfmt._native"
 TORCH_OPS = "pyfmt._torch_ops"
+TORCH_OPS_CUDA = "pyfmt._torch_ops_cuda"
+NO_MODULES = (TORCH_OPS, TORCH_OPS_CUDA)  # libraries that no Python imports
 TORCH_MINIMUM = (2, 10)
 
 # Bits are a contract: no FMA contraction, no fast-math, no -march=native. Wider vectors are chosen
@@ -49,6 +56,11 @@ FLAGS += ["-Wall", "-Wextra", f"-I{CSRC}"]
 OPTIMIZE = ["-O3", "-DNDEBUG"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer"]
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+NVCC_MINIMUM = (12, 8)
+CUDA_ARCHS = "90a-real;90-virtual"
+NVCC_FLAGS = """-std=c++17 -O3 --fmad=false -prec-div=true -prec-sqrt=true -ftz=false
+--expt-relaxed-constexpr -Xptxas=-v -Xcompiler=-fPIC,-fvisibility=hidden -DNDEBUG""".split()
 
 
 def find_torch() -> tuple[Path | None, str]:
@@ -66,6 +78,61 @@ def find_torch() -> tuple[Path | None, str]:
         older = ".".join(found) or "without stable-ABI headers"
         return None, f"torch >= {wanted} is needed, found torch {older} in {root}"
     return root, ".".join(found)
+
+
+def find_nvcc() -> tuple[Path | None, str]:
+    """Return nvcc's path and version; or None and the reason why the GPU library is not built."""
+    asked = os.environ.get("NVCC")
+    if asked == "":
+        return None, "NVCC is empty"
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    found = shutil.which(asked or "nvcc") or next(
+        (nvcc for home in homes if home and (nvcc := shutil.which("nvcc", path=f"{home}/bin"))),
+        None,
+    )
+    if found is None:
+        return None, "there is no nvcc on the PATH or in CUDA_HOME"
+    words = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", words)
+    if release is None or tuple(map(int, release.groups())) < NVCC_MINIMUM:
+        wanted = ".".join(map(str, NVCC_MINIMUM))
+        return None, f"nvcc >= {wanted} is needed, found {release[0] if release else 'none'}"
+    return Path(found), ".".join(release.groups())
+
+
+def cuda_root(nvcc: Path) -> Path:
+    """Return the folder of the CUDA toolkit that an nvcc (or a wrapper of it) belongs to."""
+    words = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", words, re.M)
+    return Path(top[1]).resolve() if top else nvcc.resolve().parent.parent
+
+
+def cuda_archs() -> list[tuple[str, bool, bool]]:
+    """Return (architecture, machine code?, PTX?) for each of PYFMT_CUDA_ARCHS."""
+    archs = []
+    for word in re.split(r"[;,\s]+", os.environ.get("PYFMT_CUDA_ARCHS") or CUDA_ARCHS):
+        match = re.fullmatch(r"(\d+[af]?)(-real|-virtual)?", word.replace(".", ""))
+        if match is None:
+            raise PlatformError(
+                f"PYFMT_CUDA_ARCHS: cannot read {word!r}; expected a list such as {CUDA_ARCHS!r} "
+                "(-real: machine code only, -virtual: PTX only)"
+            )
+        archs.append((match[1], match[2] != "-virtual", match[2] != "-real"))
+    return archs
+
+
+def nvcc_command(nvcc: Path, cxx: Sequence[str]) -> list[str]:
+    """Return the command that compiles a .cu file."""
+    command = [str(nvcc), *NVCC_FLAGS, f"-ccbin={shutil.which(cxx[0])}"]
+    for arch, machine, ptx in cuda_archs():
+        kinds = [f"sm_{arch}"] * machine + [f"compute_{arch}"] * ptx
+        command.append(f"-gencode=arch=compute_{arch},code=[{','.join(kinds)}]")
+    return command
 
 
 class Toolchain:
@@ -96,9 +163,14 @@ class Toolchain:
     def identity(self) -> bytes:
         return subprocess.run([*self.cxx, "--version"], capture_output=True, check=False).stdout
 
-    def compile(self, source: Path, flags: Sequence[str] = ()) -> Path:
-        """Compile one file unless its object is newer than the source and all it includes."""
-        command = [*self.cxx, *self.flags, *flags]
+    def compile(
+        self, source: Path, flags: Sequence[str] = (), compiler: Sequence[str] = ()
+    ) -> Path:
+        """Compile one file unless its object is newer than the source and all it includes.
+
+        What the compiler said is kept beside the object (nvcc's resource report).
+        """
+        command = [*(compiler or (*self.cxx, *self.flags)), *flags]
         key = hashlib.sha256(self.identity + "\0".join([*command, str(source)]).encode())
         target = OBJECTS / f"{source.stem}-{key.hexdigest()[:12]}.o"
         if self._fresh(target):
@@ -106,7 +178,11 @@ class Toolchain:
         print(f"compiling {source.relative_to(ROOT)}", flush=True)
         OBJECTS.mkdir(parents=True, exist_ok=True)
         draft = target.with_suffix(f".{os.getpid()}.o")
-        self._run([*command, "-MMD", "-MF", f"{draft}.d", "-c", str(source), "-o", str(draft)])
+        words = self._run(
+            [*command, "-MMD", "-MF", f"{draft}.d", "-c", str(source), "-o", str(draft)],
+            quiet=bool(compiler),
+        )
+        target.with_suffix(".log").write_text(words)
         os.replace(f"{draft}.d", target.with_suffix(".d"))
         os.replace(draft, target)
         return target
@@ -133,13 +209,14 @@ class Toolchain:
         return all(file.is_file() and file.stat().st_mtime_ns <= made for file in needed)
 
     @staticmethod
-    def _run(command: list[str]) -> None:
+    def _run(command: list[str], quiet: bool = False) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(shlex.join(command), done.stdout + done.stderr, sep="\n", file=sys.stderr)
             raise CompileError(f"{command[0]} exited with {done.returncode}; its words are above")
-        if done.stderr:
+        if done.stderr and not quiet:
             print(done.stderr, file=sys.stderr)
+        return done.stderr
 
 
 class BuildExt(build_ext):
@@ -156,14 +233,24 @@ class BuildExt(build_ext):
                 "first, then pyfmt with `pip install --no-build-isolation`.",
                 flush=True,
             )
-            self.extensions = [e for e in self.extensions if e.name != TORCH_OPS]
-            # A library of an earlier build would serve old code.
-            (ROOT / self.get_ext_filename(TORCH_OPS)).unlink(missing_ok=True)
+            self._leave_out(TORCH_OPS)
         self.torch = torch
+        self.nvcc, reason = (None, "it needs the torch side") if torch is None else find_nvcc()
+        if self.nvcc:
+            print(f"pyfmt: building the GPU library (nvcc {reason})", flush=True)
+        else:
+            print(f"pyfmt: not building the GPU library: {reason}", flush=True)
+            self._leave_out(TORCH_OPS_CUDA)
         super().run()
 
+    def _leave_out(self, name: str) -> None:
+        self.extensions = [e for e in self.extensions if e.name != name]
+        # A library of an earlier build would serve old code.
+        (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
+
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname in (TORCH_OPS, TORCH_OPS.split(".")[-1]):  # setuptools asks for both
+        # setuptools asks for both
+        if fullname in NO_MODULES or f"pyfmt.{fullname}" in NO_MODULES:
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -175,17 +262,29 @@ class BuildExt(build_ext):
                 ext.name: pool.submit(compile_, ROOT / ext.sources[0], self.compile_flags(ext.name))
                 for ext in self.extensions
             }
+            gpu = sorted((CSRC / "cuda").glob("*.cu")) if self.nvcc else []
+            nvcc = nvcc_command(self.nvcc, self.toolchain.cxx) if self.nvcc else []
+            gpu_kernels = [pool.submit(compile_, source, (), nvcc) for source in gpu]
             kernels = list(pool.map(compile_, sorted((CSRC / "cpu").glob("*.cpp"))))
             for ext in self.extensions:
                 target = Path(self.get_ext_fullpath(ext.name))
-                objects = [bindings[ext.name].result(), *kernels]
+                cuda = ext.name == TORCH_OPS_CUDA
+                objects = [k.result() for k in gpu_kernels] if cuda else kernels
+                objects = [bindings[ext.name].result(), *objects]
                 self.toolchain.link(objects, target, self.link_flags(ext.name))
 
     def compile_flags(self, name: str) -> list[str]:
-        if name == TORCH_OPS:
+        if name in NO_MODULES:
             major, minor = TORCH_MINIMUM
             target = f"0x{major:02x}{minor:02x}000000000000ULL"
-            return [f"-isystem{self.torch / 'include'}", f"-DTORCH_TARGET_VERSION={target}"]
+            flags = [f"-isystem{self.torch / 'include'}", f"-DTORCH_TARGET_VERSION={target}"]
+            if name == TORCH_OPS_CUDA:
+                archs = ";".join(
+                    f"{arch}-real" * machine + ";" * (machine and ptx) + f"{arch}-virtual" * ptx
+                    for arch, machine, ptx in cuda_archs()
+                )
+                flags.append(f'-DPYFMT_CUDA_ARCHS="{archs}"')
+            return flags
         include = Path(sysconfig.get_path("include"))
         if not (include / "Python.h").is_file():
             raise PlatformError(
@@ -202,10 +301,14 @@ class BuildExt(build_ext):
         return [f"-isystem{include}", f"-isystem{pybind11.get_include()}"]
 
     def link_flags(self, name: str) -> list[str]:
-        if name != TORCH_OPS or MAC:
+        if name not in NO_MODULES or MAC:
             return []
         # Named without a path: at run time the loader takes the libtorch_cpu that is there already.
         flags = [f"-L{self.torch / 'lib'}", "-Wl,--as-needed", "-ltorch_cpu"]
+        if name == TORCH_OPS_CUDA:
+            root = cuda_root(self.nvcc)
+            flags += [f"-L{root / lib}" for lib in ("lib64", "lib")]
+            flags += ["-lcudart_static", "-ldl", "-lrt"]
         return flags if self.toolchain.sanitize else [*flags, "-Wl,--no-undefined"]
 
 
@@ -222,6 +325,7 @@ setup(
     ext_modules=[
         Extension(NATIVE, ["csrc/numpy_bindings.cpp"]),
         Extension(TORCH_OPS, ["csrc/torch_bindings.cpp"]),
+        Extension(TORCH_OPS_CUDA, ["csrc/torch_bindings_cuda.cpp"]),
     ],
     cmdclass={"build": Build, "build_ext": BuildExt},
 )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pyfmt import _check, _torch_autograd, _torch_matmul
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
+from pyfmt.backends import cuda
 from pyfmt.backends.cpu import torch_library_path
 from pyfmt.formats import SCALES, get_format
 
@@ -193,6 +194,7 @@ def _load_kernels() -> None:
             "torch first and then pyfmt-kernels with `pip install --no-build-isolation`"
         )
     torch.ops.load_library(str(path))
+    cuda.load()  # where there is no GPU or library for it, the room says so when asked
 
 
 def _define() -> None:

@@ -12,13 +12,16 @@ namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// Make a device current for the launches that follow; this library has its own CUDA runtime.
+void set_device(int index);
+
 // A tensor as rows along the quantized axis: row o * inner + i starts at o * outer_stride +
 // i * inner_stride, and its elements lie column_stride apart. All in elements.
 struct View {
   int64_t outer = 1, inner = 1, columns = 0;
   int64_t outer_stride = 0, inner_stride = 0, column_stride = 1;
 
-  int64_t rows() const { return outer * inner; }
+  PYFMT_HD int64_t rows() const { return outer * inner; }
   int64_t count() const { return rows() * columns; }
   // Rows lie end to end.
   bool flat() const {
@@ -34,8 +37,8 @@ struct View {
 };
 
 struct Rotation {
-  int size = 0;                    // 0: none
-  const float* signs = nullptr;    // device
+  int size = 0;                  // 0: none
+  const float* signs = nullptr;  // device
   int64_t signs_length = 0;
 };
 
@@ -109,6 +112,18 @@ struct PackArgs {
 };
 void pack(const PackArgs&, Stream);
 void unpack(const PackArgs&, Stream);
+
+// Codes one a byte of x * 2^(127 - scale), for tests.
+struct EncodeArgs {
+  const void* x = nullptr;
+  DType dtype = DType::kFP32;
+  uint8_t* codes = nullptr;
+  int64_t count = 0;
+  ElementSpec element;
+  uint32_t scale = 127;
+  bool full = false;
+};
+void encode(const EncodeArgs&, Stream);
 
 }  // namespace cuda
 }  // namespace pyfmt

@@ -16,19 +16,28 @@ namespace cuda {
 
 using L = codec::Lane<uint32_t>;
 
+// Instructions of compute capability 8.9 and later; older GPUs run the plain text.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#define PYFMT_SM89 1
+#endif
+
 constexpr int kUnit = 32;      // elements of one thread
 constexpr int kThreads = 256;  // threads of one block of the grid
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-PYFMT_DEVICE float as_float(uint32_t x) { return L::as_float(x); }
-PYFMT_DEVICE uint32_t as_uint(float x) { return L::as_uint(x); }
+PYFMT_DEVICE float as_float(uint32_t x) {
+  return L::as_float(x);
+}
+PYFMT_DEVICE uint32_t as_uint(float x) {
+  return L::as_uint(x);
+}
 
 // ---- single instructions ----------------------------------------------------------------------
 
 // Magnitudes compared, the sign of a kept; b must be positive.
 PYFMT_DEVICE float min_magnitude(float a, float b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   float d;
   asm("min.xorsign.abs.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
@@ -38,7 +47,7 @@ PYFMT_DEVICE float min_magnitude(float a, float b) {
 }
 
 PYFMT_DEVICE float max_magnitude(float a, float b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   float d;
   asm("max.xorsign.abs.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
   return d;
@@ -49,7 +58,7 @@ PYFMT_DEVICE float max_magnitude(float a, float b) {
 
 // max(a, |b|), NaN where either is.
 PYFMT_DEVICE float max_abs_nan(float a, float b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   float d;
   asm("{.reg .f32 t; abs.f32 t, %2; max.NaN.f32 %0, %1, t;}" : "=f"(d) : "f"(a), "f"(b));
   return d;
@@ -103,7 +112,7 @@ PYFMT_DEVICE float fused(float a, float b, float c) {
 // Two float32 to two fp8 codes, a in the low byte: RNE, saturating. No NaN.
 template <bool kE5M2>
 PYFMT_DEVICE uint32_t to_fp8(float a, float b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   uint16_t d;
   if constexpr (kE5M2) {
     asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(d) : "f"(b), "f"(a));
@@ -113,8 +122,8 @@ PYFMT_DEVICE uint32_t to_fp8(float a, float b) {
   return d;
 #else
   constexpr codec::FloatCodec c(kE5M2 ? elements::e5m2ieee : elements::e4m3fn);
-  return codec::encode_float<uint32_t>(c, as_uint(a)) |
-         codec::encode_float<uint32_t>(c, as_uint(b)) << 8;
+  return codec::encode_float<uint32_t>(c, as_uint(a)) | codec::encode_float<uint32_t>(c, as_uint(b))
+                                                            << 8;
 #endif
 }
 
@@ -130,7 +139,7 @@ PYFMT_DEVICE float from_half(uint32_t bits) {
 
 // The low two bytes as E4M3 codes.
 PYFMT_DEVICE void from_e4m3(uint32_t two, float* a, float* b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   uint32_t halves;
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(two)));
   *a = from_half(halves);
@@ -146,7 +155,7 @@ PYFMT_DEVICE void from_e4m3(uint32_t two, float* a, float* b) {
 template <DType kOut>
 PYFMT_DEVICE uint32_t to_halves(float a, float b) {
   constexpr bool kBf16 = kOut == DType::kBF16;
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   uint32_t d;
   if constexpr (kBf16) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(b), "f"(a));
@@ -157,9 +166,8 @@ PYFMT_DEVICE uint32_t to_halves(float a, float b) {
   return __vmins2(d, kBf16 ? 0x7fc07fc0u : 0x7e007e00u);
 #else
   const uint32_t x = as_uint(a), y = as_uint(b);
-  return kBf16
-             ? codec::bf16_from_float<uint32_t>(x) | codec::bf16_from_float<uint32_t>(y) << 16
-             : codec::half_from_float<uint32_t>(x) | codec::half_from_float<uint32_t>(y) << 16;
+  return kBf16 ? codec::bf16_from_float<uint32_t>(x) | codec::bf16_from_float<uint32_t>(y) << 16
+               : codec::half_from_float<uint32_t>(x) | codec::half_from_float<uint32_t>(y) << 16;
 #endif
 }
 
@@ -175,12 +183,10 @@ PYFMT_DEVICE uint32_t canonical(float x) {
 // Lane-wise max(a, |b|) of two halves, NaN where either is.
 template <DType kIn>
 PYFMT_DEVICE uint32_t max_abs_halves(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
+#if defined(PYFMT_SM89)
   uint32_t d;
   if constexpr (kIn == DType::kBF16) {
-    asm("{.reg .b32 t; abs.bf16x2 t, %2; max.NaN.bf16x2 %0, %1, t;}"
-        : "=r"(d)
-        : "r"(a), "r"(b));
+    asm("{.reg .b32 t; abs.bf16x2 t, %2; max.NaN.bf16x2 %0, %1, t;}" : "=r"(d) : "r"(a), "r"(b));
   } else {
     asm("{.reg .b32 t; abs.f16x2 t, %2; max.NaN.f16x2 %0, %1, t;}" : "=r"(d) : "r"(a), "r"(b));
   }
@@ -393,10 +399,19 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, co
   kernel<<<dim3(unsigned(blocks)), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), "launch");
 }
+#else
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, Stream, const A&... args) {
+  emulation::launch(kernel, blocks, threads, args...);
+}
 #endif
 
-constexpr int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
-inline bool aligned16(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
+constexpr int64_t blocks_for(int64_t threads) {
+  return (threads + kThreads - 1) / kThreads;
+}
+inline bool aligned16(const void* p) {
+  return (reinterpret_cast<uintptr_t>(p) & 15) == 0;
+}
 
 }  // namespace cuda
 }  // namespace pyfmt

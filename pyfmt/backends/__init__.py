@@ -11,12 +11,12 @@ from types import ModuleType
 from typing import Any
 
 from pyfmt import _arrays
-from pyfmt.backends import cpu, reference
+from pyfmt.backends import cpu, cuda, reference
 from pyfmt.formats import Format, closest, get_format
 
 # In order of preference: the first room that serves the call is chosen. They are imported here and
 # not when first asked for, so that torch.compile traces a call through; none imports torch.
-_ROOMS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_ROOMS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
 NAMES = tuple(_ROOMS)
 
 VERBS = (

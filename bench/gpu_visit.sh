@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# On a machine with a GPU, from the repository root, the libraries built: tests, then timings, then
+# the memory checkers. Results go to $OUT (default: build/gpu). Each part has its own time limit.
+#
+#   bench/gpu_visit.sh [test] [time] [sanitize]     (all three where none is named)
+set -uo pipefail
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+OUT=${OUT:-build/gpu}
+mkdir -p "$OUT"
+PARTS=${*:-test time sanitize}
+PYTEST="python3 -m pytest -p no:cacheprovider -q --no-header"
+status=0
+
+for part in $PARTS; do
+  case $part in
+    test)
+      timeout 300 $PYTEST tests/test_cuda.py -n 8 --dist worksteal --maxfail 40 --durations 12 \
+        >"$OUT/tests.log" 2>&1 || status=1
+      grep -E "^(FAILED|ERROR)|passed|failed|error" "$OUT/tests.log" | cut -c1-220 | tail -n 45
+      ;;
+    time)
+      timeout 200 python3 bench/gpu.py --json "$OUT/gpu.json" 2>&1 | tee "$OUT/gpu.log" || status=1
+      ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck; do
+        timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
+          $PYTEST tests/test_cuda.py -m gpu -k "sanitize" >"$OUT/$tool.log" 2>&1
+        echo "$tool: exit $? $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log" | tail -n 1)" \
+          "$(grep -E '[0-9]+ (passed|failed)' "$OUT/$tool.log" | tail -n 1)"
+      done
+      ;;
+  esac
+done
+exit $status

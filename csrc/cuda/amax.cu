@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+// Largest magnitudes: of a tensor (finite elements only) and of blocks.
+#include "device.cuh"
+
+namespace pyfmt {
+namespace cuda {
+
+namespace {
+
+struct AmaxParams {
+  const void* x = nullptr;
+  DType dtype = DType::kFP32;
+  View view;
+  int64_t count = 0;
+  bool aligned = false;
+  RotationParams rotation;
+  float* out = nullptr;
+  int64_t block = 0, blocks = 0;
+};
+
+// Adding one to the exponent field makes non-finite magnitudes negative, so that a signed maximum
+// passes over them; the result is taken back at the end.
+constexpr int32_t kOne = 0x00800000;
+
+PYFMT_DEVICE int32_t lifted(float x) {
+  return int32_t((as_uint(x) & 0x7fffffffu) + kOne);
+}
+
+template <DType kIn>
+PYFMT_DEVICE int32_t max_lifted(const Raw<kIn>& raw, int32_t largest) {
+  if constexpr (kIn == DType::kFP32) {
+#pragma unroll
+    for (int i = 0; i < Raw<kIn>::kWords; ++i) largest = max(largest, lifted(as_float(raw.w[i])));
+  } else {
+    constexpr uint32_t one = kIn == DType::kBF16 ? 0x00800080u : 0x04000400u;
+    uint32_t m = one;
+#pragma unroll
+    for (int i = 0; i < Raw<kIn>::kWords; ++i) {
+      m = __vmaxs2(m, (raw.w[i] & 0x7fff7fffu) + one);
+    }
+    m -= one;
+    largest = max(largest, lifted(half_at<kIn>(m, 0)));
+    largest = max(largest, lifted(half_at<kIn>(m, 1)));
+  }
+  return largest;
+}
+
+// The block's threads together: the largest of them all, in thread 0.
+PYFMT_DEVICE int32_t max_of_threads(int32_t largest) {
+  __shared__ int32_t of_warp[kWarps];
+  for (int far = 16; far; far /= 2) largest = max(largest, __shfl_xor_sync(kAll, largest, far));
+  if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x >> 5] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) largest = max(largest, of_warp[i]);
+  return largest;
+}
+
+template <DType kIn, bool kRotate>
+__global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ AmaxParams p) {
+  constexpr int kBytes = dtype_bytes(kIn) * kUnit;
+  const int64_t whole = p.aligned ? p.count / kUnit : 0;
+  const int64_t units = (p.count + kUnit - 1) / kUnit;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  int32_t largest = kOne;
+  // Every lane of a warp takes part in each round: rotations may reach across lanes.
+  for (int64_t base = int64_t(blockIdx.x) * kThreads; base < units; base += step) {
+    const int64_t unit = base + threadIdx.x;
+    Raw<kIn> raw;
+    raw.clear();
+    if (unit < whole) {
+      raw.load(static_cast<const char*>(p.x) + unit * kBytes);
+      if constexpr (!kRotate) largest = max_lifted<kIn>(raw, largest);
+    }
+    if (kRotate || (unit >= whole && unit < units)) {
+      float v[kUnit];
+      if (unit < whole) {
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) {
+          const int64_t at = unit * kUnit + i;
+          v[i] = at < p.count ? load_element(p.x, kIn, at) : 0.0f;
+        }
+      }
+      if constexpr (kRotate) rotate(v, p.rotation, unit * kUnit);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) largest = max(largest, lifted(v[i]));
+    }
+  }
+  largest = max_of_threads(largest);
+  if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
+}
+
+PYFMT_DEVICE int64_t place(const View& v, int64_t row, int64_t column) {
+  return row / v.inner * v.outer_stride + row % v.inner * v.inner_stride + column * v.column_stride;
+}
+
+__global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__ AmaxParams p) {
+  int32_t largest = kOne;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.count; i += step) {
+    const int64_t at = place(p.view, i / p.view.columns, i % p.view.columns);
+    largest = max(largest, lifted(load_element(p.x, p.dtype, at)));
+  }
+  largest = max_of_threads(largest);
+  if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    amax_finish(const float* partials, int count, float* out) {
+  int32_t largest = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    largest = max(largest, int32_t(as_uint(partials[i])));
+  }
+  largest = max_of_threads(largest);
+  if (threadIdx.x == 0) *out = as_float(uint32_t(largest));
+}
+
+// One warp a block of elements.
+__global__ void __launch_bounds__(kThreads) amax_blocks(const __grid_constant__ AmaxParams p) {
+  const int64_t warp = (int64_t(blockIdx.x) * kThreads + threadIdx.x) >> 5;
+  if (warp >= p.view.rows() * p.blocks) return;
+  const int64_t row = warp / p.blocks, first = warp % p.blocks * p.block;
+  const int64_t left = p.view.columns - first, width = left < p.block ? left : p.block;
+  uint32_t largest = 0;
+  for (int64_t i = threadIdx.x & 31; i < width; i += 32) {
+    const float x = load_element(p.x, p.dtype, place(p.view, row, first + i));
+    largest = L::max(largest, as_uint(x) & 0x7fffffffu);
+  }
+  for (int far = 16; far; far /= 2) {
+    largest = L::max(largest, __shfl_xor_sync(kAll, largest, far));
+  }
+  if ((threadIdx.x & 31) == 0) {
+    p.out[warp] = as_float(largest >= kFloatInf ? kFloatNaN : largest);
+  }
+}
+
+int multiprocessors() {
+  static int counts[64];
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "device");
+  if (device < 64 && counts[device]) return counts[device];
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
+  if (device < 64) counts[device] = count;
+  return count;
+}
+
+AmaxParams params(const AmaxArgs& a) {
+  AmaxParams p;
+  p.x = a.x;
+  p.dtype = a.dtype;
+  p.view = a.view;
+  p.count = a.view.count();
+  p.aligned = aligned16(a.x);
+  p.rotation.size = a.rotation.size;
+  p.rotation.factor = a.rotation.size ? rotation_factor(a.rotation.size) : 1.0f;
+  p.rotation.signs = a.rotation.signs;
+  p.rotation.signs_length = a.rotation.signs_length;
+  return p;
+}
+
+template <bool kRotate>
+void launch_flat(const AmaxParams& p, int64_t blocks, Stream stream) {
+  switch (p.dtype) {
+    case DType::kBF16:
+      return launch(amax_flat<DType::kBF16, kRotate>, blocks, kThreads, stream, p);
+    case DType::kFP16:
+      return launch(amax_flat<DType::kFP16, kRotate>, blocks, kThreads, stream, p);
+    default:
+      return launch(amax_flat<DType::kFP32, kRotate>, blocks, kThreads, stream, p);
+  }
+}
+
+}  // namespace
+
+int amax_partials(const AmaxArgs& a, Stream stream) {
+  AmaxParams p = params(a);
+  p.out = a.partials;
+  const bool flat = a.view.flat();
+  const int64_t threads = flat ? (p.count + kUnit - 1) / kUnit : (p.count + 7) / 8;
+  const int64_t most = int64_t(multiprocessors()) * 4;
+  int64_t blocks = blocks_for(threads) < most ? blocks_for(threads) : most;
+  blocks = blocks > kPartials ? kPartials : blocks < 1 ? 1 : blocks;
+  if (!flat) {
+    launch(amax_strided, blocks, kThreads, stream, p);
+  } else if (p.rotation.size) {
+    launch_flat<true>(p, blocks, stream);
+  } else {
+    launch_flat<false>(p, blocks, stream);
+  }
+  return int(blocks);
+}
+
+void amax(const AmaxArgs& a, Stream stream) {
+  if (!a.block) {
+    const int count = amax_partials(a, stream);
+    launch(amax_finish, 1, kThreads, stream, static_cast<const float*>(a.partials), count, a.out);
+    return;
+  }
+  AmaxParams p = params(a);
+  p.out = a.out;
+  p.block = a.block;
+  p.blocks = (a.view.columns + a.block - 1) / a.block;
+  launch(amax_blocks, blocks_for(a.view.rows() * p.blocks * 32), kThreads, stream, p);
+}
+
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.pyfmt on CUDA tensors, by the stable ABI: quantize, dequantize, fake_quantize,
+// hadamard, pack, unpack and amax. The schemas stand in pyfmt/ops.py.
+//
+// The library names no CUDA flavour of torch: the current stream comes from whichever libtorch_cuda
+// the process has loaded.
+#include <dlfcn.h>
+
+#include <tuple>
+
+#include "cuda/args.h"
+#include "torch_tensors.h"
+
+// The emulation of tests/emulation runs the same text on CPU tensors.
+#ifndef PYFMT_DISPATCH_KEY
+#define PYFMT_NAMESPACE pyfmt
+#define PYFMT_DISPATCH_KEY CUDA
+#endif
+#ifndef PYFMT_CUDA_ARCHS
+#define PYFMT_CUDA_ARCHS ""
+#endif
+
+namespace pyfmt {
+namespace {
+
+using namespace tensors;
+
+// ---- device and stream ------------------------------------------------------------------------
+
+using StreamOf = AOTITorchError (*)(int32_t, void**);
+
+StreamOf find_stream_of() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* symbol = dlsym(RTLD_DEFAULT, kName);
+  for (const char* library : {"libtorch_cuda.so", "torch_cuda.dll"}) {
+    if (symbol) break;
+    if (void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(loaded, kName);
+  }
+  options::expect(symbol != nullptr, "CUDA stream: this torch has no ", kName,
+                  "; install a CUDA build of torch 2.10 or later");
+  return reinterpret_cast<StreamOf>(symbol);
+}
+
+// The device of a tensor made current, with its current stream.
+class Device {
+ public:
+  explicit Device(const Tensor& t) : index(t.get_device_index()), type_(t.is_cuda()) {
+    if (!type_) return;
+    guard_.emplace(index);
+    cuda::set_device(index);
+    static const StreamOf stream_of = find_stream_of();
+    STABLE_TORCH_ERROR_CODE_CHECK(stream_of(index, &stream));
+  }
+  Tensor empty(const Shape& shape, ScalarType dtype) const {
+    return tensors::empty(
+        shape, dtype, type_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), index);
+  }
+  void expect_here(const char* what, const Tensor& t) const {
+    options::expect(t.is_cuda() == type_ && t.get_device_index() == index, what,
+                    ": expected a tensor on the device of the others, cuda:", index,
+                    "; move it there with .to()");
+  }
+
+  int32_t index;
+  cuda::Stream stream = nullptr;
+
+ private:
+  bool type_;
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
+
+// ---- rows -------------------------------------------------------------------------------------
+
+// A tensor with the quantized axis last, as it lies in memory.
+struct Rows {
+  Tensor tensor;
+  Shape shape;  // the quantized axis last
+  int64_t axis, last;
+  DType dtype;
+  cuda::View view;
+
+  Rows(const Tensor& x, int64_t asked)
+      : tensor(x), axis(options::axis(asked, x.dim())), last(x.dim() - 1) {
+    dtype = dtype_of("x", x.scalar_type());
+    if (!set_view(x)) {
+      tensor = torch::stable::contiguous(move_axis(x, axis, last));
+      make_flat();
+    }
+    shape = move_axis(shape_of(x), axis, last);
+  }
+
+  const void* data() const { return tensor.const_data_ptr(); }
+  int64_t matrix_rows() const { return shape.size() > 1 ? shape[shape.size() - 2] : 1; }
+  // Copy rows that do not lie end to end.
+  void flatten() {
+    if (view.flat()) return;
+    tensor = torch::stable::contiguous(move_axis(tensor, axis, last));
+    make_flat();
+  }
+  Tensor moved_back(const Tensor& y) const {
+    return axis == last ? y : torch::stable::contiguous(move_axis(y, last, axis));
+  }
+
+ private:
+  void make_flat() {
+    const Shape sizes = shape_of(tensor);
+    view = {};
+    view.columns = sizes.back();
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) view.outer *= sizes[i];
+    view.outer_stride = view.columns;
+  }
+
+  // Rows evenly spaced with contiguous elements; false where a copy serves better.
+  bool set_view(const Tensor& x) {
+    const auto sizes = x.sizes(), strides = x.strides();
+    view.columns = sizes[size_t(axis)];
+    view.column_stride = strides[size_t(axis)];
+    bool first = true;
+    int64_t spacing = 0;
+    // From the innermost of the other axes outwards; those that continue one another merge.
+    for (int64_t i = last; i >= 0; --i) {
+      const int64_t n = sizes[size_t(i)], stride = strides[size_t(i)];
+      if (i == axis || n == 1) continue;
+      if (first) {
+        view.outer = n;
+        view.outer_stride = stride;
+        first = false;
+      } else if (stride == spacing) {
+        view.outer *= n;
+      } else {
+        return false;
+      }
+      spacing = view.outer_stride * view.outer;
+    }
+    if (first) view.outer_stride = view.columns;
+    return view.column_stride == 1 || view.columns <= 1;
+  }
+};
+
+cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
+                           std::optional<Tensor>& signs) {
+  const float* data = nullptr;
+  if (signs) {
+    device.expect_here("signs", *signs);
+    options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
+                    signs->dim());
+    if (signs->scalar_type() != ScalarType::Float) {
+      signs = torch::stable::to(*signs, ScalarType::Float);
+    }
+    signs = dense(*signs);
+    data = static_cast<const float*>(signs->const_data_ptr());
+  }
+  static const float nothing = 1.0f;
+  const cpu::Rotation r =
+      options::rotation(size, length, signs && !data ? &nothing : data, signs ? signs->numel() : 0);
+  return {r.size, r.signs, r.signs_length};
+}
+
+// The caller's tensor scale: its value stays on the device, unread by the host.
+const float* tensor_scale_of(const Device& device, const Tensor& t) {
+  device.expect_here("tensor_scale", t);
+  options::expect(t.scalar_type() == ScalarType::Float && t.numel() == 1,
+                  "tensor_scale: expected one float32 number, got ", t.numel(), " of dtype ",
+                  name_of(t.scalar_type()));
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// quantize and fake_quantize in one: `codes` and `scales` only where asked for.
+struct Quantization {
+  Device device;
+  Rows rows;
+  cuda::QuantizeArgs args;
+  bool has_tensor_scale, dynamic;
+  Tensor rotated, partials, scratch;  // kept alive until the kernels are launched
+
+  Quantization(const Tensor& x, const std::string& format, int64_t axis, const Text& scale_rule,
+               const Text& recipe, const std::string& rounding, std::optional<int64_t> seed,
+               const std::string& clip, const std::optional<Tensor>& tensor_scale)
+      : device(x), rows(x, axis) {
+    const cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
+    has_tensor_scale = o.has_tensor_scale();
+    if (tensor_scale) {
+      options::expect(has_tensor_scale,
+                      "tensor_scale: this format or recipe has none; leave it out");
+      args.tensor_scale = tensor_scale_of(device, *tensor_scale);
+    }
+    dynamic = has_tensor_scale && !tensor_scale;
+    args.x = rows.data();
+    args.dtype = rows.dtype;
+    args.view = rows.view;
+    args.matrix_rows = rows.matrix_rows();
+    args.format = o.format;
+    args.rule = o.rule;
+    args.recipe = o.recipe;
+    args.stochastic = o.stochastic;
+    args.full = o.full;
+    args.seed = o.seed;
+  }
+
+  void rotate(int64_t size, std::optional<Tensor>& signs) {
+    args.rotation = rotation_of(device, size, rows.view.columns, signs);
+    if (!cuda::needs_rotated_rows(args)) return;
+    rows.flatten();
+    rotated = device.empty(rows.shape, ScalarType::Float);
+    cuda::HadamardArgs h;
+    h.x = rows.data();
+    h.out = rotated.mutable_data_ptr();
+    h.dtype = rows.dtype;
+    h.out_dtype = DType::kFP32;
+    h.count = rows.view.count();
+    h.rotation = args.rotation;
+    cuda::hadamard(h, device.stream);
+    args.x = h.out;
+    args.dtype = DType::kFP32;
+    args.view = rows.view;
+    args.rotation = {};
+  }
+
+  void run() {
+    if (dynamic) {
+      partials = device.empty({cuda::kPartials}, ScalarType::Float);
+      args.partials = static_cast<float*>(partials.mutable_data_ptr());
+    }
+    cuda::quantize(args, device.stream);
+  }
+};
+
+// ---- the verbs --------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
+                                            Text scale_rule, Text recipe, std::string rounding,
+                                            std::optional<int64_t> seed, std::string clip,
+                                            std::optional<Tensor> tensor_scale, int64_t rotation,
+                                            std::optional<Tensor> signs) {
+  Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  if (rotation) q.rotate(rotation, signs);
+  const FormatSpec& f = q.args.format;
+  const Shape& shape = q.rows.shape;
+  Tensor codes = q.device.empty(with_last(shape, f.row_bytes(shape.back())), ScalarType::Byte);
+  Tensor scales = q.device.empty(scales_shape(shape, f), scale_type(f.scale));
+  Tensor stored = q.device.empty(q.has_tensor_scale ? Shape{} : Shape{0}, ScalarType::Float);
+  q.args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  q.args.scales = scales.mutable_data_ptr();
+  if (q.has_tensor_scale) {
+    q.args.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
+  }
+  q.run();
+  return {codes, scales, stored};
+}
+
+Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
+                     std::string rounding, std::optional<int64_t> seed, std::string clip,
+                     std::optional<Tensor> tensor_scale) {
+  Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
+  q.args.out = out.mutable_data_ptr();
+  if (cuda::needs_scales(q.args)) {
+    const FormatSpec& f = q.args.format;
+    q.scratch = q.device.empty(scales_shape(q.rows.shape, f), scale_type(f.scale));
+    q.args.scales = q.scratch.mutable_data_ptr();
+  }
+  q.run();
+  return q.rows.moved_back(out);
+}
+
+Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scale,
+                  std::string format, std::vector<int64_t> shape, int64_t axis, ScalarType dtype) {
+  const FormatSpec f = get_format(format);
+  const int64_t last = int64_t(shape.size()) - 1, from = options::axis(axis, last + 1);
+  const DType out_dtype = dtype_of("dtype", dtype);
+  for (int64_t n : shape) {
+    options::expect(n >= 0, "shape: expected no negative sizes, got ", text_of(shape));
+  }
+  const Shape moved = move_axis(shape, from, last);
+  expect_bytes("codes", codes);
+  const Shape want = with_last(moved, f.row_bytes(moved.back())), have = shape_of(codes);
+  options::expect(have == want, "codes: expected shape ", text_of(want), " for ", format,
+                  " of logical shape ", text_of(moved), " (quantized axis last), got ",
+                  text_of(have));
+  const Shape grid = scales_shape(moved, f), scales_have = shape_of(scales);
+  options::expect(scales_have == grid, "scales: expected shape ", text_of(grid), " for ", format,
+                  ", got ", text_of(scales_have));
+  options::expect(scales.scalar_type() == scale_type(f.scale), "scales: expected dtype ",
+                  name_of(scale_type(f.scale)), " for ", format, ", got ",
+                  name_of(scales.scalar_type()));
+  const Device device(codes);
+  device.expect_here("scales", scales);
+  const Tensor packed = dense(codes), grid_scales = dense(scales);
+  Tensor out = device.empty(moved, dtype);
+  cuda::DequantizeArgs a;
+  // Formats without a tensor scale come with the empty one that quantize returned.
+  if (tensor_scale && tensor_scale->numel() != 0) {
+    options::expect(f.tensor_scale, "tensor_scale: ", format, " has none; pass None");
+    a.tensor_scale = tensor_scale_of(device, *tensor_scale);
+  }
+  a.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  a.scales = grid_scales.const_data_ptr();
+  a.format = f;
+  a.matrix_rows = moved.size() > 1 ? moved[moved.size() - 2] : 1;
+  a.view.columns = moved.back();
+  for (size_t i = 0; i + 1 < moved.size(); ++i) a.view.outer *= moved[i];
+  a.view.outer_stride = a.view.columns;
+  a.dtype = out_dtype;
+  a.out = out.mutable_data_ptr();
+  cuda::dequantize(a, device.stream);
+  return from == last ? out : torch::stable::contiguous(move_axis(out, last, from));
+}
+
+Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axis) {
+  const Device device(x);
+  Rows rows(x, axis);
+  cuda::HadamardArgs a;
+  a.rotation = rotation_of(device, size, rows.view.columns, signs);
+  rows.flatten();
+  Tensor out = device.empty(rows.shape, x.scalar_type());
+  a.x = rows.data();
+  a.out = out.mutable_data_ptr();
+  a.dtype = a.out_dtype = rows.dtype;
+  a.count = rows.view.count();
+  cuda::hadamard(a, device.stream);
+  return rows.moved_back(out);
+}
+
+int64_t rows_of(const Shape& shape) {
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  return rows;
+}
+
+Tensor pack(Tensor codes, int64_t bits) {
+  options::bits(bits);
+  expect_bytes("codes", codes);
+  const Device device(codes);
+  const Tensor in = dense(codes);
+  const Shape shape = shape_of(in);
+  const int64_t length = shape.back(), bytes = (length * bits + 7) / 8;
+  Tensor out = device.empty(with_last(shape, bytes), ScalarType::Byte);
+  cuda::PackArgs a{static_cast<const uint8_t*>(in.const_data_ptr()),
+                   static_cast<uint8_t*>(out.mutable_data_ptr()),
+                   int(bits),
+                   rows_of(shape),
+                   length,
+                   bytes,
+                   length};
+  cuda::pack(a, device.stream);
+  return out;
+}
+
+Tensor unpack(Tensor packed, int64_t bits, int64_t length) {
+  expect_bytes("packed", packed);
+  const Device device(packed);
+  const Tensor in = dense(packed);
+  const Shape shape = shape_of(in);
+  options::packed_bytes(shape.back(), length, bits);
+  Tensor out = device.empty(with_last(shape, length), ScalarType::Byte);
+  cuda::PackArgs a{static_cast<const uint8_t*>(in.const_data_ptr()),
+                   static_cast<uint8_t*>(out.mutable_data_ptr()),
+                   int(bits),
+                   rows_of(shape),
+                   shape.back(),
+                   length,
+                   length};
+  cuda::unpack(a, device.stream);
+  return out;
+}
+
+Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
+  const Device device(x);
+  cuda::AmaxArgs a;
+  if (!block) {
+    a.dtype = dtype_of("x", x.scalar_type());
+    const Tensor all = dense(x);
+    a.x = all.const_data_ptr();
+    a.view.columns = all.numel();
+    Tensor out = device.empty({}, ScalarType::Float);
+    const Tensor partials = device.empty({cuda::kPartials}, ScalarType::Float);
+    a.out = static_cast<float*>(out.mutable_data_ptr());
+    a.partials = static_cast<float*>(partials.mutable_data_ptr());
+    cuda::amax(a, device.stream);
+    return out;
+  }
+  options::expect(*block >= 1, "block: expected a positive int, got ", *block);
+  const Rows rows(x, axis);
+  const int64_t blocks = (rows.shape.back() + *block - 1) / *block;
+  Tensor out = device.empty(with_last(rows.shape, blocks), ScalarType::Float);
+  a.x = rows.data();
+  a.dtype = rows.dtype;
+  a.view = rows.view;
+  a.block = *block;
+  a.out = static_cast<float*>(out.mutable_data_ptr());
+  cuda::amax(a, device.stream);
+  return out;
+}
+
+// Element codes, one a byte, of x / 2^(scale - 127).
+Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
+  const Device device(x);
+  const Tensor in = dense(x);
+  Tensor out = device.empty(shape_of(in), ScalarType::Byte);
+  cuda::EncodeArgs a;
+  a.x = in.const_data_ptr();
+  a.dtype = dtype_of("x", x.scalar_type());
+  a.codes = static_cast<uint8_t*>(out.mutable_data_ptr());
+  a.count = in.numel();
+  a.element = get_format(element + "-b32-e8m0").element;
+  a.scale = uint32_t(scale);
+  a.full = clip == "full";
+  cuda::encode(a, device.stream);
+  return out;
+}
+
+// What this library was compiled for, as in PYFMT_CUDA_ARCHS.
+std::string cuda_archs() {
+  return PYFMT_CUDA_ARCHS;
+}
+
+}  // namespace
+}  // namespace pyfmt
+
+#define PYFMT_DEFINE(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
+PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
+  m.def("_cuda_archs() -> str");
+  m.def("_encode(Tensor x, str element, int scale=127, str clip='symmetric') -> Tensor");
+}
+
+#define PYFMT_REGISTER(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_archs", TORCH_BOX(&pyfmt::cuda_archs));
+}
+
+PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
+  m.impl("quantize", TORCH_BOX(&pyfmt::quantize));
+  m.impl("dequantize", TORCH_BOX(&pyfmt::dequantize));
+  m.impl("fake_quantize", TORCH_BOX(&pyfmt::fake_quantize));
+  m.impl("hadamard", TORCH_BOX(&pyfmt::hadamard));
+  m.impl("pack", TORCH_BOX(&pyfmt::pack));
+  m.impl("unpack", TORCH_BOX(&pyfmt::unpack));
+  m.impl("amax", TORCH_BOX(&pyfmt::amax));
+  m.impl("_encode", TORCH_BOX(&pyfmt::encode));
+}

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA room: compiled kernels on torch's CUDA tensors and on CuPy arrays, every format.
+
+CuPy arrays go in and out by DLPack on the same memory. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyfmt import _arrays, _check
+from pyfmt.formats import Format
+from pyfmt.tensor import QTensor
+
+# Looked up once: a call does not ask the file system, and torch.compile traces through it.
+_LIBRARY = Path(__file__).resolve().parent.parent / "_torch_ops_cuda.so"
+_LIBRARY_BUILT = _LIBRARY.exists()
+# None: not tried yet; "": loaded; else why it could not be.
+_failure: str | None = None
+
+
+def torch_library_path() -> Path | None:
+    """Return the compiled library of GPU kernels, or None where it was not built."""
+    return _LIBRARY if _LIBRARY_BUILT else None
+
+
+def serves(archs: str, capability: tuple[int, int]) -> bool:
+    """Return whether code for `archs` ("90a-real;90-virtual") runs on a compute capability."""
+    major, minor = capability
+    for word in archs.split(";"):
+        match = re.fullmatch(r"(\d+)(\d)([af]?)-(real|virtual)", word)
+        if match is None:
+            continue
+        built, exact = (int(match[1]), int(match[2])), match[3] == "a"
+        if match[4] == "virtual" and not exact and built <= (major, minor):
+            return True
+        if built == (major, minor) or (not exact and built[0] == major and built[1] <= minor):
+            return True
+    return False
+
+
+def load() -> str | None:
+    """Load the kernels into torch.ops.pyfmt, once; return None or the reason why not."""
+    global _failure
+    if _failure is None:
+        _failure = _load()
+    return _failure or None
+
+
+def _load() -> str:
+    if not _LIBRARY_BUILT:
+        return (
+            "the GPU library is missing; build it with `make setup` in a checkout, or `pip install "
+            "--no-build-isolation .`, where nvcc 12.8 or later and torch are"
+        )
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed; `pip install torch`"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"the GPU library does not load here ({error}); build it again with `make setup`"
+    archs = torch.ops.pyfmt._cuda_archs()
+    capability = torch.cuda.get_device_capability()
+    if not serves(archs, capability):
+        own = "".join(map(str, capability))
+        return (
+            f"the GPU library is compiled for {archs} and this GPU has compute capability "
+            f"{capability[0]}.{capability[1]}; rebuild with PYFMT_CUDA_ARCHS={own}-real"
+        )
+    return ""
+
+
+def available() -> str | None:
+    """Return None where the library and a CUDA device are there, else what is missing."""
+    return load()
+
+
+def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
+    """CUDA tensors and CuPy arrays, every format."""
+    library = _arrays.kind(x)
+    if library == "numpy":
+        return "it serves CUDA tensors and CuPy arrays, not NumPy arrays"
+    if library == "torch" and x.device.type != "cuda":
+        return f"it serves CUDA tensors, not tensors on {x.device}"
+    return None
+
+
+# ---- arrays -----------------------------------------------------------------------------------
+
+
+def _ops() -> Any:
+    """Return torch.ops.pyfmt with the kernels registered."""
+    import torch
+
+    import pyfmt.ops  # noqa: F401  (registers the ops)
+
+    reason = load()
+    if reason is not None:
+        raise RuntimeError(f"backend 'cuda': {reason}")
+    return torch.ops.pyfmt
+
+
+def _in(x: Any) -> Any:
+    """Return a CuPy array as a torch tensor on the same memory; anything else as it is."""
+    if x is None or _arrays.is_torch(x) or type(x).__module__.partition(".")[0] != "cupy":
+        return x
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    if _check.dtype_name(x.dtype) == "bfloat16":
+        return from_dlpack(x.view("int16")).view(torch.bfloat16)
+    return from_dlpack(x)
+
+
+def _out(y: Any, like: Any) -> Any:
+    """Return a tensor as the library of `like` has it, on the same memory."""
+    if y is None or _arrays.is_torch(like):
+        return y
+    import cupy
+    import ml_dtypes
+    import torch
+
+    if y.dtype == torch.bfloat16:
+        return cupy.from_dlpack(y.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return cupy.from_dlpack(y)
+
+
+def _scalar(value: Any, x: Any) -> Any:
+    """Return a tensor scale as one float32 on x's device; what lies there already is not read."""
+    import torch
+
+    value = _in(value)
+    if value is None:
+        return None
+    if not _arrays.is_torch(value):
+        return torch.full((), float(value), dtype=torch.float32, device=x.device)
+    return value.to(x.device, torch.float32).reshape(())
+
+
+def _signs(signs: Any, x: Any) -> Any:
+    """Return signs as a tensor on x's device, or None."""
+    signs = _in(signs)
+    if signs is None:
+        return None
+    return (signs if _arrays.is_torch(signs) else _arrays.to_torch(signs)).to(x.device)
+
+
+def _signed(seed: int | None) -> int | None:
+    """Return the same 64 bits as the signed int that op schemas have."""
+    return None if seed is None else (seed + 2**63) % 2**64 - 2**63
+
+
+def _given(value: Any, fmt: Format, recipe: str | None, x: Any) -> Any:
+    """Check a caller's tensor scale as far as the host knows it, and put it on the device."""
+    if value is None:
+        return None
+    on_device = _arrays.is_torch(value) and value.is_cuda
+    recipe = recipe or next(iter(fmt.recipes), "")
+    _check.tensor_scale(1.0 if on_device and value.numel() == 1 else value, fmt, recipe)
+    return _scalar(value, x)
+
+
+# ---- the verbs --------------------------------------------------------------------------------
+
+
+def quantize(
+    x: Any,
+    fmt: Format,
+    *,
+    axis: int = -1,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+    rotation: int | None = None,
+    signs: Any = None,
+) -> tuple[Any, Any, Any]:
+    tensor = _in(x)
+    codes, scales, stored = _ops().quantize(
+        tensor,
+        fmt.key,
+        axis,
+        scale_rule,
+        recipe,
+        rounding,
+        _signed(seed),
+        clip,
+        _given(tensor_scale, fmt, recipe, tensor),
+        rotation or 0,
+        _signs(signs, tensor),
+    )
+    return _out(codes, x), _out(scales, x), _out(stored, x) if stored.numel() else None
+
+
+def dequantize(
+    codes: Any,
+    scales: Any,
+    tensor_scale: Any,
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    axis: int = -1,
+    dtype: Any = "float32",
+) -> Any:
+    packed = _in(codes)
+    y = _ops().dequantize(
+        packed,
+        _in(scales),
+        _scalar(tensor_scale, packed),
+        fmt.key,
+        shape,
+        axis,
+        _arrays.torch_dtype(dtype),
+    )
+    return _out(y, codes)
+
+
+def fake_quantize(
+    x: Any,
+    fmt: Format,
+    *,
+    axis: int = -1,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+) -> Any:
+    tensor = _in(x)
+    y = _ops().fake_quantize(
+        tensor,
+        fmt.key,
+        axis,
+        scale_rule,
+        recipe,
+        rounding,
+        _signed(seed),
+        clip,
+        _given(tensor_scale, fmt, recipe, tensor),
+    )
+    return _out(y, x)
+
+
+def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
+    tensor = _in(x)
+    return _out(_ops().hadamard(tensor, size, _signs(signs, tensor), axis), x)
+
+
+def pack(codes: Any, bits: int) -> Any:
+    return _out(_ops().pack(_in(codes), bits), codes)
+
+
+def unpack(packed: Any, bits: int, length: int) -> Any:
+    return _out(_ops().unpack(_in(packed), bits, length), packed)
+
+
+def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
+    return _out(_ops().amax(_in(x), block, axis), x)
+
+
+def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
+    """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+
+    def expanded(q: Any) -> Any:
+        if isinstance(q, QTensor):
+            q = dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis)
+        return _in(q).float()
+
+    y = expanded(a) @ expanded(b).mT
+    if bias is not None:
+        y = y + _in(bias).float()
+    return _out(y.to(_arrays.torch_dtype(dtype)), b.codes)

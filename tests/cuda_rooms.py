@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA room under test: on a device, and its kernels run on the CPU by tests/emulation."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tests.rooms import Room, to_torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "emulation"
+FLAGS = "-std=c++17 -O1 -fPIC -fvisibility=hidden -ffp-contract=off -Wno-unknown-pragmas".split()
+FLAGS += ["-Wno-attributes", f"-I{ROOT / 'tests' / 'emulation'}", f"-I{ROOT / 'csrc'}"]
+
+
+class DeviceRoom(Room):
+    """The CUDA room on device 0: NumPy in, NumPy out by way of the device."""
+
+    def _in(self, x: np.ndarray | None) -> Any:
+        return None if x is None else to_torch(x).cuda()
+
+    def _call(self, verb: str, *args: Any, **options: Any) -> Any:
+        poison_device()
+        result = getattr(self.module, verb)(*args, **options)
+        return tuple(map(_home, result)) if isinstance(result, tuple) else _home(result)
+
+
+def _home(x: Any) -> Any:
+    return x.cpu() if hasattr(x, "cpu") else x
+
+
+def poison_device(sizes: Iterable[int] = (512, 2048, 8192, 65536, 1 << 20, 1 << 22)) -> None:
+    """Fill blocks that the caching allocator will hand out next, so that gaps are seen."""
+    import torch
+
+    dirty = [
+        torch.full((n,), 0xA5, dtype=torch.uint8, device="cuda") for n in sizes for _ in range(4)
+    ]
+    del dirty
+
+
+def device_room() -> DeviceRoom:
+    from pyfmt.backends import cuda
+
+    reason = cuda.available()
+    assert reason is None, f"room cuda: {reason}"
+    return DeviceRoom("cuda", cuda, torch=True)
+
+
+# ---- emulation --------------------------------------------------------------------------------
+
+
+def _stale(target: Path, source: Path) -> bool:
+    listed = target.with_suffix(".d")
+    if not (target.exists() and listed.exists()):
+        return True
+    needed = listed.read_text().split(": ", 1)[1].replace("\\\n", " ").split()
+    made = target.stat().st_mtime_ns
+    return any(not Path(f).exists() or Path(f).stat().st_mtime_ns > made for f in needed)
+
+
+def _compile(source: Path, flags: list[str]) -> Path:
+    target = BUILD / f"{source.stem}.o"
+    if _stale(target, source):
+        draft = target.with_suffix(f".{os.getpid()}.o")
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        command = [*compiler, *FLAGS, *flags, "-MMD", "-MF", str(target.with_suffix(".d"))]
+        subprocess.run([*command, "-c", str(source), "-o", str(draft)], check=True)
+        os.replace(draft, target)
+    return target
+
+
+def emulated_library() -> Path:
+    """Compile the kernels and their torch bindings for the CPU; returns the library."""
+    import torch
+
+    BUILD.mkdir(parents=True, exist_ok=True)
+    root = Path(torch.__file__).parent
+    binding = [
+        f"-isystem{root / 'include'}",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+        "-DPYFMT_NAMESPACE=pyfmt_emulated",
+        "-DPYFMT_DISPATCH_KEY=CPU",
+    ]
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = pool.map(lambda s: _compile(s, ["-x", "c++"]), sources)
+        objects = [*kernels, _compile(ROOT / "csrc" / "torch_bindings_cuda.cpp", binding)]
+    library = BUILD / "emulated.so"
+    if not library.exists() or any(_newer(o, library) for o in objects):
+        draft = library.with_suffix(f".{os.getpid()}.so")
+        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        torch_flags = [f"-L{root / 'lib'}", "-ltorch_cpu", "-ldl"]
+        command = [*compiler, "-shared", *map(str, objects), "-o", str(draft), *torch_flags]
+        subprocess.run(command, check=True)
+        os.replace(draft, library)
+    return library
+
+
+def _newer(a: Path, b: Path) -> bool:
+    return a.stat().st_mtime_ns > b.stat().st_mtime_ns
+
+
+_definitions: Any = None
+
+
+def emulated_ops() -> Any:
+    """torch.ops.pyfmt_emulated: the schemas of pyfmt.ops served by emulated kernels."""
+    global _definitions
+    import torch
+
+    from pyfmt.ops import SCHEMAS
+
+    if _definitions is None:
+        _definitions = torch.library.Library("pyfmt_emulated", "DEF")
+        for schema in SCHEMAS:
+            _definitions.define(schema)
+        torch.ops.load_library(str(emulated_library()))
+    return torch.ops.pyfmt_emulated
+
+
+def emulated_room() -> Room:
+    """The CUDA room with its kernels run on the CPU."""
+    from pyfmt.backends import cuda
+
+    spec = importlib.util.spec_from_file_location("pyfmt.backends._cuda_emulated", cuda.__file__)
+    assert spec is not None and spec.loader is not None
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    module._ops = emulated_ops  # type: ignore[attr-defined]
+    return Room("cuda-emulated", module, torch=True)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels without a GPU: the same source run on the CPU, bit for bit the reference.
+
+What only a device shows (its conversions, races, strides of device tensors) is in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pyfmt import reference
+from pyfmt.backends import cuda
+from pyfmt.formats import FORMATS, Format, get_element, get_format
+from tests import grids, test_layout, test_quantize, test_rotate
+from tests.cuda_rooms import ROOT, emulated_ops, emulated_room
+from tests.grids import BF16, DTYPES
+from tests.rooms import Room, same_everywhere, same_quantized, to_torch
+
+# One of each path: flat units, ragged rows, square blocks, and what only the general kernels take.
+PATHS = [
+    "e2m1-b16-e8m0",
+    "int8q6-b32x32-e8m0",
+    "e2m1-b16x16-e4m3-ts",
+    "int4-b64-fp16",
+    "int8-b256-bf16",
+    "int4-brow-fp32",
+    "e3m2-b20-e4m3-ts",
+    "ue4m3-b32-e8m0",
+    "int8-b3x5-fp16",
+]
+SOME = (*FORMATS.values(), *map(get_format, PATHS))
+
+
+@pytest.fixture(scope="module")
+def room() -> Room:
+    return emulated_room()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", SOME, ids=str)
+def test_quantize_and_back(room: Room, fmt: Format, dtype: str) -> None:
+    x = grids.matrix(fmt, DTYPES[dtype], 60)
+    width = fmt.block_columns(24)
+    whole = np.ascontiguousarray(x[:, : max(x.shape[1] // width, 1) * width])
+    for options in grids.options_of(fmt):
+        parts = same_quantized([room], x, fmt, **options)
+        want = reference.dequantize(*parts, fmt, x.shape, dtype=x.dtype)
+        same_everywhere([room], want, "fake_quantize", x, fmt, **options)
+    parts = same_quantized([room], whole, fmt)
+    for out in DTYPES.values():
+        want = reference.dequantize(*parts, fmt, whole.shape, dtype=out)
+        same_everywhere([room], want, "dequantize", *parts, fmt, whole.shape, dtype=out)
+
+
+@pytest.mark.parametrize("fmt", SOME, ids=str)
+def test_shapes_axes_and_views(room: Room, fmt: Format) -> None:
+    for shape in ((1,), (33,), (3, 16), (2, 31), (4, 0), (0, 4), (2, 3, 130), (40, 64)):
+        x = grids.noise(1, int(np.prod(shape)), BF16).reshape(shape)
+        for axis in range(len(shape)):
+            same_quantized([room], x, fmt, axis=axis)
+    big = grids.noise(96, 64, BF16)
+    for view, of in test_quantize.VIEWS.items():
+        same_quantized([room], of(big), fmt, view)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxint8", "nvfp4", "int4", *PATHS[:3]])
+def test_rotation_of_every_kind(room: Room, name: str) -> None:
+    x = grids.noise(2, 2048, BF16)
+    x[1, 5] = np.inf
+    for size in (2, 16, 32, 64, 1024):
+        signs = np.where(np.random.default_rng(size).random(size) < 0.5, -1, 1).astype(np.float32)
+        same_quantized([room], x, get_format(name), rotation=size, signs=signs)
+        want = reference.hadamard(x, size, signs)
+        same_everywhere([room], want, "hadamard", x, size, signs)
+
+
+def test_the_other_verbs(room: Room) -> None:
+    test_rotate.test_rooms_on_axes_strides_and_empty_arrays([room])
+    test_rotate.test_signs_of_any_float_dtype_count_the_same([room])
+    for bits in (2, 3, 6, 8):
+        test_layout.test_pack_is_a_little_endian_bit_stream([room], bits)
+    for dtype in DTYPES:
+        for block in (None, 7, 32):
+            test_quantize.test_amax([room], dtype, block)
+
+
+@pytest.mark.parametrize("element", [f.element.name for f in FORMATS.values()])
+def test_every_bf16_number_by_every_scale(element: str) -> None:
+    x = np.arange(2**16, dtype=np.uint16).view(BF16)
+    x = np.where(np.isfinite(x.astype(np.float32)), x, BF16.type(0))
+    for byte in (0, 1, 2, 100, 126, 127, 128, 180, 253, 254):
+        codes = emulated_ops()._encode(to_torch(x), element, byte).numpy()
+        want = reference.encode(np.ldexp(x.astype(np.float64), 127 - byte), get_element(element))
+        assert np.array_equal(codes, want), f"{element} at scale {byte}"
+
+
+def test_an_empty_tensor_has_a_tensor_scale(room: Room) -> None:
+    for shape in ((0, 32), (3, 0)):
+        same_quantized([room], np.zeros(shape, np.float32), FORMATS["nvfp4"])
+
+
+# ---- the built library ------------------------------------------------------------------------
+
+needs_library = pytest.mark.skipif(cuda.torch_library_path() is None, reason="there was no nvcc")
+
+
+@needs_library
+def test_the_library_loads_beside_any_torch() -> None:
+    torch.ops.load_library(str(cuda.torch_library_path()))
+    assert re.fullmatch(r"\d+[af]?-(real|virtual)(;\d+[af]?-(real|virtual))*",
+                        torch.ops.pyfmt._cuda_archs())  # fmt: skip
+
+
+def test_which_gpus_the_code_serves() -> None:
+    archs = "90a-real;90-virtual"
+    assert [cuda.serves(archs, c) for c in ((8, 9), (9, 0), (10, 0), (12, 0))] == [0, 1, 1, 1]
+    assert [cuda.serves("86-real", c) for c in ((8, 0), (8, 6), (8, 9), (9, 0))] == [0, 1, 1, 0]
+    assert not cuda.serves("90a-real", (10, 0))
+
+
+def reports() -> dict[str, tuple[int, int]]:
+    """Registers and spilled bytes of each kernel, from what nvcc said when it compiled."""
+    found = {}
+    for log in (ROOT / "build" / "objects").glob("*.log"):
+        text = log.read_text()
+        pattern = (
+            r"Compiling entry function '(\S+)' for 'sm_90a'.*?(\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers"
+        )
+        for name, stores, loads, registers in re.findall(pattern, text, re.S):
+            found[name] = (int(registers), int(stores) + int(loads))
+    return found
+
+
+@needs_library
+@pytest.mark.skipif(not Path(ROOT / "build" / "objects").exists(), reason="built elsewhere")
+def test_hot_kernels_do_not_spill() -> None:
+    hot = {name: use for name, use in reports().items() if "_flat" in name}
+    assert hot, "no resource report: was the library built with another architecture?"
+    for name, (registers, spilled) in hot.items():
+        assert spilled == 0, f"{name} spills {spilled} bytes"
+        assert registers <= 72, f"{name} takes {registers} registers"
