@@ -80,7 +80,7 @@ struct ElementSpec {
 
   // floor(log2(largest)), and the fraction bits of the largest value.
   PYFMT_HD constexpr int emax() const { return int(max_bits() >> 23) - 127; }
-  PYFMT_HD constexpr int significand() const { return is_int() ? man - 1 : man; }
+  PYFMT_HD constexpr int significand() const { return exp ? man : man - 1; }
 
   PYFMT_HD constexpr bool operator==(const ElementSpec& o) const {
     return kind == o.kind && exp == o.exp && man == o.man && bias == o.bias && frac == o.frac &&

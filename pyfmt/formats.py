@@ -185,8 +185,8 @@ class Element:
 
     @property
     def significand(self) -> int:
-        """Fraction bits of the largest value: `man`, or bits - 2 for a signed integer."""
-        return self.man if self.kind == "float" else self.man - 1
+        """Fraction bits of the largest value: `man`, one less where no exponent hides a bit."""
+        return self.man if self.exp else self.man - 1
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_derived_facts_agree_with_the_values(element: Element) -> None:
 @pytest.mark.parametrize(
     "name, width",
     [("e4m3fn", 3), ("e5m2ieee", 2), ("e2m3", 3), ("e3m2", 2), ("e2m1", 1)]
-    + [("int8q6", 6), ("int6q4", 4), ("int4q2", 2), ("uint4", 3), ("e3m0", 0)],
+    + [("int8q6", 6), ("int6q4", 4), ("int4q2", 2), ("uint4", 3), ("e3m0", 0), ("e0m3", 2)],
 )
 def test_fraction_bits_that_the_even_rule_keeps(name: str, width: int) -> None:
     assert get_element(name).significand == width
