@@ -123,7 +123,9 @@ def test_module_is_the_command_and_starts_light() -> None:
         "heavy = {'torch', 'transformers', 'matplotlib', 'safetensors', 'triton'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    # os.environ, not the inherited environment: readline adds COLUMNS to the latter.
+    env = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "")
     status, out, err = outcome(spawn("formats"))
     assert (status, out, err) == (0, done.stdout, "")
