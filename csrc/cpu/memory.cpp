@@ -7,6 +7,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace pyfmt {
@@ -14,12 +15,13 @@ namespace cpu {
 
 void prefer_huge_pages(void* p, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr size_t kHuge = size_t(1) << 21;
   if (bytes < kHugePageBytes) return;
-  const uintptr_t first = (uintptr_t(p) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t last = (uintptr_t(p) + bytes) & ~(kHuge - 1);
+  // Whole pages only, so that no neighbour's memory is meant.
+  const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (uintptr_t(p) + page - 1) & ~(page - 1);
+  const uintptr_t last = (uintptr_t(p) + bytes) & ~(page - 1);
   // Advice only: where the kernel declines, ordinary pages serve.
-  if (first < last) (void)madvise((void*)first, last - first, MADV_HUGEPAGE);
+  (void)madvise((void*)first, last - first, MADV_HUGEPAGE);
 #else
   (void)p;
   (void)bytes;
