@@ -15,6 +15,9 @@ from pathlib import Path
 _SKIP = re.compile(r"(^|/)(site-packages|dist-packages|test|tests|idle_test|lib2to3|config-[^/]*)/")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s")
 
+_DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
 
 def docstring_sentences(count: int, folder: Path | None = None) -> list[str]:
     """Return `count` different sentences from the standard library's docstrings.
@@ -51,9 +54,16 @@ def _sentences(folder: Path) -> Iterator[str]:
                 tree = ast.parse(path.read_bytes())
         except (OSError, SyntaxError, ValueError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                first = _SENTENCE_END.split(text, maxsplit=1)[0]
-                if first[:1].isupper() and first.endswith(".") and 5 <= len(first.split()) <= 30:
-                    yield first
+        for node in _documented(tree):
+            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+            first = _SENTENCE_END.split(text, maxsplit=1)[0]
+            if first[:1].isupper() and first.endswith(".") and 5 <= len(first.split()) <= 30:
+                yield first
+
+
+def _documented(module: ast.Module) -> Iterator[_Documented]:
+    """Yield the module, its classes and functions and theirs; expressions are not walked."""
+    pending: list[_Documented] = [module]
+    for node in pending:
+        yield node
+        pending.extend(child for child in node.body if isinstance(child, _DEFINITIONS))
