@@ -71,7 +71,7 @@ SANITIZED := build/sanitize
 PRELOAD = $(foreach lib,libasan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(lib)))
 ROOMS := $(patsubst %,tests/test_%.py,quantize rotate layout matmul ops nn)
 sanitize: build ## test the compiled rooms under the address and undefined-behaviour sanitizers
-	PYFMT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	NVCC= PYFMT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	cp -R tests csrc README.md pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=. PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$(PRELOAD)" $(CURDIR)/$(PYTEST) -m "not slow" $(ROOMS) $(ARGS)

@@ -245,8 +245,8 @@ class BuildExt(build_ext):
 
     def _leave_out(self, name: str) -> None:
         self.extensions = [e for e in self.extensions if e.name != name]
-        # A library of an earlier build would serve old code.
-        (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
+        if self.inplace:  # a library of an earlier build would serve old code
+            (ROOT / self.get_ext_filename(name)).unlink(missing_ok=True)
 
     def get_ext_filename(self, fullname: str) -> str:
         # setuptools asks for both
