@@ -1,27 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pyfmt on CPU tensors, by the stable ABI. The schemas stand in pyfmt/ops.py; here are
 // the kernels of quantize, dequantize, fake_quantize, hadamard, pack, unpack and amax.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <array>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "cpu/cpu.h"
 #include "options.h"
+#include "torch_tensors.h"
 
 namespace pyfmt {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
-using Text = std::optional<std::string>;
+using namespace tensors;
 
 // ---- torch's threads --------------------------------------------------------------------------
 
@@ -39,115 +29,14 @@ const cpu::ParallelFor kParallel{run_torch, nullptr};
 
 // ---- tensors ----------------------------------------------------------------------------------
 
-const char* name_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::ComplexHalf:
-    case ScalarType::ComplexFloat:
-    case ScalarType::ComplexDouble:
-      return "complex";
-    default:
-      return "another dtype";
-  }
-}
-
-DType dtype_of(const char* what, ScalarType t) {
-  switch (t) {
-    case ScalarType::BFloat16:
-      return DType::kBF16;
-    case ScalarType::Half:
-      return DType::kFP16;
-    case ScalarType::Float:
-      return DType::kFP32;
-    default:
-      options::fail(what, ": expected dtype bfloat16, float16 or float32, got ", name_of(t),
-                    "; convert it to float32 first");
-  }
-}
-
-ScalarType scale_type(Scale s) {
-  return s == Scale::kBF16   ? ScalarType::BFloat16
-         : s == Scale::kFP16 ? ScalarType::Half
-         : s == Scale::kFP32 ? ScalarType::Float
-                             : ScalarType::Byte;
-}
-
-int32_t shim_dtype(ScalarType t) {
-  return t == ScalarType::Byte       ? aoti_torch_dtype_uint8()
-         : t == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
-         : t == ScalarType::Half     ? aoti_torch_dtype_float16()
-                                     : aoti_torch_dtype_float32();
-}
-
 Tensor new_tensor(const Shape& shape, ScalarType type) {
-  Shape strides(shape.size());
-  int64_t count = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = count;
-    count *= shape[i] > 0 ? shape[i] : 1;
+  Tensor t = empty(shape, type, aoti_torch_device_type_cpu(), 0);
+  int64_t bytes = aoti_torch_dtype_element_size(shim_dtype(type));
+  for (int64_t n : shape) bytes *= n;
+  if (size_t(bytes) >= cpu::kHugePageBytes) {
+    cpu::prefer_huge_pages(t.mutable_data_ptr(), size_t(bytes));
   }
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(),
-                                                         strides.data(), shim_dtype(type),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor t(handle);
-  const size_t bytes = size_t(count) * aoti_torch_dtype_element_size(shim_dtype(type));
-  if (bytes >= cpu::kHugePageBytes) cpu::prefer_huge_pages(t.mutable_data_ptr(), bytes);
   return t;
-}
-
-Shape shape_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return Shape(sizes.begin(), sizes.end());
-}
-
-std::string text_of(const Shape& shape) {
-  std::string s = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    s += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  return s + (shape.size() == 1 ? ",)" : ")");
-}
-
-Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-// Move one axis elsewhere; the rest keep their order.
-Tensor move_axis(const Tensor& t, int64_t from, int64_t to) {
-  if (from == to) return dense(t);
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(t),
-                                    torch::stable::detail::from(from),
-                                    torch::stable::detail::from(to)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::movedim", "int", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::contiguous(torch::stable::detail::to<Tensor>(stack[0]));
-}
-
-Shape move_axis(Shape shape, int64_t from, int64_t to) {
-  const int64_t length = shape[size_t(from)];
-  shape.erase(shape.begin() + from);
-  shape.insert(shape.begin() + to, length);
-  return shape;
 }
 
 cpu::View view_of(const Shape& moved) {
@@ -156,20 +45,6 @@ cpu::View view_of(const Shape& moved) {
   if (moved.size() > 1) v.rows = moved[moved.size() - 2];
   for (size_t i = 0; i + 2 < moved.size(); ++i) v.batches *= moved[i];
   return v;
-}
-
-Shape with_last(Shape shape, int64_t last) {
-  shape.back() = last;
-  return shape;
-}
-
-Shape scales_shape(Shape moved, const FormatSpec& f) {
-  moved.back() = f.blocks(moved.back());
-  if (moved.size() > 1) {
-    int64_t& rows = moved[moved.size() - 2];
-    rows = (rows + f.block_rows - 1) / f.block_rows;
-  }
-  return moved;
 }
 
 // A tensor with the quantized axis last, contiguous.
@@ -181,13 +56,13 @@ struct Rows {
 
   Rows(const Tensor& x, int64_t asked) : axis(options::axis(asked, x.dim())), last(x.dim() - 1) {
     source.dtype = dtype_of("x", x.scalar_type());
-    tensor = move_axis(x, axis, last);
+    tensor = dense(move_axis(x, axis, last));
     shape = shape_of(tensor);
     source.x = tensor.const_data_ptr();
     source.view = view_of(shape);
   }
   Tensor new_like() const { return new_tensor(shape, tensor.scalar_type()); }
-  Tensor moved_back(const Tensor& y) const { return axis == last ? y : move_axis(y, last, axis); }
+  Tensor moved_back(const Tensor& y) const { return dense(move_axis(y, last, axis)); }
 };
 
 float scalar_of(const Tensor& t) {
@@ -217,12 +92,6 @@ cpu::Options options_of(const std::string& format, const Text& scale_rule, const
   cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
   if (tensor_scale) options::set_tensor_scale(o, scalar_of(*tensor_scale));
   return o;
-}
-
-void expect_bytes(const char* what, const Tensor& t) {
-  options::expect(t.scalar_type() == ScalarType::Byte, what, ": expected dtype uint8, got ",
-                  name_of(t.scalar_type()));
-  options::expect(t.dim() > 0, what, ": expected at least one dimension, got a 0-dim tensor");
 }
 
 // ---- the verbs --------------------------------------------------------------------------------
@@ -289,7 +158,7 @@ Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scal
   cpu::dequantize(kParallel, static_cast<const uint8_t*>(packed.const_data_ptr()),
                   grid_scales.const_data_ptr(), multiplies ? &multiplier : nullptr, f,
                   view_of(moved), out_dtype, out.mutable_data_ptr());
-  return from == last ? out : move_axis(out, last, from);
+  return dense(move_axis(out, last, from));
 }
 
 Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axis) {

@@ -81,42 +81,66 @@ static void amax_groups(const void* x, int64_t blocks, int64_t size, uint32_t* o
 }
 
 #if PYFMT_AVX512
-// Blocks of sixteen, two to a vector of pairs.
-static void amax_half_pairs(const uint16_t* x, int64_t blocks, uint32_t* out) {
+// The largest of the lower and of the upper eight lanes of each of eight vectors, in order.
+PYFMT_INLINE U max_of_halves(__m512i a[8]) {
+  for (int k = 0; k < 4; ++k) {
+    const __m512i u = a[2 * k], v = a[2 * k + 1];
+    a[k] = _mm512_max_epu32(_mm512_unpacklo_epi32(u, v), _mm512_unpackhi_epi32(u, v));
+  }
+  for (int k = 0; k < 2; ++k) {
+    const __m512i u = a[2 * k], v = a[2 * k + 1];
+    a[k] = _mm512_max_epu32(_mm512_unpacklo_epi64(u, v), _mm512_unpackhi_epi64(u, v));
+  }
+  const __m512i m = _mm512_max_epu32(_mm512_shuffle_i32x4(a[0], a[1], 0x88),
+                                     _mm512_shuffle_i32x4(a[0], a[1], 0xdd));
   const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  return (U)_mm512_permutexvar_epi32(order, m);
+}
+
+// Blocks of sixteen, two to a vector that `pairs(i)` gives for elements 32 i to 32 i + 31.
+template <class Block>
+PYFMT_INLINE void max_of_half_blocks(const Block& pairs, int64_t blocks, uint32_t* out) {
   for (int64_t b = 0; b < blocks; b += 16) {
-    const int64_t count = blocks - b < 16 ? blocks - b : 16;
-    alignas(64) uint16_t last[16 * 16];
-    const uint16_t* p = x + b * 16;
-    if (count < 16) {
-      memset(last, 0, sizeof last);
-      memcpy(last, p, size_t(count) * 32);
-      p = last;
-    }
     __m512i a[8];
     for (int k = 0; k < 8; ++k) {
-      const U m = load<U>(p + 32 * k) & 0x7fff7fffu;
-      a[k] = (__m512i)max_i16(m, m << 16);
+      a[k] = b + 2 * k < blocks ? (__m512i)pairs(b / 2 + k) : _mm512_setzero_si512();
     }
-    for (int k = 0; k < 4; ++k) {
-      const __m512i u = a[2 * k], v = a[2 * k + 1];
-      a[k] = _mm512_max_epu32(_mm512_unpacklo_epi32(u, v), _mm512_unpackhi_epi32(u, v));
-    }
-    for (int k = 0; k < 2; ++k) {
-      const __m512i u = a[2 * k], v = a[2 * k + 1];
-      a[k] = _mm512_max_epu32(_mm512_unpacklo_epi64(u, v), _mm512_unpackhi_epi64(u, v));
-    }
-    const __m512i m = _mm512_max_epu32(_mm512_shuffle_i32x4(a[0], a[1], 0x88),
-                                       _mm512_shuffle_i32x4(a[0], a[1], 0xdd));
-    const U each = (U)_mm512_permutexvar_epi32(order, m) & 0xffff0000u;
-    if (count == 16) {
+    const U each = max_of_halves(a);
+    if (blocks - b >= 16) {
       store<U>(out + b, each);
     } else {
-      memcpy(out + b, &each, size_t(count) * 4);
+      memcpy(out + b, &each, size_t(blocks - b) * 4);
     }
   }
 }
 #endif
+
+// Blocks of sixteen (an even number of them) of float32 in paired order.
+struct PairedBlock {
+  const uint32_t* x;
+
+  // Vector b, of kVectors for each thirty-two elements, holds 2 * kLanes neighbours' maxima.
+  PYFMT_HD U operator()(int64_t b) const {
+    const uint32_t* p = x + b / kVectors * kPairs + b % kVectors * kLanes;
+    return max_u(load<U>(p) & 0x7fffffffu, load<U>(p + kGroup) & 0x7fffffffu);
+  }
+};
+// The same where two vectors make a block.
+struct PairedHalves {
+  PairedBlock half;
+
+  PYFMT_HD U operator()(int64_t b) const { return max_u(half(2 * b), half(2 * b + 1)); }
+};
+
+static void amax_of_paired(const uint32_t* x, int64_t blocks, uint32_t* out) {
+#if PYFMT_AVX512
+  max_of_half_blocks(PairedBlock{x}, blocks, out);
+#elif PYFMT_AVX2
+  max_of_blocks(PairedBlock{x}, blocks, out);
+#else
+  max_of_blocks(PairedHalves{{x}}, blocks, out);
+#endif
+}
 
 // The bits of the largest |x| in each of `blocks` blocks of `size` elements.
 static void block_amax_row(const void* x, DType dtype, int64_t blocks, int64_t size,
@@ -125,7 +149,11 @@ static void block_amax_row(const void* x, DType dtype, int64_t blocks, int64_t s
     return amax_pairs((const uint16_t*)x, blocks, size, out);
   }
 #if PYFMT_AVX512
-  if (dtype == DType::kBF16 && size == 16) return amax_half_pairs((const uint16_t*)x, blocks, out);
+  if (dtype == DType::kBF16 && size == kGroup && blocks % 2 == 0) {
+    max_of_half_blocks(PairBlock<1>{(const uint16_t*)x, 1}, blocks, out);
+    for (int64_t b = 0; b < blocks; ++b) out[b] &= 0xffff0000u;
+    return;
+  }
 #endif
   if (size % kGroup == 0) {
     switch (dtype) {
@@ -228,8 +256,12 @@ static uint32_t finite_amax(const cpu::AmaxArgs& a, int64_t begin, int64_t end) 
     const void* source = at(a.x, a.dtype, tile.row * t.columns + tile.column);
     uint32_t one;
     if (a.rotation.size) {
-      rotate_row(source, a.dtype, tile.width, round_up(tile.width, kGroup), a.rotation, tile.column,
-                 x);
+      if (rotates_pairs(a.rotation, tile.width)) {
+        rotate_pairs(source, a.dtype, tile.width, a.rotation, tile.column, x);
+      } else {
+        rotate_row(source, a.dtype, tile.width, round_up(tile.width, kGroup), a.rotation,
+                   tile.column, x);
+      }
       one = amax_row<DType::kFP32>(x, tile.width, true);
     } else {
       one = range_amax(source, a.dtype, tile.width, true);

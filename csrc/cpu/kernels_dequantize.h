@@ -18,7 +18,7 @@ struct DecodeRow {
   bool exact = false;  // the products are bfloat16 already
 };
 
-// ---- bfloat16 by pairs ------------------------------------------------------------------------
+// ---- by pairs ------------------------------------------------------------------------
 
 template <class Element, class Codec>
 struct Arithmetic {
@@ -26,7 +26,7 @@ struct Arithmetic {
   PYFMT_HD F operator[](U code) const { return (F)Element::decode(c, code); }
 };
 
-template <class Values, bool kMixed, bool kNibbles, bool kTensorScale, bool kExact>
+template <class Values, DType kDType, bool kMixed, bool kNibbles, bool kTensorScale, bool kExact>
 PYFMT_INLINE void decode_pairs_as(const Values& values, const DecodeRow& d, const Multipliers& m) {
   const uint32_t* const scales = m.values;
   const uint8_t* const codes = d.codes;
@@ -48,32 +48,34 @@ PYFMT_INLINE void decode_pairs_as(const Values& values, const DecodeRow& d, cons
       p.even.v[k] = (U)even;
       p.odd.v[k] = (U)odd;
     }
-    store_bf16_pairs(out, i, p, !kExact);
+    store_pairs<kDType, kExact>(out, i, p);
   }
 }
 
-template <class Values, bool kNibbles>
+template <class Values, DType kDType, bool kNibbles>
 PYFMT_INLINE void decode_pairs(const Values& values, const DecodeRow& d, const Multipliers& m) {
-  if (d.exact) {
-    return m.shift ? decode_pairs_as<Values, false, kNibbles, false, true>(values, d, m)
-                   : decode_pairs_as<Values, true, kNibbles, false, true>(values, d, m);
+  if constexpr (kDType == DType::kBF16) {
+    if (d.exact) {
+      return m.shift ? decode_pairs_as<Values, kDType, false, kNibbles, false, true>(values, d, m)
+                     : decode_pairs_as<Values, kDType, true, kNibbles, false, true>(values, d, m);
+    }
   }
   if (d.has_tensor_scale) {
-    return m.shift ? decode_pairs_as<Values, false, kNibbles, true, false>(values, d, m)
-                   : decode_pairs_as<Values, true, kNibbles, true, false>(values, d, m);
+    return m.shift ? decode_pairs_as<Values, kDType, false, kNibbles, true, false>(values, d, m)
+                   : decode_pairs_as<Values, kDType, true, kNibbles, true, false>(values, d, m);
   }
-  return m.shift ? decode_pairs_as<Values, false, kNibbles, false, false>(values, d, m)
-                 : decode_pairs_as<Values, true, kNibbles, false, false>(values, d, m);
+  return m.shift ? decode_pairs_as<Values, kDType, false, kNibbles, false, false>(values, d, m)
+                 : decode_pairs_as<Values, kDType, true, kNibbles, false, false>(values, d, m);
 }
 
-// Whole pairs to bfloat16, where no NaN can arise but from a NaN scale.
-template <class Element>
+// Whole pairs, where no NaN can arise but from a NaN scale.
+template <class Element, DType kDType>
 static void decode_tame(const ElementSpec& spec, const DecodeRow& d, const Multipliers& m) {
   const auto c = Element::make(spec, false);
   const Arithmetic<Element, decltype(Element::make(spec, false))> values{c};
-  if (!d.nibbles) return decode_pairs<decltype(values), false>(values, d, m);
+  if (!d.nibbles) return decode_pairs<decltype(values), kDType, false>(values, d, m);
   if constexpr (kHasLookup) {
-    uint32_t table[16];
+    uint32_t table[kGroup];
     Group codes;
     for (int k = 0; k < kVectors; ++k) {
       for (int i = 0; i < kLanes; ++i) codes.v[k][i] = uint32_t(k * kLanes + i);
@@ -81,9 +83,9 @@ static void decode_tame(const ElementSpec& spec, const DecodeRow& d, const Multi
     }
     store_u32(table, codes);
     const Lookup lookup(table);
-    return decode_pairs<Lookup, true>(lookup, d, m);
+    return decode_pairs<Lookup, kDType, true>(lookup, d, m);
   }
-  decode_pairs<decltype(values), true>(values, d, m);
+  decode_pairs<decltype(values), kDType, true>(values, d, m);
 }
 
 // ---- any dtype, by groups ---------------------------------------------------------------------
@@ -131,13 +133,17 @@ static DecodeFn decoder_for(bool each, bool tensor_scale) {
                       : decode_groups<Element, kDType, false, false>;
 }
 
+template <class Element, DType kDType>
+static Decoders decoders_for(bool each, bool tensor_scale) {
+  return {decoder_for<Element, kDType>(each, tensor_scale),
+          each ? nullptr : decode_tame<Element, kDType>};
+}
+
 template <class Element>
 static Decoders decoders_of(DType dtype, bool each, bool tensor_scale) {
-  const DecodeFn groups =
-      dtype == DType::kBF16   ? decoder_for<Element, DType::kBF16>(each, tensor_scale)
-      : dtype == DType::kFP16 ? decoder_for<Element, DType::kFP16>(each, tensor_scale)
-                              : decoder_for<Element, DType::kFP32>(each, tensor_scale);
-  return {groups, dtype == DType::kBF16 && !each ? decode_tame<Element> : nullptr};
+  return dtype == DType::kBF16   ? decoders_for<Element, DType::kBF16>(each, tensor_scale)
+         : dtype == DType::kFP16 ? decoders_for<Element, DType::kFP16>(each, tensor_scale)
+                                 : decoders_for<Element, DType::kFP32>(each, tensor_scale);
 }
 
 static Decoders find_decoders(const ElementSpec& e, DType dtype, bool each, bool tensor_scale) {

@@ -7,14 +7,14 @@
 namespace pyfmt {
 namespace PYFMT_ISA {
 
-template <class Element, class Codec, DType kDType, bool kMixed, bool kNibbles>
+template <class Element, class Codec, class From, bool kMixed, bool kNibbles>
 PYFMT_INLINE void encode_pairs(const Codec& c, const void* x, int64_t n, Multipliers m,
                                uint8_t* codes) {
   const uint32_t* const values = m.values;
   const int shift = m.shift;
   for (int64_t i = 0; i < n; i += kPairs) {
     const Group multiplier = pair_multipliers<kMixed>(values, shift, i / kGroup);
-    const Pairs p = load_pairs<kDType>(x, i);
+    const Pairs p = From::pairs(x, i);
     Group joined;
     for (int k = 0; k < kVectors; ++k) {
       const F f = (F)multiplier.v[k];
@@ -35,7 +35,7 @@ PYFMT_INLINE void encode_pairs(const Codec& c, const void* x, int64_t n, Multipl
 using EncodeFn = void (*)(const ElementSpec&, bool full, const void* x, int64_t n,
                           const Multipliers&, bool nibbles, uint8_t* codes);
 
-template <class Element, DType kDType>
+template <class Element, class From>
 static void encode_row(const ElementSpec& spec, bool full, const void* x, int64_t n,
                        const Multipliers& m, bool nibbles, uint8_t* codes) {
   const auto c = Element::make(spec, full);
@@ -43,20 +43,20 @@ static void encode_row(const ElementSpec& spec, bool full, const void* x, int64_
   const int64_t whole = n / kPairs * kPairs;
   if (nibbles) {
     if (m.shift) {
-      encode_pairs<Element, C, kDType, false, true>(c, x, whole, m, codes);
+      encode_pairs<Element, C, From, false, true>(c, x, whole, m, codes);
     } else {
-      encode_pairs<Element, C, kDType, true, true>(c, x, whole, m, codes);
+      encode_pairs<Element, C, From, true, true>(c, x, whole, m, codes);
     }
     return;
   }
   if (m.shift) {
-    encode_pairs<Element, C, kDType, false, false>(c, x, whole, m, codes);
+    encode_pairs<Element, C, From, false, false>(c, x, whole, m, codes);
   } else {
-    encode_pairs<Element, C, kDType, true, false>(c, x, whole, m, codes);
+    encode_pairs<Element, C, From, true, false>(c, x, whole, m, codes);
   }
   for (int64_t i = whole; i < n; i += kGroup) {
     const F multiplier = (F)broadcast(m.of_group(i / kGroup));
-    Group g = load_as<kDType>(x, i);
+    Group g = From::group(x, i);
     for (int k = 0; k < kVectors; ++k) {
       g.v[k] = Element::encode(c, (U)((F)g.v[k] * multiplier));
     }
@@ -64,21 +64,27 @@ static void encode_row(const ElementSpec& spec, bool full, const void* x, int64_
   }
 }
 
+struct Encoders {
+  EncodeFn source, staged, paired;  // from x itself, from float32, from float32 in paired order
+};
+
 template <class Element>
-static EncodeFn encoder_of(DType dtype) {
-  return dtype == DType::kBF16   ? encode_row<Element, DType::kBF16>
-         : dtype == DType::kFP16 ? encode_row<Element, DType::kFP16>
-                                 : encode_row<Element, DType::kFP32>;
+static Encoders encoders_of(DType dtype) {
+  const EncodeFn staged = encode_row<Element, FromRow<DType::kFP32>>;
+  const EncodeFn source = dtype == DType::kBF16   ? encode_row<Element, FromRow<DType::kBF16>>
+                          : dtype == DType::kFP16 ? encode_row<Element, FromRow<DType::kFP16>>
+                                                  : staged;
+  return {source, staged, encode_row<Element, FromPaired>};
 }
 
-static EncodeFn find_encoder(const ElementSpec& e, bool full, DType dtype) {
+static Encoders find_encoders(const ElementSpec& e, bool full, DType dtype) {
 #define PYFMT_ELEMENT(id, name, kind, exp, man, bias, frac, is_signed, special) \
   if (Kind::kind == Kind::kFloat && e == elements::id) {                        \
-    return encoder_of<Choose<id##_element, Kind::kind>::type>(dtype);           \
+    return encoders_of<Choose<id##_element, Kind::kind>::type>(dtype);          \
   }
 #include "../formats.inc"
-  if (!e.is_int()) return encoder_of<AnyFloat>(dtype);
-  return e.is_signed && !full ? encoder_of<SymmetricInt>(dtype) : encoder_of<AnyInt>(dtype);
+  if (!e.is_int()) return encoders_of<AnyFloat>(dtype);
+  return e.is_signed && !full ? encoders_of<SymmetricInt>(dtype) : encoders_of<AnyInt>(dtype);
 }
 
 // Scaled float32 values and their random numbers to codes, one a byte.

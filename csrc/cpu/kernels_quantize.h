@@ -176,8 +176,7 @@ class Quantizer {
         decode_(scratch_.take<uint32_t>(most_blocks(a))),
         // Nearest rounding of whole blocks of 16: multiply while encoding, from the source itself.
         by_group_(t_.block_columns % kGroup == 0 && !a.stochastic && !a.given),
-        direct_(find_encoder(a.element, a.full, a.dtype)),
-        staged_(find_encoder(a.element, a.full, DType::kFP32)),
+        encode_row_(find_encoders(a.element, a.full, a.dtype)),
         tensor_scale_(codec::Lane<uint32_t>::as_float(a.recipe.tensor_scale)),
         decoder_(a.element, a.scale, a.out_dtype, t_.block_columns,
                  a.has_tensor_scale ? &tensor_scale_ : nullptr) {}
@@ -209,8 +208,11 @@ class Quantizer {
       if (by_group_) {
         const Multipliers m = group_multipliers(encode_, 0, t_.block_columns, tile.padded, random_);
         const bool from_source = direct && !poisoned;
-        (from_source ? direct_ : staged_)(a_.element, a_.full, from_source ? source(tile, r) : x,
-                                          tile.padded, m, nibbles(tile), bytes);
+        const EncodeFn encode_row = from_source    ? encode_row_.source
+                                    : paired(tile) ? encode_row_.paired
+                                                   : encode_row_.staged;
+        encode_row(a_.element, a_.full, from_source ? source(tile, r) : x, tile.padded, m,
+                   nibbles(tile), bytes);
       } else {
         encode_scaled(tile, r, phase, encode, bytes);
       }
@@ -231,12 +233,21 @@ class Quantizer {
     return at(a_.x, a_.dtype, (tile.row + r) * t_.columns + tile.column);
   }
 
+  // Whether a staged tile lies in paired order: rotated, of whole pairs and blocks of 16 or 32k.
+  bool paired(const Tile& tile) const {
+    const bool blocks = t_.block_columns == kGroup || t_.block_columns % kPairs == 0;
+    return a_.rotation.size && by_group_ && blocks && tile.padded == tile.width &&
+           rotates_pairs(a_.rotation, tile.width);
+  }
+
   // Load, pad and rotate the tile's rows into x_.
   void stage(const Tile& tile) {
     const int64_t padded = round_up(tile.padded, kGroup);
     for (int64_t r = 0; r < tile.rows; ++r) {
       uint32_t* x = x_ + r * width_;
-      if (a_.rotation.size) {
+      if (paired(tile)) {
+        rotate_pairs(source(tile, r), a_.dtype, tile.width, a_.rotation, tile.column, x);
+      } else if (a_.rotation.size) {
         rotate_row(source(tile, r), a_.dtype, tile.width, padded, a_.rotation, tile.column, x);
       } else {
         load_row(source(tile, r), a_.dtype, tile.width, padded, x);
@@ -249,8 +260,12 @@ class Quantizer {
     const DType dtype = direct ? a_.dtype : DType::kFP32;
     for (int64_t r = 0; r < tile.rows; ++r) {
       uint32_t* amax = r == 0 ? amax_ : amax_ + most_blocks(a_);
-      block_amax_row(direct ? source(tile, r) : x_ + r * width_, dtype, blocks, t_.block_columns,
-                     amax);
+      const uint32_t* x = x_ + r * width_;
+      if (!direct && t_.block_columns == kGroup && paired(tile)) {
+        amax_of_paired(x, blocks, amax);
+      } else {
+        block_amax_row(direct ? source(tile, r) : x, dtype, blocks, t_.block_columns, amax);
+      }
       if (r == 0) continue;
       for (int64_t b = 0; b < blocks; ++b) amax_[b] = amax[b] > amax_[b] ? amax[b] : amax_[b];
     }
@@ -270,8 +285,11 @@ class Quantizer {
     for (int64_t b = 0; b < blocks; ++b) {
       if (encode_[b] != kFloatNaN) continue;
       encode_[b] = 0;
+      const int64_t first = b * t_.block_columns;
       for (int64_t r = 0; r < tile.rows; ++r) {
-        memset(x_ + r * width_ + b * t_.block_columns, 0, size_t(t_.block_columns) * 4);
+        for (int64_t i = first; i < first + t_.block_columns; ++i) {
+          x_[r * width_ + (paired(tile) ? paired_place(i) : i)] = 0;
+        }
       }
     }
   }
@@ -291,7 +309,7 @@ class Quantizer {
       return;
     }
     const uint32_t one = 0x3f800000u;
-    staged_(a_.element, a_.full, x, n, Multipliers{&one, 63}, false, codes);
+    encode_row_.staged(a_.element, a_.full, x, n, Multipliers{&one, 63}, false, codes);
   }
 
   // Nibbles of whole pairs are packed as they are encoded.
@@ -343,7 +361,7 @@ class Quantizer {
   uint8_t* codes_;
   uint32_t *random_, *amax_, *encode_, *decode_;
   bool by_group_;
-  EncodeFn direct_, staged_;
+  Encoders encode_row_;
   float tensor_scale_;
   Decoder decoder_;
 };

@@ -24,6 +24,7 @@ class Scratch {
   PYFMT_HD explicit Scratch(int64_t bytes)
       : heap_(bytes > kStack ? (char*)malloc(size_t(bytes) + 64) : nullptr),
         next_(heap_ ? heap_ : stack_) {
+    if (bytes > kStack && !heap_) throw std::bad_alloc();
     next_ += (64 - (uintptr_t(next_) & 63)) & 63;
   }
   PYFMT_HD ~Scratch() { free(heap_); }
@@ -55,17 +56,6 @@ PYFMT_INLINE Group load_as(const void* p, int64_t i) {
                                     : codec::float_from_half<U>(g.v[k]);
   }
   return g;
-}
-
-// kLanes 16-bit elements, widened.
-PYFMT_INLINE U load_u16_lanes(const uint16_t* p) {
-#if PYFMT_AVX512
-  return load_u16(p).v[0];
-#elif PYFMT_AVX2
-  return (U)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-#else
-  return __builtin_convertvector(load<Narrow<2>::V>(p), U);
-#endif
 }
 
 // Sixteen float32 (bits) rounded to a dtype, NaN made canonical.

@@ -259,6 +259,18 @@ PYFMT_INLINE U every_second(U a, U b, Indices<i...>) {
   return PYFMT_SHUFFLE(a, b, (2 * i + first)...);
 }
 
+// a[0], b[0], a[1], b[1], ...: the first half of that, and the second.
+template <int kFirst, int... i>
+PYFMT_INLINE U in_turn_from(U a, U b, Indices<i...>) {
+  return PYFMT_SHUFFLE(a, b, (kFirst + i / 2 + i % 2 * kLanes)...);
+}
+PYFMT_INLINE U lower_in_turn(U a, U b) {
+  return in_turn_from<0>(a, b, LaneIndices{});
+}
+PYFMT_INLINE U upper_in_turn(U a, U b) {
+  return in_turn_from<kLanes / 2>(a, b, LaneIndices{});
+}
+
 // The lane i ^ kStride of v.
 template <int kStride, int... i>
 PYFMT_INLINE F exchange_lanes(F v, Indices<i...>) {
