@@ -48,7 +48,7 @@ demo-quick: build ## the same in under a minute
 	$(BIN)/pyfmt compare --quick $(ARGS)
 
 bench: build ## measure the CPU kernels against their rivals
-	for job in $(wildcard $(patsubst %,bench/%.py,codec quantize rotate layout matmul)); do $(BIN)/python $$job $(ARGS) || exit; done
+	for job in $(wildcard $(patsubst %,bench/%.py,quantize rotate layout matmul overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
 
 lint: build ## what CI checks beside the tests
 	$(BIN)/ruff check .
