@@ -209,8 +209,9 @@ def _define() -> None:
     for verb, fake in _FAKE.items():
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
         library.impl(verb, _no_kernel(verb), "CompositeExplicitAutograd")
-    library.impl("matmul", _torch_matmul.matmul, "CPU")
-    library.impl("linear", _torch_matmul.linear, "CPU")
+    for device in ("CPU", "CUDA"):
+        library.impl("matmul", _torch_matmul.matmul, device)
+        library.impl("linear", _torch_matmul.linear, device)
     _torch_autograd.register(library)
     ops._library = library
 

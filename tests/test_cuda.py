@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import pyfmt  # noqa: E402
+import pyfmt.nn  # noqa: E402
 from pyfmt import reference  # noqa: E402
 from pyfmt.formats import FORMATS, get_format  # noqa: E402
 from tests import grids  # noqa: E402
@@ -73,18 +74,62 @@ def ops(room: Room) -> Any:
     return torch.ops.pyfmt
 
 
-def parts_of(result: Any) -> list[np.ndarray]:
-    return [to_numpy(t.cpu()) for t in result if t.numel()]
+def bits_of(x: Any) -> np.ndarray:
+    x = np.ascontiguousarray(x)
+    return x.view(np.dtype(f"uint{8 * x.dtype.itemsize}"))
 
 
 def same_parts(what: str, got: Any, want: Any) -> None:
+    """Results in order (an empty tensor for "none") against the reference's, bit for bit."""
+    ours = [to_numpy(t.cpu()) for t in got if t.numel()]
     wanted = [np.asarray(w) for w in want if w is not None]
-    for name, g, w in zip(("codes", "scales", "tensor scale"), parts_of(got), wanted, strict=True):
-        bits = np.dtype(f"uint{8 * w.dtype.itemsize}")
-        same = g.shape == w.shape and np.array_equal(
-            np.ascontiguousarray(g).view(bits), np.ascontiguousarray(w).view(bits)
-        )
-        assert same, f"{what}: {name} differ"
+    assert len(ours) == len(wanted), f"{what}: {len(ours)} parts, expected {len(wanted)}"
+    for i, (g, w) in enumerate(zip(ours, wanted, strict=True)):
+        same = g.shape == w.shape and np.array_equal(bits_of(g), bits_of(w))
+        assert same, f"{what}: part {i} (of codes, scales, tensor scale) differs"
+
+
+def on_device(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as raw ops take them: a tensor scale is a tensor on the device."""
+    options = dict(options)
+    if "tensor_scale" in options:
+        options["tensor_scale"] = torch.tensor(float(options["tensor_scale"]), device="cuda")
+    return options
+
+
+def explain(x: Any, fmt: Any, got: Any, want: Any, options: dict[str, Any]) -> str:
+    """The first block that differs: its inputs, both codes, scales, and NumPy's codes for it."""
+    codes, scales = (to_numpy(t.cpu()) for t in got[:2])
+    wanted, wanted_scales = want[0].get(), want[1].get()
+    rows, columns = np.nonzero(codes != wanted)
+    if not len(rows):
+        rows, columns = np.nonzero(bits_of(scales) != bits_of(wanted_scales))
+        columns = columns * (fmt.block_columns(0) * fmt.bits // 8)
+    row, block = int(rows[0]), int(columns[0]) * 8 // fmt.bits // fmt.block_columns(0)
+    width = fmt.block_columns(0)
+    part = x[row, block * width : (block + 1) * width]
+    plain = to_numpy(part.cpu())
+    where = f"{fmt.name} {x.dtype} {options}, row {row} block {block}"
+    lines = [f"{where}: {len(rows)} places differ"]
+    lines += [f"scale {scales[row, block]}, expected {wanted_scales[row, block]}"]
+    if options.get("rounding") != "stochastic":
+        alone = {k: v for k, v in options.items() if k != "tensor_scale"}
+        if fmt.tensor_scale:
+            alone["tensor_scale"] = np.float32(options.get("tensor_scale", got[2].item()))
+        numpy_codes, numpy_scales, _ = reference.quantize(plain, fmt, **alone)
+        lines += [f"NumPy: scale {numpy_scales[0]}"]
+        third = reference.unpack(numpy_codes, fmt.bits, width)
+    else:
+        third = np.zeros(width, np.uint8)
+    ours, theirs = (
+        reference.unpack(c[row], fmt.bits, x.shape[1])[block * width : (block + 1) * width]
+        for c in (codes, wanted)
+    )
+    for i, (value, a, b, c) in enumerate(zip(plain, ours, theirs, third, strict=True)):
+        if a != b or a != c or i == 0:
+            where = f"{float(value)!r} (bits {int(bits_of(plain)[i]):#x})"
+            lines.append(f"  {i}: {where} gives {a:#04x}, CuPy {b:#04x}, NumPy {c:#04x}")
+    return "\n".join(lines)
 
 
 # ---- every number ------------------------------------------------------------------------------
@@ -96,10 +141,10 @@ def test_every_half_by_every_scale(ops: Any, element: Any, dtype: str) -> None:
     cupy = pytest.importorskip("cupy")
     x = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype])
     x = np.where(np.isfinite(x.astype(np.float32)), x, x.dtype.type(0))
-    on_device = to_torch(x).cuda()
+    halves = to_torch(x).cuda()
     exact = cupy.asarray(x.astype(np.float64))
     for byte in range(255):
-        codes = cupy.from_dlpack(ops._encode(on_device, element.name, byte))
+        codes = cupy.from_dlpack(ops._encode(halves, element.name, byte))
         want = reference.encode(cupy.ldexp(exact, 127 - byte), element)
         assert bool((codes == want).all()), f"{element.name} at scale {byte}"
 
@@ -180,14 +225,15 @@ def test_large_random_blocks(ops: Any, name: str) -> None:
             if fmt.scale == "bf16":  # CuPy knows no bfloat16 arithmetic
                 few = x[::64].contiguous()
                 plain = to_numpy(few.cpu())
-                got = ops.quantize(few, name, -1, **options)
+                got = ops.quantize(few, name, -1, **on_device(options))
                 same_parts(f"{name} {options}", got, reference.quantize(plain, fmt, **options))
                 continue
             want = reference.quantize(cupy.from_dlpack(x.float()), fmt, **options)
-            got = ops.quantize(x, name, -1, **options)
-            assert bool((cupy.from_dlpack(got[0]) == want[0]).all()), f"{name} {options} codes"
-            same = bool((cupy.from_dlpack(got[1]) == want[1]).all())
-            assert same, f"{name} {options} scales"
+            got = ops.quantize(x, name, -1, **on_device(options))
+            same = bool((cupy.from_dlpack(got[0]) == want[0]).all())
+            same = same and bool((cupy.from_dlpack(got[1]) == want[1]).all())
+            if not same:
+                pytest.fail(explain(x, fmt, got, want, options))
     cupy.get_default_memory_pool().free_all_blocks()
 
 
@@ -328,6 +374,28 @@ def test_two_streams_at_once(ops: Any) -> None:
         torch.cuda.synchronize()
         for g, w in zip(got, want, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(g, w, strict=True))
+
+
+def test_matmul_and_linear_expand_and_multiply(ops: Any) -> None:
+    # Small integers: every partial sum is exact in float32 and, by the setting, not in TF32.
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w = (torch.randint(-4, 5, (n, 128), generator=generator, device="cuda") for n in (33, 48))
+    x, w = x.float() * 1.5, w.float()
+    saved = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    for name in ("mxfp4", "mxint8", "nvfp4", "int8"):
+        a, b = pyfmt.quantize(x, name), pyfmt.quantize(w, name)
+        want = a.dequantize().double() @ b.dequantize().double().T
+        got = pyfmt.matmul(a, b, backend="cuda")
+        raw = ops.matmul(a.codes, a.scales, a.tensor_scale, name,
+                         b.codes, b.scales, b.tensor_scale, name, 128)  # fmt: skip
+        assert torch.equal(got, raw)
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        y = ops.linear(x, b.codes, b.scales, b.tensor_scale, name, activation=name)
+        assert torch.equal(y, got)
+        on_cpu = pyfmt.nn.QuantLinear(128, 48, weight=name, bias=False)
+        assert on_cpu.cuda()(x).shape == (33, 48)
+    torch.backends.cuda.matmul.allow_tf32 = saved
 
 
 def test_same_inputs_same_bits(ops: Any) -> None:

@@ -271,13 +271,15 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
 
 def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
     """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+    left: tuple[Any, ...] = (_in(a), None, None, None)
+    if isinstance(a, QTensor):
+        left = (*_parts(a), a.format.key)
+    y = _ops().matmul(
+        *left, *_parts(b), b.format.key, b.shape[b.axis], _in(bias), _arrays.torch_dtype(dtype)
+    )
+    return _out(y, b.codes)
 
-    def expanded(q: Any) -> Any:
-        if isinstance(q, QTensor):
-            q = dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis)
-        return _in(q).float()
 
-    y = expanded(a) @ expanded(b).mT
-    if bias is not None:
-        y = y + _in(bias).float()
-    return _out(y.to(_arrays.torch_dtype(dtype)), b.codes)
+def _parts(q: QTensor) -> tuple[Any, Any, Any]:
+    codes = _in(q.codes)
+    return codes, _in(q.scales), _scalar(q.tensor_scale, codes)
