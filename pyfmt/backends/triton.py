@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton room: CUDA tensors and CuPy arrays, every format, user-made ones included.
+
+Runs where Triton and a CUDA device are; with TRITON_INTERPRET=1 in the environment the same kernels
+run on the CPU, slowly, on CPU tensors. CuPy arrays go in and out by DLPack without a copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from pyfmt import _arrays, _check
+from pyfmt.formats import Format
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache(maxsize=1)
+def _missing() -> str | None:
+    """Return what the room lacks here, or None."""
+    for module in ("triton", "torch"):
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed; `pip install {module}`"
+    return None
+
+
+def available() -> str | None:
+    """Return None where Triton and a CUDA device (or the interpreter) are there, else the lack."""
+    reason = _missing()
+    if reason is None and not _interpreted():
+        import torch
+
+        if not torch.cuda.is_available():
+            return "no CUDA device is visible; TRITON_INTERPRET=1 runs its kernels on the CPU"
+    return reason
+
+
+def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
+    """CUDA tensors and CuPy arrays, every format; CPU tensors in Triton's interpreter."""
+    library = _arrays.kind(x)
+    if library == "numpy":
+        return "it serves CUDA tensors and CuPy arrays, not NumPy arrays"
+    if library == "torch" and x.device.type != "cuda" and not _interpreted():
+        return f"it serves CUDA tensors, not tensors on {x.device}"
+    if verb == "matmul":
+        import torch
+
+        if torch.get_float32_matmul_precision() != "highest":
+            return (
+                "float32 products are not exact here; "
+                "torch.set_float32_matmul_precision('highest') makes them so"
+            )
+    return None
+
+
+# ---- arrays -----------------------------------------------------------------------------------
+
+
+def _in(x: Any) -> Any:
+    """Return a CuPy array as a torch tensor on the same memory; anything else as it is."""
+    if type(x).__module__.partition(".")[0] != "cupy":
+        return x
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    if x.dtype.name == "bfloat16":
+        return from_dlpack(x.view("uint16")).view(torch.bfloat16)
+    return from_dlpack(x)
+
+
+def _out(y: Any, like: Any) -> Any:
+    """Return a tensor as the library of `like` has it, on the same memory."""
+    if y is None or _arrays.is_torch(like):
+        return y
+    import cupy
+    import ml_dtypes
+    import torch
+
+    if y.dtype == torch.bfloat16:
+        return cupy.from_dlpack(y.view(torch.uint16)).view(ml_dtypes.bfloat16)
+    return cupy.from_dlpack(y)
+
+
+def _launches() -> Any:
+    """Return the module that launches the kernels."""
+    from pyfmt.backends import _triton_launch
+
+    return _triton_launch
+
+
+def _unread(value: Any) -> Any:
+    """Return a stand-in for a scalar on a device, so that checking it does not wait for it."""
+    one = _arrays.is_torch(value) and value.is_cuda and value.numel() == 1
+    return 1.0 if one else value
+
+
+def _given(value: Any, x: Any, fmt: Format, recipe: str | None) -> tuple[str, Any]:
+    """Check a caller's tensor scale; return how it is given and a float or a tensor on a device."""
+    if value is None:
+        return "", None
+    value = _in(value)
+    _check.tensor_scale(_unread(value), fmt, recipe or "")
+    if _arrays.is_torch(value) and value.is_cuda:
+        import torch
+
+        return "given", value.to(x.device, torch.float32).reshape(())
+    import numpy as np
+
+    return "value", float(np.float32(float(value)))
+
+
+def _signs(signs: Any, x: Any) -> Any:
+    """Return signs as a contiguous tensor on x's device, or None."""
+    signs = _in(signs)
+    return None if signs is None else signs.to(x.device).contiguous()
+
+
+def _key(seed: int | None, rounding: str) -> tuple[int, int, Any]:
+    """Return the low and high word of a seed as signed 32-bit integers, and what plans key by."""
+    if rounding != "stochastic":
+        return 0, 0, None
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        return 0, 0, seed
+    low, high = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
+    return low - (low >> 31 << 32), high - (high >> 31 << 32), 0
+
+
+def _fill(stored: Any, given: Any) -> None:
+    """Store the tensor scale of a tensor without elements."""
+    if stored is not None:
+        stored.copy_(given) if _arrays.is_torch(given) else stored.fill_(given or 1.0)
+
+
+# ---- the verbs --------------------------------------------------------------------------------
+
+
+def quantize(
+    x: Any,
+    fmt: Format,
+    *,
+    axis: int = -1,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+    rotation: int | None = None,
+    signs: Any = None,
+) -> tuple[Any, Any, Any]:
+    import torch
+
+    launches, tensor = _launches(), _in(x)
+    low, high, seed_kind = _key(seed, rounding)
+    given, source = _given(tensor_scale, tensor, fmt, recipe)
+    rotation = rotation or 1
+    signs = _signs(signs, tensor)
+    count = 0 if signs is None else signs.numel()
+    plan = launches.plan(
+        fmt, tensor.shape, tensor.dtype, axis, scale_rule, recipe, rounding, seed_kind, clip, given,
+        rotation, count,
+    )  # fmt: skip
+    if rotation > 1:
+        _check.rotation(rotation, signs, tensor.shape[plan.axis])
+    device = tensor.device
+    codes = torch.empty(plan.codes, dtype=torch.uint8, device=device)
+    scales = torch.empty(plan.scales, dtype=plan.scale_dtype, device=device)
+    stored = torch.empty((), dtype=torch.float32, device=device) if plan.tensor else None
+    if tensor.numel():
+        moved = tensor if plan.axis == tensor.ndim - 1 else tensor.movedim(plan.axis, -1)
+        options = launches.Options(low, high, rotation, signs, source, stored)
+        launches.quantize(moved, codes, scales, fmt, plan, options)
+    else:
+        _fill(stored, source)
+    return _out(codes, x), _out(scales, x), _out(stored, x)
+
+
+def dequantize(
+    codes: Any,
+    scales: Any,
+    tensor_scale: Any,
+    fmt: Format,
+    shape: Sequence[int],
+    *,
+    axis: int = -1,
+    dtype: Any = "float32",
+) -> Any:
+    import torch
+
+    launches, shape = _launches(), tuple(shape)
+    dtype = _arrays.torch_dtype(dtype)
+    b_codes, b_scales, t = _in(codes), _in(scales), _in(tensor_scale)
+    axis, lead, columns, expected, run = launches.dequantize_plan(
+        fmt, shape, axis, dtype, t is not None
+    )
+    _check.codes_and_scales(b_codes, b_scales, fmt, lead, columns, expected)
+    if t is not None:
+        _check.stored_tensor_scale(_unread(t), fmt)
+        t = t if _arrays.is_torch(t) else torch.tensor(float(t), dtype=torch.float32)
+        t = t.to(b_codes.device, torch.float32).reshape(())
+    y = torch.empty(shape, dtype=dtype, device=b_codes.device)
+    if y.numel():
+        moved = y if axis == y.ndim - 1 else y.movedim(axis, -1)
+        launches.dequantize(b_codes.contiguous(), b_scales.contiguous(), t, moved, fmt, run)
+    return _out(y, codes)
+
+
+def fake_quantize(
+    x: Any,
+    fmt: Format,
+    *,
+    axis: int = -1,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+) -> Any:
+    import torch
+
+    launches, tensor = _launches(), _in(x)
+    low, high, seed_kind = _key(seed, rounding)
+    given, source = _given(tensor_scale, tensor, fmt, recipe)
+    plan = launches.plan(
+        fmt, tensor.shape, tensor.dtype, axis, scale_rule, recipe, rounding, seed_kind, clip, given,
+        fake=True,
+    )  # fmt: skip
+    y = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if tensor.numel():
+        stored = torch.empty((), dtype=torch.float32, device=y.device) if plan.tensor else None
+        last = plan.axis == tensor.ndim - 1
+        moved, out = (t if last else t.movedim(plan.axis, -1) for t in (tensor, y))
+        options = launches.Options(low, high, 1, None, source, stored)
+        launches.fake_quantize(moved, out, fmt, plan, options)
+    return _out(y, x)
+
+
+def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
+    import torch
+
+    tensor = _in(x)
+    _check.float_dtype(tensor.dtype)
+    axis = _check.axis(axis, tensor.shape)
+    _check.rotation(size, signs, tensor.shape[axis])
+    moved = tensor.movedim(axis, -1).contiguous()
+    y = torch.empty(moved.shape, dtype=moved.dtype, device=moved.device)
+    if y.numel():
+        _launches().hadamard(moved, y, size, _signs(signs, tensor))
+    return _out(y.movedim(-1, axis).contiguous(), x)
+
+
+def pack(codes: Any, bits: int) -> Any:
+    import torch
+
+    tensor = _in(codes)
+    _check.pack(tensor.dtype, tensor.shape, bits)
+    *lead, n = tensor.shape
+    packed = torch.empty((*lead, -(-n * bits // 8)), dtype=torch.uint8, device=tensor.device)
+    if packed.numel():
+        _launches().pack(tensor.contiguous(), packed, bits)
+    return _out(packed, codes)
+
+
+def unpack(packed: Any, bits: int, length: int) -> Any:
+    import torch
+
+    tensor = _in(packed)
+    _check.unpack(tensor.dtype, tensor.shape, bits, length)
+    y = torch.empty((*tensor.shape[:-1], length), dtype=torch.uint8, device=tensor.device)
+    if y.numel():
+        _launches().unpack(tensor.contiguous(), y, bits)
+    return _out(y, packed)
+
+
+def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
+    import torch
+
+    tensor = _in(x)
+    _check.float_dtype(tensor.dtype)
+    if block is None:
+        y = torch.empty((), dtype=torch.float32, device=tensor.device)
+        if tensor.numel():
+            _launches().amax_tensor(tensor, y)
+        else:
+            y.zero_()
+        return _out(y, x)
+    axis = _check.axis(axis, tensor.shape)
+    _check.block(block)
+    moved = tensor.movedim(axis, -1)
+    *lead, columns = moved.shape
+    y = torch.empty((*lead, -(-columns // block)), dtype=torch.float32, device=tensor.device)
+    if y.numel():
+        _launches().amax_blocks(moved, y, block)
+    return _out(y, x)
+
+
+def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
+    """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+    dense = [
+        _in(dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis))
+        if hasattr(q, "codes")
+        else _in(q).float()
+        for q in (a, b)
+    ]
+    y = dense[0] @ dense[1].mT
+    if bias is not None:
+        y = y + _in(bias).float()
+    return _out(y.to(_arrays.torch_dtype(dtype)), b.codes if hasattr(b, "codes") else b)
