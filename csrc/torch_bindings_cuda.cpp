@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pyfmt on CUDA tensors, by the stable ABI: quantize, dequantize, fake_quantize,
-// hadamard, pack, unpack and amax. The schemas stand in pyfmt/ops.py.
+// torch.ops.pyfmt on CUDA tensors, by the stable ABI: quantize, quantize_dual, dequantize,
+// fake_quantize, hadamard, pack, unpack and amax. The schemas stand in pyfmt/ops.py.
 //
 // The library names no CUDA flavour of torch: the current stream comes from whichever libtorch_cuda
 // the process has loaded.
@@ -165,6 +165,10 @@ const float* tensor_scale_of(const Device& device, const Tensor& t) {
   return static_cast<const float*>(t.const_data_ptr());
 }
 
+struct Parts {
+  Tensor codes, scales;
+};
+
 // quantize and fake_quantize in one: `codes` and `scales` only where asked for.
 struct Quantization {
   Device device;
@@ -216,12 +220,45 @@ struct Quantization {
     args.rotation = {};
   }
 
+  // Fresh codes and scales of a tensor with the quantized axis last.
+  Parts parts(const Shape& shape) const {
+    const FormatSpec& f = args.format;
+    return {device.empty(with_last(shape, f.row_bytes(shape.back())), ScalarType::Byte),
+            device.empty(scales_shape(shape, f), scale_type(f.scale))};
+  }
+  void write_to(const Parts& p) {
+    args.codes = static_cast<uint8_t*>(p.codes.mutable_data_ptr());
+    args.scales = p.scales.mutable_data_ptr();
+  }
+  // Where the tensor scale goes: empty for formats and recipes without one.
+  Tensor store_tensor_scale() {
+    Tensor stored = device.empty(has_tensor_scale ? Shape{} : Shape{0}, ScalarType::Float);
+    if (has_tensor_scale) args.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
+    return stored;
+  }
+
   void run() {
-    if (dynamic) {
-      partials = device.empty({cuda::kPartials}, ScalarType::Float);
-      args.partials = static_cast<float*>(partials.mutable_data_ptr());
-    }
+    start();
     cuda::quantize(args, device.stream);
+  }
+  // The axis before the last as well, or alone.
+  void run_across(const Parts& across) {
+    start();
+    cuda::quantize_dual(
+        args,
+        {static_cast<uint8_t*>(across.codes.mutable_data_ptr()), across.scales.mutable_data_ptr()},
+        device.stream);
+  }
+  Shape across_shape() const {
+    const int64_t last = rows.last;
+    return move_axis(rows.shape, last - 1, last);
+  }
+
+ private:
+  void start() {
+    if (!dynamic) return;
+    partials = device.empty({cuda::kPartials}, ScalarType::Float);
+    args.partials = static_cast<float*>(partials.mutable_data_ptr());
   }
 };
 
@@ -232,20 +269,53 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
                                             std::optional<int64_t> seed, std::string clip,
                                             std::optional<Tensor> tensor_scale, int64_t rotation,
                                             std::optional<Tensor> signs) {
+  if (x.dim() >= 2 && (axis == -2 || axis == x.dim() - 2) && x.is_contiguous()) {
+    // Down the columns of matrices as they lie, by tiles.
+    Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+    if (rotation) {
+      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
+    }
+    if (cuda::dual_serves(q.args)) {
+      const Parts across = q.parts(q.across_shape());
+      const Tensor stored = q.store_tensor_scale();
+      q.run_across(across);
+      return {across.codes, across.scales, stored};
+    }
+  }
   Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   if (rotation) q.rotate(rotation, signs);
-  const FormatSpec& f = q.args.format;
-  const Shape& shape = q.rows.shape;
-  Tensor codes = q.device.empty(with_last(shape, f.row_bytes(shape.back())), ScalarType::Byte);
-  Tensor scales = q.device.empty(scales_shape(shape, f), scale_type(f.scale));
-  Tensor stored = q.device.empty(q.has_tensor_scale ? Shape{} : Shape{0}, ScalarType::Float);
-  q.args.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
-  q.args.scales = scales.mutable_data_ptr();
-  if (q.has_tensor_scale) {
-    q.args.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
-  }
+  const Parts parts = q.parts(q.rows.shape);
+  q.write_to(parts);
+  const Tensor stored = q.store_tensor_scale();
   q.run();
-  return {codes, scales, stored};
+  return {parts.codes, parts.scales, stored};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
+    Tensor x, std::string format, Text scale_rule, Text recipe, std::string rounding,
+    std::optional<int64_t> seed, std::string clip, std::optional<Tensor> tensor_scale,
+    int64_t rotation, std::optional<Tensor> signs) {
+  options::expect(x.dim() >= 2, "x: expected at least two dimensions, got ", x.dim());
+  x = dense(x);
+  Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  if (rotation) {
+    options::expect(!q.dynamic, "tensor_scale: the two rotations of x have different ones; pass ",
+                    "one to use for both");
+    rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
+    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs);
+  }
+  if (cuda::dual_serves(q.args)) {
+    const Parts along = q.parts(q.rows.shape), across = q.parts(q.across_shape());
+    q.write_to(along);
+    const Tensor stored = q.store_tensor_scale();
+    q.run_across(across);
+    return {along.codes, along.scales, across.codes, across.scales, stored};
+  }
+  auto [codes, scales, stored] = quantize(x, format, -1, scale_rule, recipe, rounding, seed, clip,
+                                          tensor_scale, rotation, signs);
+  auto [codes_t, scales_t, same] = quantize(x, format, -2, scale_rule, recipe, rounding, seed, clip,
+                                            tensor_scale, rotation, signs);
+  return {codes, scales, codes_t, scales_t, stored};
 }
 
 Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
@@ -430,6 +500,7 @@ PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("quantize", TORCH_BOX(&pyfmt::quantize));
+  m.impl("quantize_dual", TORCH_BOX(&pyfmt::quantize_dual));
   m.impl("dequantize", TORCH_BOX(&pyfmt::dequantize));
   m.impl("fake_quantize", TORCH_BOX(&pyfmt::fake_quantize));
   m.impl("hadamard", TORCH_BOX(&pyfmt::hadamard));

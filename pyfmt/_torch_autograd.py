@@ -181,7 +181,7 @@ def _autocast(op: Any, device: str, key: str) -> Callable[..., Any]:
 
 def register(library: Any) -> None:
     """Register the gradients and autocast rules of all operators that need one."""
-    for verb in ("quantize", "dequantize", "amax"):
+    for verb in ("quantize", "quantize_dual", "dequantize", "amax"):
         library.impl(verb, _without_gradient(verb), "Autograd", with_keyset=True)
     for verb, kernel in (
         ("hadamard", _hadamard),

@@ -30,6 +30,11 @@ SCHEMAS = (
     "str rounding='nearest', int? seed=None, str clip='symmetric', Tensor? tensor_scale=None, "
     "int rotation=0, Tensor? signs=None) -> (Tensor codes, Tensor scales, Tensor tensor_scale)",
 
+    "quantize_dual(Tensor x, str format, str? scale_rule=None, str? recipe=None, "
+    "str rounding='nearest', int? seed=None, str clip='symmetric', Tensor? tensor_scale=None, "
+    "int rotation=0, Tensor? signs=None) -> (Tensor codes, Tensor scales, Tensor codes_t, "
+    "Tensor scales_t, Tensor tensor_scale)",
+
     "dequantize(Tensor codes, Tensor scales, Tensor? tensor_scale, str format, SymInt[] shape, "
     "int axis=-1, ScalarType dtype=float) -> Tensor",
 
@@ -90,6 +95,58 @@ def _quantize(
         x.new_empty(scales_shape(fmt, lead, length), dtype=getattr(torch, SCALES[fmt.scale].dtype)),
         x.new_empty(() if one_scale else (0,), dtype=torch.float32),
     )
+
+
+def _check_dual(
+    x: Tensor, format: str, recipe: str | None, tensor_scale: Tensor | None, rotation: int
+) -> None:
+    if x.dim() < 2:
+        raise RuntimeError(f"x: expected at least two dimensions, got {x.dim()}")
+    fmt = raw(get_format, format)
+    if rotation and fmt.tensor_scale and recipe != "single_level" and tensor_scale is None:
+        raise RuntimeError(
+            "tensor_scale: the two rotations of x have different ones; pass one to use for both"
+        )
+
+
+def _quantize_dual(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Tensor | None = None,
+    rotation: int = 0,
+    signs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_dual(x, format, recipe, tensor_scale, rotation)
+    rest = (scale_rule, recipe, rounding, seed, clip, tensor_scale, rotation, signs)
+    codes, scales, stored = _quantize(x, format, -1, *rest)
+    codes_t, scales_t, _ = _quantize(x, format, -2, *rest)
+    return codes, scales, codes_t, scales_t, stored
+
+
+def _quantize_twice(
+    x: Tensor,
+    format: str,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Tensor | None = None,
+    rotation: int = 0,
+    signs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """quantize along the last axis and along the one before it, where no kernel does both."""
+    _check_dual(x, format, recipe, tensor_scale, rotation)
+    quantize: Any = torch.ops.pyfmt.quantize.default
+    rest = (scale_rule, recipe, rounding, seed, clip, tensor_scale, rotation, signs)
+    codes, scales, stored = quantize(x, format, -1, *rest)
+    codes_t, scales_t, _ = quantize(x, format, -2, *rest)
+    return codes, scales, codes_t, scales_t, stored
 
 
 def _dequantize(
@@ -155,6 +212,7 @@ def _amax(x: Tensor, block: Any = None, axis: int = -1) -> Tensor:
 
 _FAKE: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
+    "quantize_dual": _quantize_dual,
     "dequantize": _dequantize,
     "fake_quantize": _fake_quantize,
     "hadamard": _hadamard,
@@ -209,6 +267,7 @@ def _define() -> None:
     for verb, fake in _FAKE.items():
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
         library.impl(verb, _no_kernel(verb), "CompositeExplicitAutograd")
+    library.impl("quantize_dual", _quantize_twice, "CPU")
     for device in ("CPU", "CUDA"):
         library.impl("matmul", _torch_matmul.matmul, device)
         library.impl("linear", _torch_matmul.linear, device)

@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from tests.rooms import Room, to_torch
+from pyfmt import reference
+from pyfmt.formats import get_format
+from tests import grids
+from tests.rooms import Room, to_numpy, to_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "emulation"
@@ -56,6 +59,43 @@ def device_room() -> DeviceRoom:
     reason = cuda.available()
     assert reason is None, f"room cuda: {reason}"
     return DeviceRoom("cuda", cuda, torch=True)
+
+
+def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
+    """quantize_dual, and quantize along the axis before the last, against the reference."""
+    import torch
+
+    fmt = get_format(name)
+    for shape in ((32, 32), (128, 64), (160, 224), (2, 64, 96), (40, 64), (0, 32)):
+        x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
+        if x.size:
+            x.flat[7], x.flat[-3] = np.nan, -np.inf
+        given = [{}, {"rotation": 32}, {"rotation": 8, "signs": np.sign(0.5 - np.arange(8) % 3)}]
+        given += [{"rounding": "stochastic", "seed": 5}] if shape == (40, 64) else []
+        for options in given:
+            if options.get("rotation") and shape[-2] % options["rotation"]:
+                continue
+            ours: dict[str, Any] = dict(options)
+            if options.get("rotation") and fmt.tensor_scale:
+                options["tensor_scale"] = np.float32(0.01)
+                ours["tensor_scale"] = to_device(np.array(0.01, np.float32))
+            if "signs" in options:
+                options["signs"] = np.asarray(options["signs"], np.float32)
+                ours["signs"] = to_device(options["signs"])
+            along = reference.quantize(x, fmt, **options)
+            across = reference.quantize(x, fmt, axis=-2, **options)
+            want = [*along[:2], *across[:2]]
+            got = ops.quantize_dual(to_device(x), name, **ours)
+            alone = ops.quantize(to_device(x), name, -2, **ours)
+            for g, w in zip([*got[:4], *alone[:2]], [*want, *across[:2]], strict=True):
+                g = to_numpy(g.cpu())
+                assert g.shape == w.shape and g.tobytes() == w.tobytes(), (
+                    f"{name} {shape} {options}"
+                )
+            for stored in (got[4], alone[2]):
+                assert (stored.numel() == 0) == (along[2] is None)
+                if along[2] is not None:
+                    assert torch.equal(stored.cpu(), torch.tensor(float(along[2])))
 
 
 # ---- emulation --------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pyfmt.nn  # noqa: E402
 from pyfmt import reference  # noqa: E402
 from pyfmt.formats import FORMATS, get_format  # noqa: E402
 from tests import grids  # noqa: E402
-from tests.cuda_rooms import device_room, poison_device  # noqa: E402
+from tests.cuda_rooms import device_room, dual_equals_two_calls, poison_device  # noqa: E402
 from tests.grids import BF16, DTYPES  # noqa: E402
 from tests.rooms import Room, same_quantized, to_numpy, to_torch  # noqa: E402
 from tests.test_layout import (  # noqa: E402, F401
@@ -279,6 +279,13 @@ def test_strides_and_offsets(ops: Any, name: str, view: str) -> None:
         same_parts("fake", [fake], [reference.fake_quantize(plain, fmt, axis=0)])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*FORMATS, "int4-b32-bf16", "e2m1-b16x16-e4m3"])
+def test_dual_is_both_directions(ops: Any, name: str, dtype: str) -> None:
+    poison_device()
+    dual_equals_two_calls(ops, lambda x: to_torch(x).cuda(), name, DTYPES[dtype])
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxint8", "nvfp4", "int4"])
 def test_more_than_two_to_the_31_elements(ops: Any, name: str) -> None:
     rows, columns = 2**16 + 3, 2**15
@@ -338,6 +345,7 @@ def test_inside_a_graph(ops: Any) -> None:
     calls = {name: lambda name=name: ops.quantize(x, name) for name in FORMATS}
     calls |= {f"rotated {n}": lambda n=n: ops.quantize(x, n, rotation=128, signs=signs)
               for n in ("mxfp4", "nvfp4", "int8-brow-bf16")}  # fmt: skip
+    calls["dual"] = lambda: ops.quantize_dual(x, "nvfp4")
     calls["across"] = lambda: ops.quantize(x, "mxfp4", 0)
     calls["fake"] = lambda: (ops.fake_quantize(x, "nvfp4"),)
     calls["hadamard"] = lambda: (ops.hadamard(x, 64, signs[:64]),)

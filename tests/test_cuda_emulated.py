@@ -17,7 +17,7 @@ from pyfmt import reference
 from pyfmt.backends import cuda
 from pyfmt.formats import FORMATS, Format, get_element, get_format
 from tests import grids, test_layout, test_quantize, test_rotate
-from tests.cuda_rooms import ROOT, emulated_ops, emulated_room
+from tests.cuda_rooms import ROOT, dual_equals_two_calls, emulated_ops, emulated_room
 from tests.grids import BF16, DTYPES
 from tests.rooms import Room, same_everywhere, same_quantized, to_torch
 
@@ -97,6 +97,32 @@ def test_every_bf16_number_by_every_scale(element: str) -> None:
         codes = emulated_ops()._encode(to_torch(x), element, byte).numpy()
         want = reference.encode(np.ldexp(x.astype(np.float64), 127 - byte), get_element(element))
         assert np.array_equal(codes, want), f"{element} at scale {byte}"
+
+
+DUAL = ["mxfp4", "mxfp6_e2m3", "mxfp8_e5m2", "mxint8", "nvfp4", "nvint4", "int4-b32-bf16"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*DUAL, "int4", "e2m1-b16x16-e4m3"])
+def test_dual_is_both_directions(name: str, dtype: str) -> None:
+    dual_equals_two_calls(emulated_ops(), to_torch, name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("rule", ["rceil", "floor", "ceil", "even"])
+def test_rotated_blocks_of_every_size_of_number(room: Room, rule: str) -> None:
+    # Powers of two beyond what the scale's exponent may stand for at once, on both sides.
+    x = (
+        grids.noise(64, 128)
+        * np.exp2(np.arange(-126, 126, 4, dtype=np.float32)[:63].repeat(1))[
+            np.minimum(np.arange(64), 62), None
+        ]
+    )
+    x[5, :32], x[6, 40] = -0.0, np.nan
+    for size in (4, 16, 32, 64):
+        for dtype in DTYPES.values():
+            with np.errstate(over="ignore"):
+                narrow = x.astype(np.float32).astype(dtype)
+            same_quantized([room], narrow, FORMATS["mxfp4"], rotation=size, scale_rule=rule)
 
 
 def test_an_empty_tensor_has_a_tensor_scale(room: Room) -> None:

@@ -532,3 +532,21 @@ def test_overhead_is_printed():
         measured = Timer("call()", globals={"call": call}).blocked_autorange(min_run_time=0.02)
         print(f"{name:32} {measured.median * 1e6:6.1f} us")
     assert get_format("mxfp4").bits == 4
+
+
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "int4"])
+def test_quantize_dual_is_two_calls(fmt: str):
+    x = randn(48, 64)
+    codes, scales, codes_t, scales_t, stored = ops.quantize_dual(x, fmt)
+    for got, axis in (((codes, scales, stored), -1), ((codes_t, scales_t, stored), -2)):
+        for g, w in zip(got, ops.quantize(x, fmt, axis), strict=True):
+            assert torch.equal(g, w)
+    opcheck(ops.quantize_dual.default, (x, fmt))
+    with pytest.raises(RuntimeError, match="at least two dimensions"):
+        ops.quantize_dual(x[0], fmt)
+
+
+def test_rotated_quantize_dual_takes_one_tensor_scale():
+    with pytest.raises(RuntimeError, match="pass one to use for both"):
+        ops.quantize_dual(randn(32, 32), "nvfp4", rotation=32)
+    assert len(ops.quantize_dual(randn(32, 32), "mxfp4", rotation=32)) == 5

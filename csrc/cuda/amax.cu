@@ -154,10 +154,7 @@ AmaxParams params(const AmaxArgs& a) {
   p.view = a.view;
   p.count = a.view.count();
   p.aligned = aligned16(a.x);
-  p.rotation.size = a.rotation.size;
-  p.rotation.factor = a.rotation.size ? rotation_factor(a.rotation.size) : 1.0f;
-  p.rotation.signs = a.rotation.signs;
-  p.rotation.signs_length = a.rotation.signs_length;
+  p.rotation = rotation_params(a.rotation);
   return p;
 }
 

@@ -70,6 +70,16 @@ bool needs_rotated_rows(const QuantizeArgs&);
 bool needs_scales(const QuantizeArgs&);
 void quantize(const QuantizeArgs&, Stream);
 
+// The same matrices quantized along their columns as well (or only so, where args.codes is null):
+// codes of shape (*lead, columns, bytes of a row of matrix_rows elements).
+struct Across {
+  uint8_t* codes = nullptr;
+  void* scales = nullptr;
+};
+// Whether one kernel serves both directions; where not, quantize a transposed copy.
+bool dual_serves(const QuantizeArgs&);
+void quantize_dual(const QuantizeArgs&, const Across&, Stream);
+
 struct DequantizeArgs {
   const uint8_t* codes = nullptr;
   const void* scales = nullptr;

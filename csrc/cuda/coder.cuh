@@ -91,6 +91,27 @@ struct Coder {
     }
   }
 
+  // E2M1 codes of get(i) * 2^-e without saturation, for |e| <= 64: the steps of nibble_at_top on a
+  // grid 2^e times as coarse, whose exponent fields are 2 e more.
+  template <class Get>
+  PYFMT_DEVICE static void encode_at(const Get& get, int e, uint32_t* out) {
+    static_assert(kE2M1, "for E2M1 alone");
+    const float smallest = as_float(uint32_t(e + 127) << 23);
+    const float magic = as_float(0x4a800000u | (uint32_t(6 - 2 * e) & 7u));
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 7; i >= 0; --i) {
+        const float a = get(8 * w + i);
+        const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), smallest);
+        const uint32_t sum = as_uint(fused(power, magic, a));
+        word = push_nibble(word, select_bits(sum * 0x10000040u, sum, 0x7fffffffu));
+      }
+      out[w] = word;
+    }
+  }
+
   // The same with codes given one by one (stochastic rounding).
   template <class Code>
   PYFMT_DEVICE static void pack(const Code& code, uint32_t* out) {

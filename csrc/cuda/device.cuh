@@ -344,7 +344,21 @@ struct RotationParams {
   float factor = 1.0f;
   const float* signs = nullptr;
   int64_t signs_length = 0;
+  bool power_of_two = false;  // the factor is
+  bool wide_signs = false;    // units start at multiples of 32 signs, 16-byte aligned
 };
+
+// Host: parameters from a verb's arguments.
+inline RotationParams rotation_params(const Rotation& a) {
+  RotationParams r;
+  r.size = a.size;
+  r.factor = a.size ? rotation_factor(a.size) : 1.0f;
+  r.signs = a.signs;
+  r.signs_length = a.signs_length;
+  r.power_of_two = (L::as_uint(r.factor) & 0x7fffffu) == 0;
+  r.wide_signs = a.signs_length % kUnit == 0 && (reinterpret_cast<uintptr_t>(a.signs) & 15) == 0;
+  return r;
+}
 
 // Where a unit starts in the signs, for the element at `index` of rows laid end to end.
 PYFMT_DEVICE int64_t signs_start(const RotationParams& r, int64_t index) {
@@ -354,17 +368,31 @@ PYFMT_DEVICE int64_t signs_start(const RotationParams& r, int64_t index) {
   return index % r.signs_length;
 }
 
-// Butterflies in the order of strides 1, 2, 4, ...: below kUnit inside a thread, then across the
-// lanes of a warp, which hold neighbouring units.
-PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t index) {
-  if (r.signs) {
-    int64_t s = signs_start(r, index);
+PYFMT_DEVICE void apply_signs(float (&v)[kUnit], const RotationParams& r, int64_t index) {
+  int64_t s = signs_start(r, index);
+  if (r.wide_signs) {
+    const uint4* q = reinterpret_cast<const uint4*>(r.signs + s);
+#pragma unroll
+    for (int i = 0; i < kUnit / 4; ++i) {
+      const uint4 four = q[i];
+      v[4 * i] = v[4 * i] * as_float(four.x);
+      v[4 * i + 1] = v[4 * i + 1] * as_float(four.y);
+      v[4 * i + 2] = v[4 * i + 2] * as_float(four.z);
+      v[4 * i + 3] = v[4 * i + 3] * as_float(four.w);
+    }
+  } else {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       v[i] = v[i] * r.signs[s];
       if (++s == r.signs_length) s = 0;
     }
   }
+}
+
+// Butterflies in the order of strides 1, 2, 4, ...: below kUnit inside a thread, then across the
+// lanes of a warp, which hold neighbouring units. Without the final factor.
+PYFMT_DEVICE void butterflies(float (&v)[kUnit], const RotationParams& r, int64_t index) {
+  if (r.signs) apply_signs(v, r, index);
 #pragma unroll
   for (int stride = 1; stride < kUnit; stride *= 2) {
     if (r.size > stride) {
@@ -384,8 +412,16 @@ PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t ind
       v[i] = fused(side, v[i], __shfl_xor_sync(kAll, v[i], far));
     }
   }
+}
+
+PYFMT_DEVICE void multiply(float (&v)[kUnit], float factor) {
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) v[i] = v[i] * r.factor;
+  for (int i = 0; i < kUnit; ++i) v[i] = v[i] * factor;
+}
+
+PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t index) {
+  butterflies(v, r, index);
+  multiply(v, r.factor);
 }
 
 // ---- launches ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ ScaleParams scale_params(const QuantizeArgs& args) {
   p.kind = args.format.scale;
   p.recipe = args.recipe;
   p.addend = codec::e8m0_addend(args.rule, e);
+  p.covers = args.rule == ScaleRule::kRceil || args.rule == ScaleRule::kCeil;
   p.emax = e.emax();
   p.qmax = L::as_float(e.max_bits());
   p.inverse_qmax = 1.0f / p.qmax;
@@ -89,10 +90,7 @@ QuantizeParams common_params(const QuantizeArgs& a, int partial_count) {
     p.scale.partial_count = partial_count;
   }
   p.limits = limits(a.format.element, a.full);
-  p.rotation.size = a.rotation.size;
-  p.rotation.factor = a.rotation.size ? rotation_factor(a.rotation.size) : 1.0f;
-  p.rotation.signs = a.rotation.signs;
-  p.rotation.signs_length = a.rotation.signs_length;
+  p.rotation = rotation_params(a.rotation);
   p.halves = a.format.block_columns == 16 ? 2 : 1;
   while (kUnit * p.lanes < a.format.block_columns) {
     p.lanes *= 2;
@@ -150,17 +148,24 @@ bool needs_scales(const QuantizeArgs& a) {
   return choose(a) == Path::kAny;
 }
 
+namespace {
+
+// The first launch of a dynamic tensor scale; 0 where there is none.
+int start_amax(const QuantizeArgs& a, Stream stream) {
+  if (!dynamic(a)) return 0;
+  AmaxArgs amax;
+  amax.x = a.x;
+  amax.dtype = a.dtype;
+  amax.view = a.view;
+  amax.partials = a.partials;
+  amax.rotation = a.rotation;
+  return amax_partials(amax, stream);
+}
+
+}  // namespace
+
 void quantize(const QuantizeArgs& a, Stream stream) {
-  int partial_count = 0;
-  if (dynamic(a)) {
-    AmaxArgs amax;
-    amax.x = a.x;
-    amax.dtype = a.dtype;
-    amax.view = a.view;
-    amax.partials = a.partials;
-    amax.rotation = a.rotation;
-    partial_count = amax_partials(amax, stream);
-  }
+  const int partial_count = start_amax(a, stream);
   switch (choose(a)) {
     case Path::kFlat:
       return launch_flat(a, partial_count, stream);
@@ -169,6 +174,36 @@ void quantize(const QuantizeArgs& a, Stream stream) {
     default:
       return quantize_any(a, partial_count, stream);
   }
+}
+
+bool dual_serves(const QuantizeArgs& a) {
+  const FormatSpec& f = a.format;
+  const bool block = f.block_rows == 1 && (f.block_columns == 16 || f.block_columns == 32);
+  const bool whole = a.view.columns % kUnit == 0 && a.matrix_rows % kUnit == 0;
+  // A rotation along the other axis has another tensor scale.
+  const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && !dynamic(a));
+  return block && whole && rotation && find_kernels(f) && !a.stochastic && a.view.count() &&
+         a.view.flat() && aligned16(a.x);
+}
+
+void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
+  const QuantizeParams common = common_params(a, start_amax(a, stream));
+  DualParams p;
+  p.x = a.x;
+  p.rows = a.matrix_rows;
+  p.columns = a.view.columns;
+  p.row_tiles = (p.rows + kTileRows - 1) / kTileRows;
+  p.column_tiles = (p.columns + kTileColumns - 1) / kTileColumns;
+  p.codes = a.codes;
+  p.scales = a.scales;
+  p.codes_t = across.codes;
+  p.scales_t = across.scales;
+  p.scale = common.scale;
+  p.limits = common.limits;
+  p.rotation = common.rotation;
+  p.halves = common.halves;
+  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+  launch(find_kernels(a.format)->dual[int(a.dtype)], tiles, kThreads, stream, p);
 }
 
 }  // namespace cuda

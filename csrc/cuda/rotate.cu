@@ -66,10 +66,7 @@ void hadamard(const HadamardArgs& a, Stream stream) {
   p.out = a.out;
   p.count = a.count;
   p.aligned = aligned16(a.x);
-  p.rotation.size = a.rotation.size;
-  p.rotation.factor = rotation_factor(a.rotation.size);
-  p.rotation.signs = a.rotation.signs;
-  p.rotation.signs_length = a.rotation.signs_length;
+  p.rotation = rotation_params(a.rotation);
   const int64_t blocks = blocks_for((a.count + kUnit - 1) / kUnit);
   constexpr DType b = DType::kBF16, h = DType::kFP16, f = DType::kFP32;
   if (a.dtype == f) return launch(hadamard_flat<f, f>, blocks, kThreads, stream, p);

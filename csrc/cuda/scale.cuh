@@ -12,6 +12,7 @@ struct ScaleParams {
   Scale kind = Scale::kE8M0;
   Recipe recipe = Recipe::kNvidia;
   uint32_t addend = 0;  // E8M0: the rule's
+  bool covers = false;  // E8M0: by the rule, no element exceeds the largest
   int emax = 0;
   float qmax = 1.0f, inverse_qmax = 1.0f, top = 1.0f;  // Q, fp32(1 / Q), 448 Q
   const float* given = nullptr;                        // the caller's tensor scale
