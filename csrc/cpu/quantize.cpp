@@ -50,6 +50,7 @@ codec::RecipeConstants recipe_constants(const ParallelFor& parallel, const Sourc
   } else if (o.has_given) {
     tensor_scale = o.given;
     big_s = 1.0f / o.given;
+    if (big_s > huge) big_s = huge;
   } else if (dynamic && amax != 0.0f) {
     big_s = top / amax;
     if (big_s > huge) big_s = huge;

@@ -98,7 +98,9 @@ def _e4m3_scale(
     else:
         big_s = xp.where(zero, one, xp.minimum(top / xp.where(zero, one, tensor_amax), huge))
         tensor_scale = one / big_s
-    codes = codec.round_scale(xp.minimum(amax * (big_s * (one / q)), huge), "e4m3")
+    s = xp.minimum(amax * (big_s * (one / q)), huge)
+    # The factor overflows for Q below 1, and a zero block times infinity is still a zero block.
+    codes = codec.round_scale(xp.where(amax == 0, np.float32(0), s), "e4m3")
     enc = _reciprocal(codec.decode_scale(codes, "e4m3") * tensor_scale)
     enc = xp.where(codes == 0, np.float32(0), enc)
     return codes, enc, None if recipe == "single_level" else tensor_scale
