@@ -455,6 +455,16 @@ def test_the_room_says_what_it_serves(room: Room) -> None:
     assert "cpu" in module.supports("quantize", None, torch.ones(2))
 
 
+@pytest.mark.parametrize("name", ["int8-brow-bf16", "int4-brow-fp16", "int8-brow-fp32"])
+def test_whole_rows_of_every_length(room: Room, name: str) -> None:
+    for columns in (32, 96, 1024, 8192, 8224, 16384, 16416):
+        for dtype in DTYPES.values():
+            x = grids.noise(37, columns, dtype)
+            x[1, columns - 1], x[2] = np.inf, 0
+            same_quantized([room], x, get_format(name))
+            same_quantized([room], x, get_format(name), clip="full")
+
+
 def test_misuse_gets_a_sentence(ops: Any) -> None:
     x = torch.ones(4, 64, device="cuda")
     for call, words in (

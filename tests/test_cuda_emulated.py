@@ -108,6 +108,16 @@ def test_dual_is_both_directions(name: str, dtype: str) -> None:
     dual_equals_two_calls(emulated_ops(), to_torch, name, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("name", ["int8-brow-bf16", "int4-brow-fp16", "int8-brow-fp32"])
+def test_whole_rows_of_every_length(room: Room, name: str) -> None:
+    for columns in (32, 96, 1024, 8192, 8224, 16384, 16416):
+        for dtype in DTYPES.values() if columns < 8192 else (BF16,):
+            x = grids.noise(5, columns, dtype)
+            x[1, columns - 1], x[2] = np.inf, 0
+            for clip in ("symmetric", "full"):
+                same_quantized([room], x, get_format(name), clip=clip)
+
+
 @pytest.mark.parametrize("rule", ["rceil", "floor", "ceil", "even"])
 def test_rotated_blocks_of_every_size_of_number(room: Room, rule: str) -> None:
     # Powers of two beyond what the scale's exponent may stand for at once, on both sides.

@@ -4,6 +4,7 @@
 #include "generic.h"
 #include "quantize.cuh"
 #include "quantize_kernels.h"
+#include "wide.h"
 
 namespace pyfmt {
 namespace cuda {
@@ -36,7 +37,7 @@ ScaleParams scale_params(const QuantizeArgs& args) {
 
 namespace {
 
-enum class Path { kFlat, kRows, kAny };
+enum class Path { kFlat, kRows, kWide, kAny };
 
 const QuantizeKernels* find_kernels(const FormatSpec& f) {
   static const struct {
@@ -68,6 +69,7 @@ bool dynamic(const QuantizeArgs& a) {
 Path choose(const QuantizeArgs& a) {
   const FormatSpec& f = a.format;
   const int64_t block = f.block_columns, rows = f.block_rows;
+  if (wide_serves(a)) return Path::kWide;
   if (!find_kernels(f) || !power_of_two(block) || block < 16 || block > 1024) return Path::kAny;
   if (rows == 1) {
     const bool whole = a.view.count() % kUnit == 0 && a.view.columns % block == 0;
@@ -125,7 +127,6 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.matrix_strips = (p.matrix_rows + p.block_rows - 1) / p.block_rows;
   p.strips = p.rows / p.matrix_rows * p.matrix_strips;
   p.stochastic = a.stochastic;
-  p.full = a.full;
   p.aligned = aligned16(a.x) && p.row_stride * dtype_bytes(a.dtype) % 16 == 0;
   p.seed = a.seed;
   const int64_t at_once = 32 / p.block_rows;
@@ -171,6 +172,8 @@ void quantize(const QuantizeArgs& a, Stream stream) {
       return launch_flat(a, partial_count, stream);
     case Path::kRows:
       return launch_rows(a, partial_count, stream);
+    case Path::kWide:
+      return quantize_wide(a, stream);
     default:
       return quantize_any(a, partial_count, stream);
   }

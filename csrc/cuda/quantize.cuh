@@ -30,7 +30,7 @@ struct QuantizeParams {
   int64_t blocks = 0, units_per_row = 0;
   int block_rows = 1;  // 1, 16 or 32
   int64_t matrix_rows = 1, matrix_strips = 1, strips = 0;
-  bool stochastic = false, full = false, aligned = false;
+  bool stochastic = false, aligned = false;
   uint64_t seed = 0;
 };
 
@@ -215,37 +215,81 @@ PYFMT_DEVICE void load_unit(const void* x, DType dtype, int64_t at, int64_t have
   }
 }
 
+// codec's stochastic codes with the float to integer conversions, a sixteenth of the adder's rate,
+// replaced by additions rounded down.
 template <class E>
-PYFMT_DEVICE uint32_t stochastic_code(float y, uint32_t random24, bool full) {
-  if constexpr (E::spec.is_int()) {
-    constexpr ElementSpec spec = E::spec;
-    const codec::IntCodec c(spec, full);
-    return codec::encode_int_stochastic<uint32_t>(c, as_uint(y), random24);
+PYFMT_DEVICE uint32_t stochastic_code(float y, uint32_t random24, const Limits& limits) {
+  constexpr ElementSpec spec = E::spec;
+  const uint32_t bits = as_uint(y), sign = bits & 0x80000000u;
+  float t;
+  uint32_t below = 0;
+  if constexpr (spec.is_int()) {
+    const float limit = sign ? -limits.low : limits.high;
+    t = as_float(L::min(bits & 0x7fffffffu, as_uint(limit))) *
+        as_float(power_of_two_bits(spec.frac));
   } else {
-    constexpr codec::FloatCodec c(E::spec);
-    return codec::encode_float_stochastic<uint32_t>(c, as_uint(y), random24);
+    constexpr codec::FloatCodec c(spec);
+    const uint32_t magnitude = L::min(bits & 0x7fffffffu, c.max_bits);
+    const uint32_t exponent = L::max(magnitude & kFloatInf, c.emin_bits);
+    t = as_float(magnitude) * as_float(((254u + uint32_t(c.man)) << 23) - exponent);
+    below = (exponent - c.emin_bits) >> c.shift;
+  }
+  // Whatever is not zero stays above it: only random24 = 0 can tell such values apart.
+  if (bits << 1) t = as_float(L::max(as_uint(t), power_of_two_bits(-60)));
+  const float sum = add_down(t, 8388608.0f);
+  const float rest = (t - (sum - 8388608.0f)) * 16777216.0f;
+  const uint32_t up = L::to_float(random24) < rest ? 1u : 0u;
+  const uint32_t n = as_uint(sum) - as_uint(8388608.0f) + up + below;
+  if constexpr (spec.is_int()) {
+    constexpr uint32_t mask = (1u << spec.bits()) - 1;
+    return (sign ? 0u - n : n) & mask;
+  } else {
+    return n | sign >> (32 - spec.bits());
   }
 }
 
-// The random words of consecutive element indices.
-struct Random {
-  uint64_t seed;
-  uint64_t counter = ~0ull;
-  uint64_t words[4] = {0, 0, 0, 0};
-
-  PYFMT_DEVICE uint32_t top24(uint64_t index) {
-    if (index / 4 != counter) {
-      counter = index / 4;
-      words[0] = counter & 0xffffffffu;
-      words[1] = counter >> 32;
-      words[2] = words[3] = 0;
-      codec::philox<uint64_t>(seed, words);
-    }
-    const uint32_t lane = index & 3;
-    const uint64_t low = lane & 1 ? words[1] : words[0], high = lane & 1 ? words[3] : words[2];
-    return uint32_t(lane & 2 ? high : low) >> 8;
+// The four random words of a counter: element 4 * counter + i has word i.
+PYFMT_DEVICE void random_words(uint64_t seed, uint64_t counter, uint32_t (&w)[4]) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  w[0] = uint32_t(counter);
+  w[1] = uint32_t(counter >> 32);
+  w[2] = w[3] = 0;
+#pragma unroll
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = uint64_t(w[0]) * 0xd2511f53u, b = uint64_t(w[2]) * 0xcd9e8d57u;
+    w[0] = uint32_t(b >> 32) ^ w[1] ^ k0;
+    w[1] = uint32_t(b);
+    w[2] = uint32_t(a >> 32) ^ w[3] ^ k1;
+    w[3] = uint32_t(a);
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
   }
-};
+}
+
+// Numbers of sixteen consecutive elements, 24 bits each; `index` of the first.
+PYFMT_DEVICE void random_sixteen(uint64_t seed, uint64_t index, uint32_t (&r)[16]) {
+  if (index % 4 == 0) {
+#pragma unroll
+    for (int g = 0; g < 4; ++g) {
+      uint32_t w[4];
+      random_words(seed, index / 4 + uint64_t(g), w);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[4 * g + i] = w[i] >> 8;
+    }
+  } else {
+#pragma unroll 1
+    for (int g = 0; g < 5; ++g) {
+      uint32_t w[4];
+      random_words(seed, index / 4 + uint64_t(g), w);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t lane = uint32_t(index + uint64_t(i)) & 3;
+        const uint32_t word = lane & 2 ? (lane & 1 ? w[3] : w[2]) : (lane & 1 ? w[1] : w[0]);
+        if ((index + uint64_t(i)) / 4 == index / 4 + uint64_t(g)) r[i] = word >> 8;
+      }
+    }
+  }
+}
 
 template <class E, bool kPow2>
 __global__ void __launch_bounds__(kThreads)
@@ -291,14 +335,14 @@ __global__ void __launch_bounds__(kThreads)
 
   uint32_t codes[2 * C::kWords];
   if (p.stochastic) {
-    Random random{p.seed};
     const uint64_t index = uint64_t(row * p.columns + column);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      uint32_t random[16];
+      random_sixteen(p.seed, index + uint64_t(16 * h), random);
       C::pack(
           [&](int i) {
-            return stochastic_code<E>(v[16 * h + i] * b[h].multiplier,
-                                      random.top24(index + uint64_t(16 * h + i)), p.full);
+            return stochastic_code<E>(v[16 * h + i] * b[h].multiplier, random[i], p.limits);
           },
           codes + h * C::kWords);
     }

@@ -100,6 +100,11 @@ inline dim3& grid_size() {
   return d;
 }
 
+inline dim3& block_size() {
+  static dim3 d;
+  return d;
+}
+
 // All living threads arrive before any goes on: the scheduler runs them round by round.
 inline void yield() {
   Block& b = block();
@@ -150,6 +155,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, const A&... args)
     std::apply([](auto k, const auto&... a) { k(a...); }, *static_cast<decltype(bound)*>(p));
   };
   grid_size() = dim3(unsigned(blocks));
+  block_size() = dim3(unsigned(threads));
   for (int64_t i = 0; i < blocks; ++i) {
     block_index().x = unsigned(i);
     run_block(threads, body, &bound);
@@ -174,6 +180,7 @@ T shuffle_xor(T value, int far) {
 #define threadIdx (::emulation::thread_index())
 #define blockIdx (::emulation::block_index())
 #define gridDim (::emulation::grid_size())
+#define blockDim (::emulation::block_size())
 
 inline void __syncthreads() {
   ::emulation::yield();
