@@ -67,6 +67,16 @@ def test_conformance_table_is_the_tests_own() -> None:
     assert printed.strip() == test_conformance.table().strip()
 
 
+def test_speed_table_is_the_committed_results() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "tables.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_codegen_check_finds_a_stale_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
