@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time the GPU kernels against a copy of the same run: fractions of the copy's bytes a second.
 
-    python bench/gpu.py [--rows 16384 --columns 16384] [--only mxfp4] [--json PATH]
+    python bench/gpu.py [--rows 16384 --columns 16384] [--only mxfp4] [--json PATH] [--sweep PATH]
 
 Each line's bytes are what the call must read and write. Cases are timed in turn, round by round,
 by CUDA events around a few calls; the inputs alternate so that no call finds its input in cache.
-Small tensors are timed as replays of a graph of many calls, and as whole eager calls.
+Small tensors are timed as replays of a graph of many calls, and as whole eager calls. Rivals run
+among the cases: an eager MXFP4 formula under torch.compile, torch.mm with a block Hadamard matrix.
+--sweep times quantize to mxfp4 from 2^12 to 2^31 elements, with a plot beside the JSON.
 """
 
 from __future__ import annotations
@@ -96,13 +98,14 @@ def cases(xs: list[torch.Tensor], only: str) -> list[Case]:
             both,
             aim,
         )
-    signs = torch.randn(128, device="cuda").sign()
-    add(
-        "rotate 128 with signs + quantize mxfp4",
-        lambda y: OPS.quantize(y, "mxfp4", rotation=128, signs=signs),
-        both,
-        None,
-    )
+    for size in (32, 128):
+        signs = torch.randn(size, device="cuda").sign()
+        add(
+            f"rotate {size} with signs + quantize mxfp4",
+            lambda y, r=size, s=signs: OPS.quantize(y, "mxfp4", rotation=r, signs=s),
+            both,
+            None,
+        )
     add(
         "rotate 32 + quantize mxint8",
         lambda y: OPS.quantize(y, "mxint8", rotation=32),
@@ -145,6 +148,103 @@ def cases(xs: list[torch.Tensor], only: str) -> list[Case]:
     )
     add("amax of the tensor", lambda y: OPS.amax(y), n, None)
     return found
+
+
+def eager_mxfp4(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """MXFP4 with scale rule rceil as one would write it in torch (finite inputs)."""
+    blocks = x.float().view(-1, 32)
+    largest = blocks.abs().amax(1, keepdim=True)
+    exponent = (((largest.view(torch.int32) + 0x3FFFFF) >> 23) - 129).clamp(-127, 127)
+    y = blocks * torch.exp2(-exponent.float())
+    size = y.abs()
+    code = (size > 0.25).to(torch.uint8) + (size >= 0.75) + (size > 1.25) + (size >= 1.75)
+    code = code + (size > 2.5) + (size >= 3.5) + (size > 5) + torch.signbit(y) * 8
+    pairs = code.to(torch.uint8).view(-1, 2)
+    packed = pairs[:, 0] | pairs[:, 1] << 4
+    lead = x.shape[:-1]
+    return packed.view(*lead, -1), (exponent + 127).to(torch.uint8).view(*lead, -1)
+
+
+def rivals(xs: list[torch.Tensor]) -> list[Case]:
+    """The same work by torch itself."""
+    x, found = xs[0], []
+    name = "rival: torch.compile of eager mxfp4"
+    compiled = torch.compile(eager_mxfp4)
+    want = OPS.quantize(x, "mxfp4")
+    try:
+        got = compiled(x)
+    except Exception as error:  # no compiler on this machine: the other lines still count
+        print(f"{name}: not timed, {type(error).__name__}: {str(error)[:200]}")
+    else:
+        # It may flush subnormals: reported, not asserted.
+        differ = (got[0] != want[0]).float().mean().item()
+        print(f"{name}: {differ:.2e} of the bytes differ from quantize's")
+        size = x.nbytes + want[0].nbytes + want[1].nbytes
+        found.append(Case(name, lambda i: compiled(xs[i % len(xs)]), size))
+    for n in (32, 128, 1024):
+        h = OPS.hadamard(torch.eye(n, device=x.device), n).to(x.dtype)
+        found.append(
+            Case(
+                f"rival: torch.mm with a block matrix {n}",
+                lambda i, h=h, n=n: torch.mm(xs[i % len(xs)].view(-1, n), h),
+                2 * x.nbytes,
+            )
+        )
+    return found
+
+
+def sweep(path: Path, largest: int = 31) -> None:
+    """Time of quantize to mxfp4 and of a copy over the number of elements; JSON and a plot."""
+    columns, points = 1024, []
+    for power in range(12, largest + 1):
+        n = 1 << power
+        # Small inputs alternate among copies beyond the L2 cache, as larger ones do by themselves.
+        copies = max(1, min(64, (1 << 27) // n))
+        xs = torch.randn(copies, min(n, 1 << 24), device="cuda").bfloat16()
+        xs = xs.repeat(1, n // xs.shape[1]).view(copies, -1, columns)
+        out = torch.empty_like(xs[0])
+        calls = 64 if power <= 22 else 8
+        record: dict[str, Any] = {"elements": n}
+        for what, call in (
+            ("quantize_us", lambda i, xs=xs: OPS.quantize(xs[i % len(xs)], "mxfp4")),
+            ("copy_us", lambda i, xs=xs, out=out: out.copy_(xs[i % len(xs)])),
+        ):
+            call(0)
+            torch.cuda.synchronize()
+            if power <= 22:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    for i in range(calls):
+                        call(i)
+                times = [event_time(lambda _, g=graph: g.replay(), 2) / calls for _ in range(7)]
+                del graph
+            else:
+                times = [event_time(call, calls) for _ in range(5)]
+            record[what] = statistics.median(times) * 1e6
+        points.append(record)
+        print(f"2^{power:<3} {record['quantize_us']:10.2f} us, copy {record['copy_us']:10.2f} us")
+        del xs, out
+        torch.cuda.empty_cache()
+    record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "points": points}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    plot(points, path.with_suffix(".svg"))
+
+
+def plot(points: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    sizes = [p["elements"] for p in points]
+    axes.loglog(sizes, [p["quantize_us"] for p in points], "o-", label="quantize to mxfp4")
+    axes.loglog(sizes, [p["copy_us"] for p in points], "s--", label="copy of the input")
+    axes.set(xlabel="elements (bfloat16)", ylabel="microseconds", title="Time over size")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
 
 
 def check(x: torch.Tensor) -> None:
@@ -240,12 +340,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sweep", type=Path, help="JSON of times over sizes; a plot beside it")
+    parser.add_argument("--no-rivals", action="store_true", help="leave out what torch would do")
     args = parser.parse_args()
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     xs = [torch.randn(args.rows, args.columns, device="cuda").to(dtype) for _ in range(2)]
     check(xs[0])
-    lines = measure(cases(xs, args.only), args.rounds)
+    found = cases(xs, args.only)
+    if not args.no_rivals and not args.only:
+        found += rivals(xs)
+    lines = measure(found, args.rounds)
     for line in lines:
         aim = (
             ""
@@ -262,6 +367,10 @@ def main() -> int:
             f"64 x 4096 {line['name']:34} {line['gpu_us']:6.2f} us on the GPU, "
             f"{line['eager_us']:6.2f} us a call"
         )
+    del found, xs
+    torch.cuda.empty_cache()
+    if args.sweep:
+        sweep(args.sweep)
     if args.json:
         driver = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],

@@ -15,12 +15,12 @@ status=0
 for part in $PARTS; do
   case $part in
     test)
-      timeout 300 $PYTEST tests/test_cuda.py -n 8 --dist worksteal --maxfail 40 --durations 12 \
+      timeout 300 $PYTEST tests/test_cuda.py -n 8 --dist worksteal --maxfail 40 --durations 12 --tb short \
         >"$OUT/tests.log" 2>&1 || status=1
       grep -E "^(FAILED|ERROR)|passed|failed|error" "$OUT/tests.log" | cut -c1-220 | tail -n 45
       ;;
     time)
-      timeout 200 python3 bench/gpu.py --json "$OUT/gpu.json" 2>&1 | tee "$OUT/gpu.log" || status=1
+      timeout 200 python3 bench/gpu.py --json "$OUT/gpu.json" --sweep "$OUT/sweep.json" 2>&1 | tee "$OUT/gpu.log" || status=1
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck; do

@@ -135,6 +135,12 @@ HOPPER: dict[str, tuple[Any, str, str, float]] = {
     "dequantize mxfp6_e3m2": (dequantize("mxfp6_e3m2"), "b32", WIDE, 15),
     "dequantize mxfp8_e5m2": (dequantize("mxfp8_e5m2"), WIDE, WIDE, 19),
     "dequantize nvfp4": (dequantize("nvfp4"), WIDE, WIDE, 15),
+    "dequantize transposed": (
+        lambda room: room.dequantize(*stored(FORMATS["mxfp4"]), axis=0, dtype="bfloat16"),
+        "b32",
+        "b32",
+        0,
+    ),
     "hadamard 32": (lambda room: room.hadamard(big(), 32), WIDE, WIDE, 18),
     "hadamard 1024": (lambda room: room.hadamard(big(), 1024), WIDE, WIDE, 26),
     "amax": (lambda room: room.amax(big()), WIDE, "", 0),

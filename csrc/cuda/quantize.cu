@@ -126,7 +126,6 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.matrix_rows = a.matrix_rows > 0 ? a.matrix_rows : 1;
   p.matrix_strips = (p.matrix_rows + p.block_rows - 1) / p.block_rows;
   p.strips = p.rows / p.matrix_rows * p.matrix_strips;
-  p.stochastic = a.stochastic;
   p.aligned = aligned16(a.x) && p.row_stride * dtype_bytes(a.dtype) % 16 == 0;
   p.seed = a.seed;
   const int64_t at_once = 32 / p.block_rows;
@@ -135,7 +134,7 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
                               : (p.strips + at_once - 1) / at_once * p.units_per_row * 32;
   p.units_per_row = p.units_per_row ? p.units_per_row : 1;
   const int64_t blocks = threads || !a.tensor_scale_out ? blocks_for(threads) : 1;
-  launch(find_kernels(f)->rows, blocks, kThreads, stream, p);
+  launch(find_kernels(f)->rows[a.stochastic], blocks, kThreads, stream, p);
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct QuantizeParams {
   int64_t blocks = 0, units_per_row = 0;
   int block_rows = 1;  // 1, 16 or 32
   int64_t matrix_rows = 1, matrix_strips = 1, strips = 0;
-  bool stochastic = false, aligned = false;
+  bool aligned = false;
   uint64_t seed = 0;
 };
 
@@ -291,8 +291,10 @@ PYFMT_DEVICE void random_sixteen(uint64_t seed, uint64_t index, uint32_t (&r)[16
   }
 }
 
-template <class E, bool kPow2>
-__global__ void __launch_bounds__(kThreads)
+// Random words of many elements in flight would take all registers: hence at least two blocks an
+// SM.
+template <class E, bool kPow2, bool kStochastic>
+__global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
     quantize_rows(const __grid_constant__ QuantizeParams p) {
   using C = Coder<E>;
   const int lane = threadIdx.x & 31;
@@ -334,7 +336,7 @@ __global__ void __launch_bounds__(kThreads)
   unit_scales<kPow2>(p, r, amax, 1, p.block_rows == 1 ? p.lanes : p.block_rows, b);
 
   uint32_t codes[2 * C::kWords];
-  if (p.stochastic) {
+  if constexpr (kStochastic) {
     const uint64_t index = uint64_t(row * p.columns + column);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -409,8 +411,8 @@ __global__ void __launch_bounds__(kThreads)
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
-  Kernel flat[3][3];  // by dtype and task
-  Kernel rows;
+  Kernel flat[3][3];            // by dtype and task
+  Kernel rows[2];               // nearest, stochastic
   void (*dual[3])(DualParams);  // by dtype
 };
 
@@ -429,7 +431,8 @@ QuantizeKernels quantize_kernels() {
   fill_flat<E, kPow2, DType::kBF16>(&k);
   fill_flat<E, kPow2, DType::kFP16>(&k);
   fill_flat<E, kPow2, DType::kFP32>(&k);
-  k.rows = quantize_rows<E, kPow2>;
+  k.rows[0] = quantize_rows<E, kPow2, false>;
+  k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;
 }
 
