@@ -46,7 +46,8 @@ def decoded(q: tuple[object, ...], k: int) -> torch.Tensor:
 def test_the_schemas_are_those_of_the_design():
     verbs = [schema.partition("(")[0] for schema in pyfmt.ops.SCHEMAS]
     assert verbs == (
-        "quantize dequantize fake_quantize hadamard pack unpack amax matmul linear".split()
+        "quantize quantize_dual dequantize fake_quantize hadamard pack unpack amax matmul linear"
+    ).split()
     )
     for verb in verbs:
         schema = getattr(ops, verb).default._schema
