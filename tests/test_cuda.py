@@ -500,6 +500,11 @@ def test_every_path_for_the_sanitizers(room: Room, name: str) -> None:
         same_quantized([room], x, fmt, rounding="stochastic", seed=3)
         room.amax(x)
         room.amax(x, 32)
+    # Whole tiles and parts of them, along both axes.
+    tiles: Any = to_torch(grids.noise(160, 96, BF16)).cuda()
+    module: Any = room.module
+    module._ops().quantize_dual(tiles, fmt.key)
+    same_quantized([room], grids.noise(64, 96, BF16), fmt, axis=0)
     for size in (2, 64, 256):
         same_quantized([room], grids.noise(3, 512, BF16), fmt, rotation=size)
         room.hadamard(grids.noise(3, 512, BF16), size)
