@@ -195,6 +195,36 @@ def store_bytes(p_row, group, code, bytes_left, BITS: tl.constexpr):
     tl.store(p, byte.to(tl.uint8), mask=mask)
 
 
+@triton.jit
+def load_codes(
+    p_row, is_row, first, columns, BITS: tl.constexpr, WORDS: tl.constexpr, TR: tl.constexpr,
+    TC: tl.constexpr,
+):  # fmt: skip
+    """Load TC codes of TR rows from column `first` on, bits above the code undefined."""
+    if WORDS:
+        # The rows' bytes are whole words: a word is there where its first code is.
+        o_word = first // 8 + tl.arange(0, TC // 8)
+        p = p_row.to(tl.pointer_type(tl.uint32))[:, None] + o_word[None, :]
+        mask = is_row[:, None] & (o_word * 8 < columns)[None, :]
+        word = tl.load(p, mask=mask, other=0)
+        shift = (tl.arange(0, 8) * 4).to(tl.uint32)[None, None, :]
+        code = tl.reshape(word[:, :, None] >> shift, (TR, TC))
+    else:
+        column = first + tl.arange(0, TC)
+        mask = is_row[:, None] & (column < columns)[None, :]
+        if BITS == 8:
+            code = tl.load(p_row[:, None] + column[None, :], mask=mask, other=0).to(tl.uint32)
+        else:
+            bit = column * BITS
+            p = p_row[:, None] + (bit // 8)[None, :]
+            code = tl.load(p, mask=mask, other=0).to(tl.uint32)
+            if 8 % BITS != 0:
+                more = mask & (bit % 8 + BITS > 8)[None, :]
+                code = code | (tl.load(p + 1, mask=more, other=0).to(tl.uint32) << 8)
+            code = code >> (bit % 8).to(tl.uint32)[None, :]
+    return code
+
+
 # ---- the verbs pack and unpack ----------------------------------------------------------------
 
 

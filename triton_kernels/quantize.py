@@ -38,6 +38,7 @@ from pyfmt.triton_kernels.codec import (
 from pyfmt.triton_kernels.layout import (
     chunk_offsets,
     load_chunks,
+    load_codes,
     load_left,
     load_run,
     store_bytes,
@@ -380,25 +381,37 @@ def quantize_loose_kernel(
 def dequantize_loose_kernel(
     p_code, p_scale, p_tensor, p_y, y_lead, y_row, y_column, rows, columns, row_bytes,
     block_rows, block_columns, grid_rows, grid_columns, row_tiles, column_tiles,
-    F: tl.constexpr, TENSOR: tl.constexpr, TR: tl.constexpr, TC: tl.constexpr,
+    F: tl.constexpr, TENSOR: tl.constexpr, ACROSS: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK: tl.constexpr, TR: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """Decode tiles of elements, each from its one or two bytes and its block's scale."""
+    """Decode tiles of elements. BLOCK: columns of a block where tiles hold whole ones, else 0.
+
+    WORDS: packed rows of 4-bit codes are aligned words; ACROSS: rows lie next to each other in y.
+    """
     i_column = tl.program_id(0) % column_tiles
     i_tile = tl.program_id(0) // column_tiles % row_tiles
     i_lead = (tl.program_id(0) // column_tiles // row_tiles).to(tl.int64)
     row = i_tile.to(tl.int64) * TR + tl.arange(0, TR)
-    column = i_column.to(tl.int64) * TC + tl.arange(0, TC)
-    mask = (row < rows)[:, None] & (column < columns)[None, :]
-    bit = column * F.BITS
-    p = p_code + ((i_lead * rows + row) * row_bytes)[:, None] + (bit // 8)[None, :]
-    code = tl.load(p, mask=mask, other=0).to(tl.uint32)
-    if 8 % F.BITS != 0:
-        more = mask & (bit % 8 + F.BITS > 8)[None, :]
-        code = code | (tl.load(p + 1, mask=more, other=0).to(tl.uint32) << 8)
-    code = code >> (bit % 8).to(tl.uint32)[None, :]
-    i_scale = ((i_lead * grid_rows + row // block_rows) * grid_columns)[:, None]
-    i_scale = i_scale + (column // block_columns)[None, :]
-    value = decode(code, F) * scale_value(tl.load(p_scale + i_scale, mask=mask, other=0), F)
+    if ACROSS:
+        row = tl.max_contiguous(row, 2)
+    is_row = row < rows
+    first = i_column.to(tl.int64) * TC
+    column = first + tl.arange(0, TC)
+    mask = is_row[:, None] & (column < columns)[None, :]
+    p_row = p_code + (i_lead * rows + row) * row_bytes
+    code = load_codes(p_row, is_row, first, columns, F.BITS, WORDS, TR, TC)
+
+    i_row = ((i_lead * grid_rows + row // block_rows) * grid_columns)[:, None]
+    if BLOCK > 0:
+        i_block = i_column.to(tl.int64) * (TC // BLOCK) + tl.arange(0, TC // BLOCK)
+        is_scale = is_row[:, None] & (i_block < grid_columns)[None, :]
+        stored = tl.load(p_scale + i_row + i_block[None, :], mask=is_scale, other=0)
+        value = tl.reshape(decode(code, F), (TR, TC // BLOCK, BLOCK))
+        value = tl.reshape(value * scale_value(stored, F)[:, :, None], (TR, TC))
+    else:
+        i_block = (column // block_columns)[None, :]
+        stored = tl.load(p_scale + i_row + i_block, mask=mask, other=0)
+        value = decode(code, F) * scale_value(stored, F)
     if TENSOR:
         value = value * tl.load(p_tensor)
     p = p_y + i_lead * y_lead + (row * y_row)[:, None] + (column * y_column)[None, :]

@@ -220,7 +220,7 @@ def _tiles(
     grid_rows = -(-x.rows // fmt.block_rows)
     amax = torch.empty((x.lead, grid_rows, blocks), dtype=torch.float32, device=x.tensor.device)
     _amax_blocks(x, amax, fmt.block_rows, block)
-    tile_rows, tile_columns = loose_tile(x.rows, fmt.padded(columns), across)
+    tile_rows, tile_columns, warps = loose_tile(x.rows, fmt.padded(columns), across)
     row_tiles = -(-x.rows // tile_rows)
     column_tiles = -(-fmt.padded(columns) // tile_columns)
     args = (
@@ -228,7 +228,7 @@ def _tiles(
         options.key_high, *x.strides, *y.strides, x.rows, columns, fmt.row_bytes(columns),
         fmt.block_rows, block, grid_rows, blocks, row_tiles, column_tiles,
     )  # fmt: skip
-    names = constants(4, **common, TR=tile_rows, TC=tile_columns)
+    names = constants(warps, **common, TR=tile_rows, TC=tile_columns)
     launch(k_quantize.quantize_loose_kernel, x.lead * row_tiles * column_tiles, args, names)
 
 
@@ -253,16 +253,19 @@ def dequantize(
         y, *_ = found or matrices(square, dense) or (None,)
         assert y is not None, "a contiguous tensor always falls into matrices"
         across = y.strides[1] == 1 and y.strides[2] != 1
-        tile_rows, tile_columns = loose_tile(y.rows, columns, across)
+        tile_rows, tile_columns, warps = loose_tile(y.rows, columns, across)
         row_tiles, column_tiles = -(-y.rows // tile_rows), -(-columns // tile_columns)
+        block, row_bytes = fmt.block_columns(columns), fmt.row_bytes(columns)
+        words = fmt.bits == 4 and row_bytes % 4 == 0 and codes.data_ptr() % 4 == 0
         args = (
-            codes, scales, tensor_scale, dense, *y.strides, y.rows, columns,
-            fmt.row_bytes(columns), fmt.block_rows, fmt.block_columns(columns),
-            -(-y.rows // fmt.block_rows), fmt.blocks(columns), row_tiles, column_tiles,
+            codes, scales, tensor_scale, dense, *y.strides, y.rows, columns, row_bytes,
+            fmt.block_rows, block, -(-y.rows // fmt.block_rows), fmt.blocks(columns), row_tiles,
+            column_tiles,
         )  # fmt: skip
         names = constants(
-            4, F=facts(fmt), TENSOR=tensor_scale is not None, TR=tile_rows, TC=tile_columns
-        )
+            warps, F=facts(fmt), TENSOR=tensor_scale is not None, ACROSS=across, WORDS=words,
+            BLOCK=0 if tile_columns % block else block, TR=tile_rows, TC=tile_columns,
+        )  # fmt: skip
         launch(k_quantize.dequantize_loose_kernel, y.lead * row_tiles * column_tiles, args, names)
         if dense is not out:
             out.copy_(dense)

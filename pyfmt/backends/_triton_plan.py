@@ -28,7 +28,7 @@ PIECES = {8: 2}
 # Fewer tiles than this leave multiprocessors idle: take smaller ones.
 FEW_TILES = 528
 # Tiles of rows with strides; where rows lie next to each other a thread takes 64 elements.
-GRID_TILE, ACROSS_TILE = 4096, 8192
+GRID_TILE, ACROSS_TILE, LOOSE_TILE = 4096, 8192, 2048
 # The largest block (padded to a power of two) that one program holds in registers.
 LARGEST_BLOCK = 16384
 AMAX_TILE, AMAX_WARPS, AMAX_PROGRAMS = 8192, 8, 512
@@ -103,12 +103,14 @@ def grid_tile(fmt: Format, rows: int, columns: int, across: bool) -> tuple[int, 
 
 
 @lru_cache(maxsize=4096)
-def loose_tile(rows: int, columns: int, across: bool) -> tuple[int, int]:
-    """Return (rows, columns) of a tile of single elements."""
+def loose_tile(rows: int, columns: int, across: bool) -> tuple[int, int, int]:
+    """Return (rows, columns, warps) of a tile of single elements."""
     if across:
-        return min(64, power_of_two(rows)), max(min(32, power_of_two(columns)), 8)
-    width = max(min(1024, power_of_two(columns)), 8)
-    return min(1024 // width, power_of_two(rows)), width
+        tile_columns = max(min(32, power_of_two(columns)), 8)
+        tile_rows = max(min(ACROSS_TILE // 32, power_of_two(rows)), 64)
+        return tile_rows, tile_columns, tile_rows // 64
+    tile_columns = max(min(LOOSE_TILE, power_of_two(columns)), 8)
+    return min(LOOSE_TILE // tile_columns, power_of_two(rows)), tile_columns, 4
 
 
 def sign_rows(signs: int, rotation: int) -> str:
