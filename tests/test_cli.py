@@ -309,14 +309,17 @@ def test_interrupted_quantize_leaves_nothing(
 ) -> None:
     out = tmp_path / "out" / "o.safetensors"
     out.parent.mkdir()
-    process = spawn("quantize", large, "-f", "e3m2bias5-b24-fp32", "-o", out)
+    # The slowest work there is, so that the signal meets it: stochastic rounding, a made format.
+    slow = ("--rounding", "stochastic", "--seed", "1")
+    process = spawn("quantize", large, "-f", "e3m2bias5-b24-fp32", *slow, "-o", out)
     # The source is opened just before the work starts.
     deadline = time.monotonic() + 30
     while not _reads(process.pid, large) and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.002)
-    time.sleep(0.05)
+        time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     status, written, err = outcome(process)
     assert status in codes and written == ""
     if number == signal.SIGINT:

@@ -218,6 +218,9 @@ def test_large_random_blocks(ops: Any, name: str) -> None:
         block = (bits[:, ::16] % 250 - 125).float().repeat_interleave(16, dim=1)
         half = torch.arange(4096, device="cuda")[:, None] % 2 == 0
         x = torch.where(half, spread * torch.exp2(block / (8 if dtype == torch.float16 else 1)), x)
+        # CuPy compiles with flush-to-zero, so the oracle on the device knows no subnormals; they
+        # are compared with NumPy's in the tests above.
+        x = torch.where(x.abs() < 2.0**-126, torch.zeros_like(x), x)
         x = x.to(dtype)
         for options in grids.options_of(fmt):
             if options.get("rounding") == "stochastic" and dtype == torch.float16:
