@@ -39,12 +39,13 @@ def table(record: dict[str, Any]) -> str:
         rows.append(f"| `{name}` | {' | '.join(map(_cell, cells))} | {'; '.join(rivals)} |")
     rotated = [line for name, line in lines.items() if name.startswith("rotate ")]
     machine, shape = record["machine"], " x ".join(map(str, record["shape"]))
+    torch = machine["versions"]["torch"]
     words = ", ".join(f"{line['name'].split()[1]}: {_cell(line)}" for line in rotated)
     return "\n".join(
         [
             f"10^9 elements a second, in brackets the rate in bytes as a fraction of a copy's "
             f"({lines['copy']['gbytes_per_s']:.0f} GB/s), {shape} {record['dtype']}, "
-            f"{machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}:",
+            f"{machine['cpu']}, {machine['threads']} threads, torch {torch}:",
             "",
             *rows,
             "",
