@@ -33,7 +33,14 @@ def run(*words: object, columns: int = 200):
 
 
 def spawn(*words: object, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-    """Start `python -m pyfmt` as another process."""
+    """Start `python -m pyfmt` as another process, as a shell's foreground does."""
+
+    def prepare() -> None:
+        # What runs in a shell's background ignores Ctrl-C, and so would its children.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if before is not None:
+            before()
+
     env = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
     return subprocess.Popen(
         [sys.executable, "-m", "pyfmt", *map(str, words)],
@@ -41,7 +48,7 @@ def spawn(*words: object, before: Callable[[], None] | None = None) -> subproces
         stderr=subprocess.PIPE,
         text=True,
         env=env,
-        preexec_fn=before,
+        preexec_fn=prepare,
     )
 
 
@@ -69,7 +76,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A file that takes seconds, on no disk space: 256 tensors of 64 MB, a hole in a sparse file."""
+    """A file that takes seconds but no disk space: 256 tensors of 64 MB in a sparse file."""
     path, size = tmp_path / "large.safetensors", 4096 * 4096 * 4
     tensors = {
         f"w{i:03}": {
