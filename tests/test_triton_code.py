@@ -214,3 +214,46 @@ def test_one_launch_with_a_tensor_scale_and_two_without(monkeypatch: pytest.Monk
         launched.clear()
         triton.quantize(torch.empty(8, 256), fmt, **options)
         assert len(launched) == count, (fmt.name, options, launched)
+
+
+def test_launches_find_their_kernels_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Triton's own launcher, less the launch: compiled once, found again, never refused."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from pyfmt.backends import _triton_launch, triton
+
+    class Device:
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 90
+
+        def get_current_stream(self, device: int = 0) -> int:
+            return 0
+
+    found: list[Any] = []
+
+    def launch(kernel: Any, grid: int, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        found.append(kernel.run(*args, grid=(grid,), warmup=True, **constants))
+
+    monkeypatch.setattr(_triton_launch, "launch", launch)
+    monkeypatch.setattr(driver, "_active", Device())
+    x = torch.empty((64, 4096), dtype=torch.bfloat16)
+    for spec, options in [
+        ("nvfp4", {}),
+        ("nvfp4", {"tensor_scale": 0.3}),
+        ("mxfp4", SEED),
+        ("mxfp4", {"axis": 0}),
+        ("e2m1-b5-e8m0", {}),
+        ("int4", {"rotation": 64, "signs": torch.ones(64)}),
+    ]:
+        kernels = []
+        for values in (x, torch.empty_like(x)):
+            found.clear()
+            triton.quantize(values, get_format(spec), **options)
+            assert found and all(kernel.metadata.enable_fp_fusion is False for kernel in found)
+            kernels.append(list(found))
+        assert all(a is b for a, b in zip(*kernels, strict=True)), spec

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +16,7 @@ from pyfmt.formats import SCALES, Format
 class Facts:
     """What a kernel template needs to know of a format and its options: constants only.
 
-    The upper part is `Format.constexprs()`, the rest follows from it. `facts` makes one object for
-    each combination, which is compared as an object: launches look kernels up by it.
+    The upper part is `Format.constexprs()`, the rest follows from it.
     """
 
     IS_INT: bool
@@ -43,6 +42,13 @@ class Facts:
     INVERSE: float  # float32(1) / float32(MAX), rounded to float32
     NAN_SCALE: int
     STOCHASTIC: bool
+    key: tuple[Any, ...] = field(default=(), repr=False)  # all of the above, to compare by
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Facts) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
 
 def _float32(value: float) -> float:
@@ -70,7 +76,7 @@ def facts(
         "rceil": 0x7FFFFF - int((quotient - 1) * 2**23),
         "even": 1 << (22 - element.significand),
     }[rule]
-    return Facts(
+    values: dict[str, Any] = dict(
         **{name: value for name, value in given.items() if name != "BLOCK"},
         BITS=element.bits,
         MAX=element.max,
@@ -88,3 +94,4 @@ def facts(
         NAN_SCALE=SCALES[fmt.scale].nan_code,
         STOCHASTIC=stochastic,
     )
+    return Facts(**values, key=tuple(values.values()))
