@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import pyfmt
 from pyfmt import reference
 from pyfmt.formats import FORMATS, Format, get_format
 from tests import grids
@@ -235,6 +236,18 @@ def test_pack_and_unpack(room: Room, bits: int) -> None:
         for length in {shape[-1], max(shape[-1] - 3, 0)}:
             want = reference.unpack(packed, bits, length)
             same_everywhere([room], want, "unpack", packed, bits, length)
+
+
+def test_matmul(room: Room) -> None:
+    """Sums of small integers are exact: the matrix product itself."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.integers(-7, 8, shape).astype(FP32) for shape in ((3, 64), (5, 64)))
+    a, b = (pyfmt.quantize(t, "int4-b32-fp32", backend="reference") for t in (x, w))
+    bias = np.arange(5, dtype=FP32)
+    for left in (a, x):
+        want = pyfmt.matmul(left, b, bias, dtype="float32", backend="reference")
+        got = room.module.matmul(left, b, bias, dtype="float32")
+        same_floats("matmul", np.asarray(got), want)
 
 
 def test_errors_are_the_reference_s(room: Room) -> None:

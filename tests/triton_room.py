@@ -94,6 +94,8 @@ class OnDevice:
             return memory.view(own).as_strided(x.shape, steps, offset)
         if isinstance(x, np.ndarray | np.generic):
             return to_torch(np.array(x)).to(self.device)
+        if hasattr(x, "codes"):
+            return x.torch(self.device)
         return x
 
     def __getattr__(self, verb: str) -> Any:

@@ -21,24 +21,22 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@lru_cache(maxsize=1)
-def _missing() -> str | None:
-    """Return what the room lacks here, or None."""
+@lru_cache(maxsize=2)
+def _missing(interpreted: bool) -> str | None:
+    """Return what the room lacks here, or None; looked up once."""
     for module in ("triton", "torch"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed; `pip install {module}`"
+    import torch
+
+    if not interpreted and not torch.cuda.is_available():
+        return "no CUDA device is visible; TRITON_INTERPRET=1 runs its kernels on the CPU"
     return None
 
 
 def available() -> str | None:
     """Return None where Triton and a CUDA device (or the interpreter) are there, else the lack."""
-    reason = _missing()
-    if reason is None and not _interpreted():
-        import torch
-
-        if not torch.cuda.is_available():
-            return "no CUDA device is visible; TRITON_INTERPRET=1 runs its kernels on the CPU"
-    return reason
+    return _missing(_interpreted())
 
 
 def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
