@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Largest magnitudes: of a tensor (finite elements only) and of blocks.
-#include "device.cuh"
+#include "rotate.cuh"
 
 namespace pyfmt {
 namespace cuda {

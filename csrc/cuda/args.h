@@ -37,9 +37,9 @@ struct View {
 };
 
 struct Rotation {
-  int size = 0;                  // 0: none
-  const float* signs = nullptr;  // device
-  int64_t signs_length = 0;
+  int size = 0;                     // 0: none
+  const uint32_t* signs = nullptr;  // device: what pack_signs wrote
+  int64_t signs_words = 0;
 };
 
 // Room for the partial maxima of a tensor-wide reduction.

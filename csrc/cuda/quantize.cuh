@@ -100,25 +100,16 @@ __global__ void __launch_bounds__(kThreads)
 
   float v[kUnit];
   uint32_t amax[2];
-  // A factor that is a power of two can wait for the scale: it rounds nothing but what is next to
-  // zero in the block.
-  constexpr bool kByExponent = C::kE2M1 && kPow2 && kTask == Task::kRotateQuantize;
-  float left = 1.0f;
   if constexpr (kTask == Task::kRotateQuantize) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
-    butterflies(v, p.rotation, unit * kUnit);
-    if (kByExponent && p.rotation.power_of_two) {
-      left = p.rotation.factor;
-    } else {
-      multiply(v, p.rotation.factor);
-    }
+    rotate(v, p.rotation, unit * kUnit);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float m = 0.0f;
 #pragma unroll
       for (int i = 0; i < 16; ++i) m = max_abs_nan(m, v[16 * h + i]);
-      amax[h] = as_uint(m * left);
+      amax[h] = as_uint(m);
     }
   } else {
     amax[0] = raw.amax16(0);
@@ -128,35 +119,18 @@ __global__ void __launch_bounds__(kThreads)
   unit_scales<kPow2>(p, r, amax, 1, p.lanes, b);
 
   uint32_t codes[2 * C::kWords];
-  bool by_exponent = false;
-  if constexpr (kByExponent) {
-    // Both scales within 2^-48 to 2^48, so that all below is exact; poisoned blocks are not.
-    by_exponent = p.scale.covers && b[0].code - 79u <= 96u && b[1].code - 79u <= 96u;
-    if (by_exponent) {
-      const int e = -int(as_uint(left) >> 23);  // 127 less: the byte's bias
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        C::encode_at([&](int i) { return v[16 * h + i]; }, int(b[h].code) + e,
-                     codes + h * C::kWords);
-      }
+  for (int h = 0; h < 2; ++h) {
+    if constexpr (kTask == Task::kRotateQuantize) {
+      C::encode([&](int i) { return v[16 * h + i]; }, b[h].multiplier, p.limits,
+                codes + h * C::kWords);
     } else {
-      multiply(v, left);
+      C::encode([&](int i) { return raw.get(16 * h + i); }, b[h].multiplier, p.limits,
+                codes + h * C::kWords);
     }
-  }
-  if (!by_exponent) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if constexpr (kTask == Task::kRotateQuantize) {
-        C::encode([&](int i) { return v[16 * h + i]; }, b[h].multiplier, p.limits,
-                  codes + h * C::kWords);
-      } else {
-        C::encode([&](int i) { return raw.get(16 * h + i); }, b[h].multiplier, p.limits,
-                  codes + h * C::kWords);
-      }
-#pragma unroll
-      for (int i = 0; i < C::kWords; ++i) {
-        codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
-      }
+    for (int i = 0; i < C::kWords; ++i) {
+      codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
     }
   }
 

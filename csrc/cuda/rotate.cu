@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block Hadamard rotation of rows laid end to end.
-#include "device.cuh"
+#include "rotate.cuh"
 
 namespace pyfmt {
 namespace cuda {
