@@ -82,23 +82,38 @@ struct Rows {
   }
 };
 
-cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
-                           std::optional<Tensor>& signs) {
-  const float* data = nullptr;
+// The size and the number of signs are checked; what a kernel reads is not here.
+cuda::Rotation expect_rotation(const Device& device, int64_t size, int64_t length,
+                               const std::optional<Tensor>& signs) {
+  static const float some = 1.0f;
   if (signs) {
     device.expect_here("signs", *signs);
     options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
                     signs->dim());
-    if (signs->scalar_type() != ScalarType::Float) {
-      signs = torch::stable::to(*signs, ScalarType::Float);
-    }
-    signs = dense(*signs);
-    data = static_cast<const float*>(signs->const_data_ptr());
   }
-  static const float nothing = 1.0f;
-  const cpu::Rotation r =
-      options::rotation(size, length, signs && !data ? &nothing : data, signs ? signs->numel() : 0);
-  return {r.size, r.signs, r.signs_length};
+  cuda::Rotation r;
+  r.size =
+      options::rotation(size, length, signs ? &some : nullptr, signs ? signs->numel() : 0).size;
+  return r;
+}
+
+// words: room for the packed signs, to be kept until the kernels are launched.
+cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
+                           const std::optional<Tensor>& signs, Tensor& words) {
+  cuda::Rotation r = expect_rotation(device, size, length, signs);
+  if (!signs || signs->numel() == 0) return r;
+  cuda::SignsArgs a;
+  a.signs = signs->const_data_ptr();
+  a.length = signs->numel();
+  a.item_bytes = int(signs->element_size());
+  a.stride = signs->stride(0);
+  a.count = cuda::signs_words(a.length);
+  words = device.empty({a.count}, ScalarType::Int);
+  a.words = static_cast<uint32_t*>(words.mutable_data_ptr());
+  cuda::pack_signs(a, device.stream);
+  r.signs = a.words;
+  r.signs_words = a.count;
+  return r;
 }
 
 // The caller's tensor scale: its value stays on the device, unread by the host.
@@ -120,7 +135,7 @@ struct Quantization {
   Rows rows;
   cuda::QuantizeArgs args;
   bool has_tensor_scale, dynamic;
-  Tensor rotated, partials, scratch;  // kept alive until the kernels are launched
+  Tensor rotated, partials, scratch, signs_words;  // kept alive until the kernels are launched
 
   Quantization(const Tensor& x, const std::string& format, int64_t axis, const Text& scale_rule,
                const Text& recipe, const std::string& rounding, std::optional<int64_t> seed,
@@ -146,8 +161,8 @@ struct Quantization {
     args.seed = o.seed;
   }
 
-  void rotate(int64_t size, std::optional<Tensor>& signs) {
-    args.rotation = rotation_of(device, size, rows.view.columns, signs);
+  void rotate(int64_t size, const std::optional<Tensor>& signs) {
+    args.rotation = rotation_of(device, size, rows.view.columns, signs, signs_words);
     if (!cuda::needs_rotated_rows(args)) return;
     rows.flatten();
     rotated = device.empty(rows.shape, ScalarType::Float);
@@ -218,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
     // Down the columns of matrices as they lie, by tiles.
     Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
     if (rotation) {
-      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
+      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs, q.signs_words);
     }
     if (cuda::dual_serves(q.args)) {
       const Parts across = q.parts(q.across_shape());
@@ -246,8 +261,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
   if (rotation) {
     options::expect(!q.dynamic, "tensor_scale: the two rotations of x have different ones; pass ",
                     "one to use for both");
-    rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
-    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs);
+    expect_rotation(q.device, rotation, q.rows.matrix_rows(), signs);
+    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs, q.signs_words);
   }
   if (cuda::dual_serves(q.args)) {
     const Parts along = q.parts(q.rows.shape), across = q.parts(q.across_shape());
@@ -325,7 +340,8 @@ Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axi
   const Device device(x);
   Rows rows(x, axis);
   cuda::HadamardArgs a;
-  a.rotation = rotation_of(device, size, rows.view.columns, signs);
+  Tensor words;
+  a.rotation = rotation_of(device, size, rows.view.columns, signs, words);
   rows.flatten();
   Tensor out = device.empty(rows.shape, x.scalar_type());
   a.x = rows.data();

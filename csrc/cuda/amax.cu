@@ -137,16 +137,6 @@ __global__ void __launch_bounds__(kThreads) amax_blocks(const __grid_constant__ 
   }
 }
 
-int multiprocessors() {
-  static int counts[64];
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "device");
-  if (device < 64 && counts[device]) return counts[device];
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
-  if (device < 64) counts[device] = count;
-  return count;
-}
-
 AmaxParams params(const AmaxArgs& a) {
   AmaxParams p;
   p.x = a.x;

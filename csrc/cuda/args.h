@@ -42,6 +42,17 @@ struct Rotation {
   int64_t signs_words = 0;
 };
 
+// Signs of any real dtype, +1 or -1, to bits: 32 a word, repeated to whole words.
+struct SignsArgs {
+  const void* signs = nullptr;
+  int item_bytes = 4;
+  int64_t length = 0, stride = 1;
+  uint32_t* words = nullptr;
+  int64_t count = 0;  // signs_words(length)
+};
+int64_t signs_words(int64_t length);
+void pack_signs(const SignsArgs&, Stream);
+
 // Room for the partial maxima of a tensor-wide reduction.
 constexpr int kPartials = 1024;
 

@@ -111,10 +111,10 @@ struct Coder {
     };
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const uint32_t a = select_bits(pair(8 * w + 1, 8 * w + 3), pair(8 * w, 8 * w + 2) >> 4,
-                                     0xf000f000u);
-      const uint32_t b = select_bits(pair(8 * w + 5, 8 * w + 7), pair(8 * w + 4, 8 * w + 6) >> 4,
-                                     0xf000f000u);
+      const uint32_t a =
+          select_bits(pair(8 * w + 1, 8 * w + 3), pair(8 * w, 8 * w + 2) >> 4, 0xf000f000u);
+      const uint32_t b =
+          select_bits(pair(8 * w + 5, 8 * w + 7), pair(8 * w + 4, 8 * w + 6) >> 4, 0xf000f000u);
       out[w] = pick_bytes(a, b, 0x7531);
     }
   }

@@ -353,16 +353,48 @@ struct Stage {
 
 // ---- asynchronous copies ----------------------------------------------------------------------
 
-// 16 bytes from device memory to shared memory; zeros where `there` is false (from: any address
-// that may be read). Complete after wait_copies.
-PYFMT_DEVICE void copy16(void* to, const void* from, bool there) {
+// Where something lies in shared memory.
 #if defined(__CUDA_ARCH__)
-  const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from),
-               "r"(there ? 16 : 0)
+using SharedAddress = uint32_t;
+PYFMT_DEVICE SharedAddress shared_address(const void* p) {
+  return SharedAddress(__cvta_generic_to_shared(p));
+}
+#else
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) {
+  return reinterpret_cast<uintptr_t>(p);
+}
+#endif
+
+// 16 bytes from device memory to shared memory, complete after wait_copies.
+PYFMT_DEVICE void copy16(SharedAddress to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
+}
+
+PYFMT_DEVICE uint4 load_shared16(SharedAddress from) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+#else
+  return *reinterpret_cast<const uint4*>(from);
+#endif
+}
+
+PYFMT_DEVICE void store_shared16(SharedAddress to, const uint4& v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 #else
-  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  *reinterpret_cast<uint4*>(to) = v;
 #endif
 }
 
@@ -375,6 +407,8 @@ PYFMT_DEVICE void wait_copies() {
 // ---- launches ---------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what);
+// Of the current device.
+int multiprocessors();
 
 #if defined(__CUDACC__)
 template <class... P, class... A>

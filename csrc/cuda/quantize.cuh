@@ -7,6 +7,7 @@
 #pragma once
 
 #include "dual.cuh"
+#include "quantize_rotated.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -382,12 +383,18 @@ __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
 
 // ---- launching --------------------------------------------------------------------------------
 
+// Sizes 16, 32, 64, and 128 with all above; -1 for those below.
+inline int rotated_index(int size) {
+  return size < 16 ? -1 : size == 16 ? 0 : size == 32 ? 1 : size == 64 ? 2 : 3;
+}
+
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
-  Kernel flat[3][3];            // by dtype and task
-  Kernel rows[2];               // nearest, stochastic
-  void (*dual[3])(DualParams);  // by dtype
+  Kernel flat[3][3];                  // by dtype and task
+  Kernel rows[2];                     // nearest, stochastic
+  void (*dual[3])(DualParams);        // by dtype
+  void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -405,6 +412,10 @@ QuantizeKernels quantize_kernels() {
   fill_flat<E, kPow2, DType::kBF16>(&k);
   fill_flat<E, kPow2, DType::kFP16>(&k);
   fill_flat<E, kPow2, DType::kFP32>(&k);
+  k.rotated[0] = quantize_rotated<E, kPow2, 16>;
+  k.rotated[1] = quantize_rotated<E, kPow2, 32>;
+  k.rotated[2] = quantize_rotated<E, kPow2, 64>;
+  k.rotated[3] = quantize_rotated<E, kPow2, 128>;
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;

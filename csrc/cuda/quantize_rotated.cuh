@@ -17,9 +17,19 @@ struct RotatedParams {
   ScaleParams scale;
   Limits limits;
   RotationParams rotation;
-  uint32_t first = 0;  // encode_covered's multiplier for byte 0, past float32's largest
+  uint32_t first = 0;  // first_multiplier
   int halves = 1;      // blocks in a unit
+  int rounds = 1;      // tiles a warp takes one after the other
 };
+
+// encode_covered's multiplier, the rotation's factor included, for the scale byte 0: its exponent
+// field less the byte is the one to use.
+inline uint32_t first_multiplier(int size) {
+  using C = Coder<e2m1_element>;
+  const uint32_t factor = L::as_uint(rotation_factor(size));
+  const bool odd = (factor & 0x7fffffu) != 0;
+  return factor - (odd ? 0x3f3504f3u : 0x3f800000u) + (odd ? C::kOdd : C::kEven) + (127u << 23);
+}
 
 // One rotated unit, without the factor, to codes and one or two scales.
 template <class E, bool kPow2>
@@ -37,69 +47,98 @@ PYFMT_DEVICE void quantize_rotated_unit(const RotatedParams& p, const codec::Rec
   }
   if (p.halves == 1) amax[0] = amax[1] = L::max(amax[0], amax[1]);
   if constexpr (C::kE2M1 && kPow2) {
-    // Scales within 2^-48 to 2^48, where all is exact: the plain case of e8m0_from_amax. Not so
-    // where amax is zero, subnormal or not finite.
-    if (p.scale.covers) {
-      const int32_t bias = p.scale.emax;
-      scales[0] = uint32_t(int32_t(amax[0] + p.scale.addend) >> 23) - bias;
-      scales[1] = uint32_t(int32_t(amax[1] + p.scale.addend) >> 23) - bias;
-      if (scales[0] - 79u <= 96u && (p.halves == 1 || scales[1] - 79u <= 96u)) {
+    // The plain case of e8m0_from_amax, with scales within 2^-48 to 2^48, where all below is exact:
+    // not for an amax of zero, subnormal or not finite.
+    scales[0] = uint32_t(int32_t(amax[0] + p.scale.addend) >> 23) - uint32_t(p.scale.emax);
+    scales[1] = uint32_t(int32_t(amax[1] + p.scale.addend) >> 23) - uint32_t(p.scale.emax);
+    if (p.scale.covers && scales[0] - 79u <= 96u && scales[1] - 79u <= 96u) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const float multiplier = as_float(p.first - (scales[h] << 23));
-          C::encode_covered([&](int i) { return v[16 * h + i]; }, multiplier,
-                            codes + h * C::kWords);
+      for (int h = 0; h < 2; ++h) {
+        C::encode_covered([&](int i) { return v[16 * h + i]; },
+                          as_float(p.first - (scales[h] << 23)), codes + h * C::kWords);
+      }
+    } else {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const BlockScale b = block_scale<kPow2>(p.scale, r, amax[h]);
+        scales[h] = b.code;
+        const auto saturated = [&](int i) {
+          return min_magnitude(v[16 * h + i] * factor * b.multiplier, 6.0f);
+        };
+        C::encode_covered(saturated, as_float(C::kEven), codes + h * C::kWords);
+#pragma unroll
+        for (int i = 0; i < C::kWords; ++i) {
+          codes[h * C::kWords + i] = b.poisoned ? 0u : codes[h * C::kWords + i];
         }
-        return;
       }
     }
-  }
-  BlockScale b[2];
-  b[0] = block_scale<kPow2>(p.scale, r, amax[0]);
-  b[1] = b[0];
-  if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
+  } else {
+    BlockScale b[2];
+    b[0] = block_scale<kPow2>(p.scale, r, amax[0]);
+    b[1] = b[0];
+    if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    scales[h] = b[h].code;
-    C::encode([&](int i) { return v[16 * h + i] * factor; }, b[h].multiplier, p.limits,
-              codes + h * C::kWords);
+    for (int h = 0; h < 2; ++h) {
+      scales[h] = b[h].code;
+      C::encode([&](int i) { return v[16 * h + i] * factor; }, b[h].multiplier, p.limits,
+                codes + h * C::kWords);
 #pragma unroll
-    for (int i = 0; i < C::kWords; ++i) {
-      codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
+      for (int i = 0; i < C::kWords; ++i) {
+        codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
+      }
     }
   }
 }
 
+// Units of a lane, warps of a block, blocks that a multiprocessor holds, tiles of a warp. A lane
+// holds whole rotations of up to 128, so that none of their stages crosses lanes.
+struct RotatedShape {
+  int units, warps, blocks, rounds;
+};
+constexpr RotatedShape rotated_shape(int size) {
+  if (size <= 32) return {1, 8, 4, 4};
+  if (size == 64) return {2, 4, 5, 2};
+  return {4, 4, 3, 2};
+}
+
 // kSize: of the rotations, or 128 for 128 and more.
-template <class E, bool kPow2, int kSize, int kWarpsHere, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarpsHere, kBlocks)
+template <class E, bool kPow2, int kSize>
+__global__ void __launch_bounds__(32 * rotated_shape(kSize).warps, rotated_shape(kSize).blocks)
     quantize_rotated(const __grid_constant__ RotatedParams p) {
   using C = Coder<E>;
-  constexpr int kUnits = kSize > kUnit ? 2 : 1;
-  constexpr bool kSwap = kSize > 64;
-  using T = Tile<kUnits>;
+  constexpr RotatedShape kShape = rotated_shape(kSize);
+  constexpr int kUnits = kShape.units, kWarpsHere = kShape.warps;
+  constexpr bool kSwap = false;
+  using T = Tile<kUnits, kSwap>;
   constexpr int kWords = 2 * C::kWords, kOutBytes = 4 * kWords;
-  __shared__ uint4 shared[kWarpsHere * T::kBytes / 16];
+  __shared__ __align__(256) uint8_t shared[kWarpsHere * T::kBytes];
   codec::RecipeConstants r{};
   if constexpr (!kPow2) r = start_recipe(p.scale);
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  uint8_t* const mine = reinterpret_cast<uint8_t*>(shared) + warp * T::kBytes;
-  int64_t first = (int64_t(blockIdx.x) * kWarpsHere + warp) * T::kUnitCount;
-  const int64_t step = int64_t(gridDim.x) * kWarpsHere * T::kUnitCount;
+  constexpr int kStep = kWarpsHere * T::kUnitCount;
+  int rounds = p.rounds;
+  const int64_t first = int64_t(blockIdx.x) * rounds * kStep + warp * T::kUnitCount;
+  int64_t left = p.units - first;
+  if (left <= 0) return;
+  const SharedAddress buffer = shared_address(shared) + warp * T::kBytes;
+  const SharedAddress to = buffer + T::copy_place(lane), from = buffer + T::read_place(lane);
+  const uint8_t* x = p.x + first * 64 + lane * 16;
+  uint8_t* codes_out = p.codes + (first + T::unit_of(lane, 0)) * kOutBytes;
+  uint8_t* scales_out = p.scales + (first + T::unit_of(lane, 0)) * p.halves;
   SignWords<kUnits, kSwap> sign_words;
-  sign_words.start(p.rotation, first, step, lane);
-  if (first < p.units) T::fetch(mine, p.x + first * 64, p.units - first, lane);
-  for (; first < p.units; first += step) {
+  sign_words.start(p.rotation, first, kStep, lane);
+  T::fetch(to, x, left, lane);
+  for (;;) {
     uint32_t signs[kUnits], words[T::kChunks * 4];
     if (p.rotation.signs) sign_words.next(p.rotation, signs, lane);
     wait_copies();
     __syncwarp();
-    T::template read<kSwap>(mine, lane, words);
+    T::read(from, words);
     __syncwarp();
-    if (first + step < p.units) {
-      T::fetch(mine, p.x + (first + step) * 64, p.units - first - step, lane);
-    }
+    x += kStep * 64;
+    const bool more = left > kStep && --rounds > 0;
+    if (more) T::fetch(to, x, left - kStep, lane);
     float v[kUnits * kUnit];
     if (p.rotation.signs) {
 #pragma unroll
@@ -114,9 +153,9 @@ __global__ void __launch_bounds__(32 * kWarpsHere, kBlocks)
     for (int h = 0; h < kUnits; ++h) {
       uint32_t codes[kWords], scales[2];
       quantize_rotated_unit<E, kPow2>(p, r, v + h * kUnit, codes, scales);
-      const int64_t unit = first + T::template unit_of<kSwap>(lane, h);
-      if (unit >= p.units) continue;
-      uint8_t* const out = p.codes + unit * kOutBytes;
+      constexpr int kStride = kSwap ? 2 : 1;
+      if (left < T::kUnitCount && left <= T::unit_of(lane, h)) continue;
+      uint8_t* const out = codes_out + kStride * h * kOutBytes;
       if constexpr (kOutBytes % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kWords; i += 4) {
@@ -130,11 +169,15 @@ __global__ void __launch_bounds__(32 * kWarpsHere, kBlocks)
         }
       }
       if (p.halves == 2) {
-        reinterpret_cast<uint16_t*>(p.scales)[unit] = uint16_t(scales[0] | scales[1] << 8);
+        reinterpret_cast<uint16_t*>(scales_out)[kStride * h] = uint16_t(scales[0] | scales[1] << 8);
       } else {
-        p.scales[unit] = uint8_t(scales[0]);
+        scales_out[kStride * h] = uint8_t(scales[0]);
       }
     }
+    if (!more) break;
+    left -= kStep;
+    codes_out += kStep * kOutBytes;
+    scales_out += kStep * p.halves;
   }
 }
 

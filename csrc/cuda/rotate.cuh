@@ -85,11 +85,20 @@ PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t ind
   }
   // One copy of the code for each size: stages of a loop would cost a move for every other sum.
   switch (r.size) {
-    case 2: near_butterflies<2>(v); break;
-    case 4: near_butterflies<4>(v); break;
-    case 8: near_butterflies<8>(v); break;
-    case 16: near_butterflies<16>(v); break;
-    default: near_butterflies<32>(v);
+    case 2:
+      near_butterflies<2>(v);
+      break;
+    case 4:
+      near_butterflies<4>(v);
+      break;
+    case 8:
+      near_butterflies<8>(v);
+      break;
+    case 16:
+      near_butterflies<16>(v);
+      break;
+    default:
+      near_butterflies<32>(v);
   }
   for (int far = 1; far < r.size / kUnit; far *= 2) far_butterfly(v, far);
   multiply(v, r.factor);
@@ -99,45 +108,54 @@ PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t ind
 
 // What a warp takes at once: kUnits units a lane. The copies of the next tile run while the lanes
 // compute; 16-byte chunks lie in an order in which neither side meets a bank twice.
-template <int kUnits>
+template <int kUnits, bool kSwap>
 struct Tile {
   static constexpr int kChunks = 4 * kUnits;    // of a lane
   static constexpr int kBytes = 512 * kChunks;  // of a warp
   static constexpr int kUnitCount = 32 * kUnits;
-  static_assert(kUnits == 1 || kUnits == 2, "a lane holds one or two units");
+  static_assert(kUnits == 1 || kUnits == 2 || kUnits == 4, "a lane holds one, two or four units");
 
   // Chunk c of lane l lies at l * kChunks + (c ^ turn(l)).
-  PYFMT_DEVICE static int turn(int lane) { return (lane * kChunks >> 3) & (kChunks - 1); }
+  PYFMT_DEVICE static int turn(int lane) { return kUnits == 1 ? lane / 2 % 4 : lane % 8; }
 
-  // left: units from the tile's first to the end, above 0.
-  PYFMT_DEVICE static void fetch(uint8_t* shared, const uint8_t* from, int64_t left, int lane) {
-    // The lane's chunk of the first copy; those that follow are 32 chunks further, with the same
-    // turn but for its third bit.
+  // Where this lane copies its chunk of the first 32 to; those that follow are 32 further, with the
+  // same turn but for some bits.
+  PYFMT_DEVICE static int copy_place(int lane) {
     const int owner = lane / kChunks;
-    const int place = 16 * (owner * kChunks + (lane % kChunks ^ turn(owner)));
-    const uint8_t* const mine = from + lane * 16;
+    return 16 * (owner * kChunks + (lane % kChunks ^ turn(owner)));
+  }
+  // kSwap: odd lanes take the second half of their chunks first.
+  PYFMT_DEVICE static int read_place(int lane) {
+    return 16 * (lane * kChunks + (turn(lane) ^ (kSwap ? lane % 2 * kChunks / 2 : 0)));
+  }
+
+  PYFMT_DEVICE static SharedAddress copy_to(SharedAddress to, int j) {
+    return 512 * j + (to ^ (kUnits == 1 ? 0 : kUnits == 2 ? j % 2 * 64 : j % 4 * 32));
+  }
+
+  // to: a buffer plus copy_place; from: the tile's first byte and 16 * lane more; left: units from
+  // the tile's first to the end of the tensor. What lies beyond stays as it is.
+  PYFMT_DEVICE static void fetch(SharedAddress to, const uint8_t* from, int64_t left, int lane) {
     if (left >= kUnitCount) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        copy16(shared + 512 * j + (place ^ (kUnits == 2 ? j % 2 * 64 : 0)), mine + 512 * j, true);
+        copy16(copy_to(to, j), from + 512 * j);
       }
     } else {
 #pragma unroll 1
       for (int j = 0; j < kChunks; ++j) {
-        const bool there = 32 * j + lane < left * 4;
-        copy16(shared + 512 * j + (place ^ (kUnits == 2 ? j % 2 * 64 : 0)),
-               there ? mine + 512 * j : from, there);
+        if (32 * j + lane < left * 4) {
+          copy16(copy_to(to, j), from + 512 * j);
+        }
       }
     }
   }
 
-  // kSwap: odd lanes take the second half of their chunks first.
-  template <bool kSwap>
-  PYFMT_DEVICE static void read(const uint8_t* shared, int lane, uint32_t* words) {
-    const int first = 16 * (lane * kChunks + (turn(lane) ^ (kSwap ? lane % 2 * kChunks / 2 : 0)));
+  // from: a buffer plus read_place.
+  PYFMT_DEVICE static void read(SharedAddress from, uint32_t* words) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      const uint4 v = *reinterpret_cast<const uint4*>(shared + (first ^ 16 * c));
+      const uint4 v = load_shared16(from ^ 16 * c);
       words[4 * c] = v.x;
       words[4 * c + 1] = v.y;
       words[4 * c + 2] = v.z;
@@ -146,7 +164,6 @@ struct Tile {
   }
 
   // Where a lane's results belong, from the tile's first unit on.
-  template <bool kSwap>
   PYFMT_DEVICE static int unit_of(int lane, int h) {
     return kSwap ? (lane & ~1) * 2 + (lane & 1) + 2 * h : lane * kUnits + h;
   }
@@ -187,7 +204,21 @@ template <int kSize, int kUnits>
 PYFMT_DEVICE void rotate_tile(float (&v)[kUnits * kUnit], int size) {
 #pragma unroll
   for (int h = 0; h < kUnits; ++h) near_butterflies<kSize>(v + h * kUnit);
-  if constexpr (kSize == 64) {
+  if constexpr (kUnits == 4) {
+#pragma unroll
+    for (int apart = kUnit; apart < kUnits * kUnit && apart < kSize; apart *= 2) {
+#pragma unroll
+      for (int i = 0; i < kUnits * kUnit; ++i) {
+        if (i & apart) continue;
+        const float a = v[i], b = v[i + apart];
+        v[i] = a + b;
+        v[i + apart] = a - b;
+      }
+    }
+    for (int far = 1; far < size / (kUnits * kUnit); far *= 2) far_butterfly(v, far);
+  } else if constexpr (kUnits == 1) {
+    for (int far = 1; far < kSize / kUnit; far *= 2) far_butterfly(v, far);
+  } else if constexpr (kSize == 64) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       const float a = v[i], b = v[i + kUnit];
