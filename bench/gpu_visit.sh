@@ -20,7 +20,8 @@ for part in $PARTS; do
       grep -E "^(FAILED|ERROR)|passed|failed|error" "$OUT/tests.log" | cut -c1-220 | tail -n 45
       ;;
     time)
-      timeout 200 python3 bench/gpu.py --json "$OUT/gpu.json" --sweep "$OUT/sweep.json" 2>&1 | tee "$OUT/gpu.log" || status=1
+      timeout 200 python3 bench/quantize.py --device cuda --save "$OUT/quantize.json" \
+        --sweep "$OUT/sweep.json" 2>&1 | tee "$OUT/quantize.log" || status=1
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck; do

@@ -246,6 +246,10 @@ def decode(code, F: tl.constexpr):
         else:
             n = (code & (2**F.BITS - 1)).to(tl.int32).to(tl.float32)
         value = n * 2.0**-F.FRAC
+    elif F.SPECIAL == "ieee" and F.SIGNED and F.EXP == 5 and F.BIAS == 15:
+        # The upper bits of a float16, infinities and NaNs included.
+        half = (top >> (32 - F.BITS)) << (16 - F.BITS)
+        value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         MAGNITUDE: tl.constexpr = (2 ** (F.EXP + F.MAN) - 1) << (23 - F.MAN)
         if F.SIGNED:

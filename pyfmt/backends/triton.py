@@ -68,10 +68,10 @@ def _ops(*tensors: Any) -> Any:
 
     compiling = torch.compiler.is_compiling()
     if not compiling:
-        wanted = torch.is_grad_enabled() and any(
-            _arrays.is_torch(t) and t.requires_grad for t in tensors
-        )
-        if not wanted:
+        for t in tensors:
+            if getattr(t, "requires_grad", False) and torch.is_grad_enabled():
+                break
+        else:
             return None
     from pyfmt import ops
 
