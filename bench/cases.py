@@ -149,10 +149,13 @@ def check_dual(turns: Turns, name: str, **options: Any) -> Any:
     along = check_quantize(turns, name, **options)
     across = check_quantize(turns, name, -2, **options)
 
+    names = [r.name for r in torch.ops.pyfmt.quantize_dual.default._schema.returns]
+
     def check(result: Any) -> None:
-        codes, scales, codes_t, scales_t, stored = result
-        along((codes, scales, stored))
-        across((codes_t, scales_t, stored))
+        parts = dict(zip(names, result, strict=True))
+        stored = parts["tensor_scale"]
+        along((parts["codes"], parts["scales"], stored))
+        across((parts["codes_t"], parts["scales_t"], parts.get("tensor_scale_t", stored)))
 
     return check
 

@@ -215,6 +215,24 @@ def test_rotation_fused_into_quantize(room: Room, spec: str) -> None:
     same_quantized([room], grids.noise(64, 40, BF16), fmt, rotation=32, axis=0)
 
 
+@pytest.mark.parametrize("spec", ["mxfp4", "e1m2-b32-e8m0"])
+def test_large_rotations_in_one_kernel(room: Room, spec: str) -> None:
+    """Whole tiles; rows from the smallest numbers, whose products are subnormal, to the largest."""
+    fmt = get_format(spec)
+    rng = np.random.default_rng(11)
+    for dtype, size in ((BF16, 128), (BF16, 256), (FP16, 128)):
+        x = rng.standard_normal((24, 512)).astype(FP32)
+        powers = np.linspace(-140, 110, 24) if dtype == BF16 else np.linspace(-24, 11, 24)
+        if dtype == BF16:
+            powers[16:] = 120.5  # the factor times these blocks' 2^-E is subnormal
+        x = (x * np.exp2(powers)[:, None].astype(FP32)).astype(dtype)
+        # Few bits: sums of equal numbers meet ties.
+        x[::3] = np.sign(x[::3].astype(FP32)) * np.exp2(powers[::3])[:, None].astype(dtype)
+        x[5, 40], x[9, 500], x[13, :64], x[14] = np.nan, -np.inf, 0, -0.0
+        for rule in fmt.scale_rules:
+            same_quantized([room], x, fmt, rotation=size, scale_rule=rule)
+
+
 # ---- amax, pack, unpack, matmul ---------------------------------------------------------------
 
 
