@@ -7,9 +7,6 @@ The same checks run in Triton's interpreter on the CPU and, marked `gpu`, on a C
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +23,7 @@ from tests import grids
 from tests.grids import BF16, CUSTOM_ELEMENTS, CUSTOM_FORMATS, DTYPES, FP16, FP32
 from tests.mismatch import same_floats
 from tests.rooms import Room, same_everywhere, same_quantized
-from tests.triton_room import ROOT, Interpreted, OnDevice, poisoned_empty
+from tests.triton_room import Interpreted, OnDevice, poisoned_empty
 
 SEED = {"rounding": "stochastic", "seed": 0x9E3779B97F4A7C15}
 
@@ -290,78 +287,6 @@ def test_errors_are_the_reference_s(room: Room) -> None:
         assert str(got.value) == str(want.value)
 
 
-def test_signatures_are_the_reference_room_s() -> None:
-    import inspect
-
-    from pyfmt.backends import VERBS, triton
-    from pyfmt.backends import reference as other
-
-    for verb in (*VERBS, "available", "supports"):
-        assert inspect.signature(getattr(triton, verb)) == inspect.signature(getattr(other, verb))
-
-
-def in_a_process(*arguments: str, **environment: str) -> str:
-    """Run Python on the arguments; return what it prints."""
-    run = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return run.stdout
-
-
-def test_the_operators_interpreted() -> None:
-    assert "all right" in in_a_process("-m", "tests.triton_ops", "cpu", TRITON_INTERPRET="1")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("part", ["kernels", "torch"])
-def test_the_operators_where_no_gpu_library_was_built(part: str) -> None:
-    assert "all right" in in_a_process("-m", "tests.triton_ops", "cuda", part)
-
-
-def test_it_says_why_not() -> None:
-    import torch
-
-    from pyfmt.backends import triton
-
-    assert "NumPy" in str(triton.supports("quantize", None, np.zeros(1)))
-    told = str(triton.supports("quantize", None, torch.zeros(1)))
-    assert "not tensors on cpu" in told and "TRITON_INTERPRET=1" in told
-    if not torch.cuda.is_available():
-        assert "TRITON_INTERPRET" in str(triton.available())
-        with pytest.raises(ValueError, match="'triton' cannot quantize: no CUDA device"):
-            pyfmt.quantize(torch.zeros(32), "mxfp4", backend="triton")
-
-
-CHOICES = """
-import sys
-import pyfmt
-assert not {"torch", "triton"} & set(sys.modules)
-import torch
-x = torch.arange(64.0)
-print(pyfmt.backends.explain("quantize", "mxfp4", x))
-assert "triton" not in sys.modules
-q, want = (pyfmt.quantize(x, "mxfp4", backend=room) for room in ("triton", "reference"))
-assert torch.equal(q.codes, want.codes)
-try:
-    pyfmt.fake_quantize(x.requires_grad_(), "mxfp4", backend="triton")
-except ValueError as error:
-    print(error)
-"""
-
-
-def test_cpu_tensors_when_the_user_asks_for_the_interpreter() -> None:
-    """By name only: the CPU room comes first. A gradient is refused, not lost."""
-    said = in_a_process("-c", CHOICES, TRITON_INTERPRET="1")
-    assert "'cpu': 'chosen'" in said and "'triton': 'able'" in said
-    assert "torch cannot differentiate" in said and "pass x.detach()" in said
-
-
 # ---- on a device only -------------------------------------------------------------------------
 
 
@@ -421,41 +346,3 @@ def test_streams_and_graphs(spec: str) -> None:
         for part, expected in zip(got, want, strict=True):
             assert (part is None) == (expected is None)
             assert part is None or torch.equal(part, expected)
-
-
-@pytest.mark.gpu
-def test_cupy_arrays_without_a_copy() -> None:
-    cupy = pytest.importorskip("cupy")
-    import torch
-
-    from pyfmt.backends import triton
-
-    values = grids.noise(8, 128, FP16)
-    x = cupy.asarray(values)
-    assert triton._in(x).data_ptr() == x.data.ptr
-    tensor = torch.ones(8, device="cuda", dtype=torch.bfloat16)
-    assert triton._out(tensor, x).data.ptr == tensor.data_ptr()
-    for spec in ("mxfp4", "nvfp4", "int4-b32-fp16"):
-        fmt = get_format(spec)
-        q = pyfmt.quantize(x, fmt, backend="triton")
-        want = reference.quantize(values, fmt)
-        for got, expected in zip((q.codes, q.scales, q.tensor_scale), want, strict=True):
-            assert (got is None) == (expected is None)
-            if expected is not None:
-                assert isinstance(got, cupy.ndarray)
-                same_floats(spec, got.get(), np.asarray(expected))
-        y = q.dequantize("float16", backend="triton")
-        assert isinstance(y, cupy.ndarray)
-        same_floats(spec, y.get(), reference.fake_quantize(values, fmt))
-
-
-@pytest.mark.gpu
-def test_a_room_by_name_and_by_itself() -> None:
-    import torch
-
-    x = torch.randn(4, 64, device="cuda")
-    told = pyfmt.backends.explain("quantize", "mxfp4", x)
-    assert told["triton"] in ("able", "chosen") and "cpu" in told["cpu"], told
-    named = pyfmt.quantize(x, "mxfp4", rotation=32, backend="triton")
-    chosen = pyfmt.quantize(x, "mxfp4", rotation=32)
-    assert torch.equal(named.codes, chosen.codes) and torch.equal(named.scales, chosen.scales)

@@ -54,7 +54,9 @@ def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
     if verb == "matmul":
         import torch
 
-        if torch.get_float32_matmul_precision() != "highest":
+        # A traced call goes through the operator, which sees to that itself.
+        traced = torch.compiler.is_compiling()
+        if not traced and torch.get_float32_matmul_precision() != "highest":
             return (
                 "float32 products are not exact here; "
                 "torch.set_float32_matmul_precision('highest') makes them so"
