@@ -3,12 +3,12 @@
 # On a machine with a GPU, from the repository root, the libraries built: tests, then timings, then
 # the memory checkers. Results go to $OUT (default: build/gpu). Each part has its own time limit.
 #
-#   bench/gpu_visit.sh [test] [time] [sanitize]     (all three where none is named)
+#   bench/gpu_visit.sh [test] [triton] [time] [sanitize]     (all four where none is named)
 set -uo pipefail
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 OUT=${OUT:-build/gpu}
 mkdir -p "$OUT"
-PARTS=${*:-test time sanitize}
+PARTS=${*:-test triton time sanitize}
 PYTEST="python3 -m pytest -p no:cacheprovider -q --no-header"
 status=0
 
@@ -19,8 +19,14 @@ for part in $PARTS; do
         >"$OUT/tests.log" 2>&1 || status=1
       grep -E "^(FAILED|ERROR)|passed|failed|error" "$OUT/tests.log" | cut -c1-220 | tail -n 45
       ;;
+    triton)
+      timeout 300 $PYTEST tests/test_triton.py tests/test_triton_room.py -m gpu -n 15 --dist worksteal --maxfail 40 \
+        --durations 12 --tb short >"$OUT/triton.log" 2>&1 || status=1
+      grep -E "^(FAILED|ERROR)|passed|failed|error" "$OUT/triton.log" | cut -c1-220 | tail -n 45
+      ;;
     time)
-      timeout 200 python3 bench/gpu.py --json "$OUT/gpu.json" --sweep "$OUT/sweep.json" 2>&1 | tee "$OUT/gpu.log" || status=1
+      timeout 200 python3 bench/quantize.py --device cuda --save "$OUT/quantize.json" \
+        --sweep "$OUT/sweep.json" 2>&1 | tee "$OUT/quantize.log" || status=1
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck; do

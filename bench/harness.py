@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timing that can be believed: interleaved runs, medians with p20/p80, one machine record.
 
-Every line carries the bytes it must move, so that it can be put beside a copy of the same run.
+Every line carries the bytes it must move, so that it can be put beside a copy of the same run, and
+may carry the fraction of the copy's rate that is aimed at.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -35,7 +37,10 @@ class Case:
     bytes: int
     elements: int
     group: str = ""
-    rival_of: str | None = None  # the name of the case that this is the rival of
+    rival_of: str | None = None  # the name of the cases, of any room, that this is the rival of
+    room: str = ""
+    aim: float | None = None  # fraction of the copy's rate
+    check: Callable[[Any], None] | None = None  # raises AssertionError on a wrong result
 
 
 @dataclass
@@ -51,6 +56,13 @@ class Line:
     gelements_per_s: float
     of_copy: float | None = None
     rivals: dict[str, float] = field(default_factory=dict)
+    room: str = ""
+    aim: float | None = None
+
+    @property
+    def missed(self) -> bool:
+        """Whether the line stays below its aim."""
+        return self.aim is not None and (self.of_copy or 0.0) < self.aim
 
 
 def machine() -> dict[str, Any]:
@@ -67,24 +79,30 @@ def machine() -> dict[str, Any]:
     if info.exists():
         names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=RESULTS.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+
+    def said(*command: str) -> str:
+        try:
+            run = subprocess.run(
+                command, cwd=RESULTS.parent, capture_output=True, text=True, check=False
+            )
+        except OSError:
+            return ""
+        return run.stdout.strip()
+
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "commit": commit,
+        # A copy without its history is told what it is a copy of.
+        "commit": os.environ.get("PYFMT_COMMIT") or said("git", "describe", "--always", "--dirty"),
         "versions": {n: installed(n) for n in ("torch", "torchao", "numpy", "triton")},
     }
     if torch.cuda.is_available():
         record["gpu"] = torch.cuda.get_device_name()
         record["cuda"] = torch.version.cuda
+        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        record["driver"] = said(*query).partition("\n")[0]
     return record
 
 
@@ -106,6 +124,11 @@ def measure(cases: Sequence[Case], *, seconds: float = 0.5, rounds: int = 15) ->
         for samples, timer, (count, once) in zip(times, timers, counts, strict=True):
             if once < seconds or i < 3:
                 samples.append(timer.timeit(count).mean)
+    return lines_of(cases, times)
+
+
+def lines_of(cases: Sequence[Case], times: Sequence[Sequence[float]]) -> list[Line]:
+    """Return the measured line of each case, its rivals' times in terms of its own beside it."""
     lines = []
     for case, samples in zip(cases, times, strict=True):
         p20, median, p80 = _quantiles(samples)
@@ -118,14 +141,30 @@ def measure(cases: Sequence[Case], *, seconds: float = 0.5, rounds: int = 15) ->
                 p80,
                 case.bytes / median / 1e9,
                 case.elements / median / 1e9,
+                room=case.room,
+                aim=case.aim,
             )
         )
-    by_name = {line.name: line for line in lines}
     for case, line in zip(cases, lines, strict=True):
-        if case.rival_of is not None:
-            mine = by_name[case.rival_of]
-            mine.rivals[case.name] = line.median / mine.median
+        for mine in lines:
+            if case.rival_of is not None and mine.name == case.rival_of:
+                mine.rivals[case.name] = line.median / mine.median
     return lines
+
+
+def verify(cases: Sequence[Case]) -> int:
+    """Call every case once and check what it returns; AssertionError where a bit is wrong."""
+    checked = 0
+    for case in cases:
+        if case.check is None:
+            continue
+        try:
+            case.check(case.call())
+        except AssertionError as error:
+            where = f" in the {case.room} room" if case.room else ""
+            raise AssertionError(f"{case.name}{where}: {error}; nothing was timed") from None
+        checked += 1
+    return checked
 
 
 def _quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -145,8 +184,19 @@ def report(title: str, lines: Sequence[Line]) -> None:
     """Print the lines as one aligned table."""
     table = Table(title=title, title_justify="left")
     table.add_column("case")
-    for column in ("median", "p20", "p80", "GB/s", "G elem/s", "of copy", "faster than"):
-        table.add_column(column, justify="left" if column == "faster than" else "right")
+    for column in (
+        "room",
+        "median",
+        "p20",
+        "p80",
+        "GB/s",
+        "G elem/s",
+        "of copy",
+        "aim",
+        "faster than",
+    ):
+        left = column in ("room", "faster than")
+        table.add_column(column, justify="left" if left else "right")
     group = None
     for line in lines:
         if group is not None and line.group != group:
@@ -155,10 +205,12 @@ def report(title: str, lines: Sequence[Line]) -> None:
         rivals = ", ".join(f"{name} {ratio:.1f}x" for name, ratio in line.rivals.items())
         table.add_row(
             line.name,
+            line.room,
             *(_time(t) for t in (line.median, line.p20, line.p80)),
             f"{line.gbytes_per_s:.2f}" if line.gbytes_per_s else "",
             f"{line.gelements_per_s:.3g}" if line.gelements_per_s else "",
             "" if line.of_copy is None else f"{line.of_copy:.2f}",
+            "" if line.aim is None else f"{line.aim:.2f} {'missed' if line.missed else 'reached'}",
             rivals,
         )
     Console(width=None if Console().is_terminal else 150).print(table)
@@ -172,9 +224,9 @@ def _time(seconds: float) -> str:
 
 
 def save(name: str, lines: Sequence[Line], **facts: Any) -> Path:
-    """Write the lines with their machine to bench/results/<name>.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    """Write the lines with their machine to bench/results/<name>.json, or to a path *.json."""
+    path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine(), **facts, "lines": [asdict(line) for line in lines]}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
@@ -185,5 +237,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seconds", type=float, default=1.5, help="time for each case")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--save", metavar="NAME", help="write bench/results/NAME.json")
+    parser.add_argument(
+        "--save", metavar="NAME", help="write bench/results/NAME.json (or a path *.json)"
+    )
     return parser

@@ -1,171 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize, dequantize, fake-quantize and rotate + quantize on the CPU, against a copy and torchao.
+"""Quantize, dequantize, fake-quantize and rotate, against a copy and against rivals.
 
-    python bench/quantize.py [--rows 4096 --columns 4096] [--save NAME]
+    python bench/quantize.py [--device cpu|cuda] [--only mxfp4] [--save NAME] [--sweep PATH]
 
-Bytes count what a call must read and write: input and codes and scales. Every kernel's result is
-checked against the reference before anything is timed; a failed check stops the run.
+On a GPU every room that is there is timed (CUDA, Triton), else the CPU room. Bytes count what a
+call must read and write, so that each line is a fraction of a copy of the same run; aims are
+fractions of it too. Every call's result is first compared with the reference in some of its rows:
+a wrong bit stops the run before anything is timed. --sweep times quantize to mxfp4 from 2^12 to
+2^31 elements, with a plot beside the JSON. PYFMT_COMMIT names the commit where there is no git.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case, against_copy, arguments, machine, measure, report, save
+from cases import Turns, cases
+from harness import (
+    Case,
+    Line,
+    against_copy,
+    arguments,
+    machine,
+    measure,
+    report,
+    save,
+    verify,
+)
+from rivals import PUBLISHED, rivals
 
-import pyfmt
-import pyfmt.ops
-
-FORMATS = tuple(pyfmt.FORMATS)
-# The rivals' nearest format: no other library has integer ones.
-NEAREST = {"mxfp4": "mxfp4", "mxint8": "mxfp8_e4m3", "nvfp4": "nvfp4"}
-ROTATIONS = (16, 32, 64, 128)
-
-
-def check(x: torch.Tensor) -> None:
-    """Compare every timed verb with the reference on a corner of x; AssertionError if unequal."""
-    part = x[:8].contiguous()
-    for name in FORMATS:
-        for rotation in (None, *ROTATIONS):
-            ours = pyfmt.quantize(part, name, rotation=rotation)
-            oracle = pyfmt.quantize(part, name, rotation=rotation, backend="reference")
-            assert torch.equal(ours.codes, oracle.codes), f"{name}: codes differ"
-            assert torch.equal(ours.scales, oracle.scales), f"{name}: scales differ"
-            same = torch.equal(ours.dequantize("bfloat16"), oracle.dequantize("bfloat16"))
-            assert same, f"{name}: values differ"
-        fake = pyfmt.fake_quantize(part, name)
-        assert torch.equal(fake, pyfmt.fake_quantize(part, name, backend="reference")), name
+SIDE = {"cpu": 4096, "cuda": 16384}
 
 
-def eager_fake_quantize(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The formula as studies write it: a dozen eager tensor operations (MX formats)."""
-    element = pyfmt.get_format(name).element
-    blocks = x.float().reshape(-1, 32)
-    amax = blocks.abs().amax(dim=1, keepdim=True)
-    scale = torch.exp2(torch.ceil(torch.log2(amax / element.max)))
-    y = blocks / scale
-    if element.kind == "int":
-        step = 2.0**element.step_exp
-    else:
-        emin = 1 - element.bias
-        step = torch.exp2(torch.floor(torch.log2(y.abs())).clamp(min=emin) - element.man)
-    y = (torch.round(y / step) * step).clamp(-element.max, element.max)
-    return (y * scale).to(x.dtype).reshape(x.shape)
+def options() -> Any:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.set_defaults(rounds=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one is")
+    parser.add_argument("--rows", type=int, help="default: 16384 on a GPU, 4096 on the CPU")
+    parser.add_argument("--columns", type=int)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--only", default="", help="cases whose room and name hold this")
+    parser.add_argument("--no-rivals", action="store_true", help="leave out what others would do")
+    parser.add_argument("--sweep", type=Path, help="JSON of times over sizes; a plot beside it")
+    parser.add_argument("--compile", help="i/n: only compile the i-th of n shares of the kernels")
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.rows = args.rows or SIDE[args.device]
+    args.columns = args.columns or SIDE[args.device]
+    return args
 
 
-def torchao_quantize(name: str) -> Any:
-    """Return torchao's quantizer of a format, as a function of x."""
-    from torchao.prototype.mx_formats.config import ScaleCalculationMode
-    from torchao.prototype.mx_formats.mx_tensor import to_mx
-    from torchao.prototype.mx_formats.nvfp4_tensor import nvfp4_quantize, per_tensor_amax_to_scale
-
-    if name == "nvfp4":
-        return lambda x: nvfp4_quantize(x, 16, per_tensor_amax_to_scale(x.float().abs().max()))
-    dtype = torch.float4_e2m1fn_x2 if name == "mxfp4" else torch.float8_e4m3fn
-    return lambda x: to_mx(x, dtype, 32, ScaleCalculationMode.RCEIL)
+def chosen(turns: Turns, args: Any, notes: list[str]) -> list[Case]:
+    found = cases(turns, args.device)
+    copy, found = found[0], [c for c in found[1:] if args.only in f"{c.room} {c.name}"]
+    if not args.no_rivals:
+        names = {case.name for case in found}
+        found += [c for c in rivals(turns, args.device, notes) if c.rival_of in names]
+    return [copy, *found]
 
 
-def cases(x: torch.Tensor) -> list[Case]:
-    """Return everything to time on x."""
-    ops, n, size = torch.ops.pyfmt, x.numel(), x.nbytes
-    out = torch.empty_like(x)
-    found = [Case("copy", lambda: out.copy_(x), 2 * size, n, "copy")]
-    for name in FORMATS:
-        q = pyfmt.quantize(x, name)
-        both = size + q.nbytes
-        found += [
-            Case(f"quantize {name}", lambda f=name: ops.quantize(x, f), both, n, "quantize"),
-            Case(
-                f"dequantize {name}",
-                lambda q=q: ops.dequantize(
-                    q.codes, q.scales, q.tensor_scale, q.format.key, q.shape, -1, x.dtype
-                ),
-                both,
-                n,
-                "dequantize",
-            ),
-            Case(
-                f"fake_quantize {name}",
-                lambda f=name: ops.fake_quantize(x, f),
-                2 * size,
-                n,
-                "fake_quantize",
-            ),
-        ]
-    both = size + pyfmt.quantize(x, "mxfp4").nbytes
-    for rotation in ROTATIONS:
-        found.append(
-            Case(
-                f"rotate {rotation} + quantize mxfp4",
-                lambda r=rotation: ops.quantize(x, "mxfp4", rotation=r),
-                both,
-                n,
-                "rotate + quantize",
+def compile_share(found: Sequence[Case], share: str) -> None:
+    """Call what compiles itself: one of n shares of it."""
+    mine, n = map(int, share.split("/"))
+    slow = [c for c in found if c.room == "triton"]
+    slow = [c for c in found if "compile" in c.name] + slow
+    for case in slow[mine::n]:
+        case.call()
+    torch.cuda.synchronize()
+
+
+def on_cpu(found: Sequence[Case], args: Any) -> tuple[list[Line], dict[str, Any]]:
+    return measure(found, seconds=args.seconds, rounds=args.rounds or 15), {}
+
+
+def on_gpu(found: Sequence[Case], args: Any) -> tuple[list[Line], dict[str, Any]]:
+    import device
+
+    lines = device.measure(found, rounds=args.rounds or 7)
+    return lines, {} if args.only else {"small": device.small(), "published": PUBLISHED}
+
+
+def summary(lines: Sequence[Line], more: dict[str, Any]) -> None:
+    """Print what is not in the table: small tensors, quoted figures, aims reached and missed."""
+    for line in more.get("small", ()):
+        words = (
+            f"{t:.2f} us {what}" + ("" if aim is None else f" (aim {aim:g}{', missed' * miss})")
+            for t, what, aim, miss in zip(
+                (line["gpu_us"], line["eager_us"]),
+                ("on the GPU", "a call"),
+                line["aims_us"],
+                line["missed"],
+                strict=True,
             )
         )
-        found.append(
-            Case(
-                f"hadamard {rotation}",
-                lambda r=rotation: ops.hadamard(x, r),
-                2 * size,
-                n,
-                "hadamard",
-            )
-        )
-    return found
-
-
-def rivals(x: torch.Tensor) -> list[Case]:
-    """Return the rivals, each named with what it is the rival of."""
-    n, found = x.numel(), []
-    for ours, theirs in NEAREST.items():
-        call = torchao_quantize(theirs)
-        found.append(
-            Case(
-                f"torchao {theirs}" + ("" if ours == theirs else f" (for {ours})"),
-                lambda call=call: call(x),
-                0,
-                n,
-                "rivals",
-                f"quantize {ours}",
-            )
-        )
-    for name in ("mxfp4", "mxint8"):
-        found.append(
-            Case(
-                f"eager formula {name}",
-                lambda f=name: eager_fake_quantize(x, f),
-                0,
-                n,
-                "rivals",
-                f"fake_quantize {name}",
-            )
-        )
-    return found
+        shape = " x ".join(map(str, line["shape"]))
+        print(f"{shape} {line['room']:6} {line['name']:28} {', '.join(words)}")
+    for library, figures in more.get("published", {}).items():
+        words = ", ".join(f"{size}: {figure:.2f}" for size, figure in figures.items())
+        print(f"{library}, quoted, not measured here: {words} of a copy")
+    aimed = [line for line in lines if line.aim is not None]
+    missed = [line for line in aimed if line.missed]
+    if aimed:
+        print(f"aims: {len(aimed) - len(missed)} reached, {len(missed)} missed")
+    for line in missed:
+        print(f"  missed: {line.room} {line.name}: {line.of_copy:.3f}, aim {line.aim:.2f}")
 
 
 def main() -> int:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=4096)
-    parser.add_argument("--columns", type=int, default=4096)
-    parser.add_argument("--no-rivals", action="store_true")
-    args = parser.parse_args()
+    args = options()
+    started = time.perf_counter()
     torch.manual_seed(0)
-    x = torch.randn(args.rows, args.columns).to(torch.bfloat16)
-    check(x)
-    everything = sorted(cases(x), key=lambda c: c.group != "copy") + (
-        [] if args.no_rivals else rivals(x)
-    )
-    lines = measure(everything, seconds=args.seconds, rounds=args.rounds)
+    count = 2 if args.device == "cuda" else 1
+    if args.device == "cuda" and not args.compile:
+        import device
+
+        device.compile_beforehand(sys.argv, min((os.cpu_count() or 2) - 2, 14))
+        print(f"kernels compiled: {time.perf_counter() - started:.0f} s", flush=True)
+    shape, dtype = (args.rows, args.columns), getattr(torch, args.dtype)
+    turns = Turns([torch.randn(shape, device=args.device).to(dtype) for _ in range(count)])
+    notes: list[str] = []
+    found = chosen(turns, args, notes)
+    if args.compile:
+        compile_share(found, args.compile)
+        return 0
+    checked = verify(found)
+    ready = time.perf_counter()
+    lines, more = (on_cpu if args.device == "cpu" else on_gpu)(found, args)
     against_copy(lines, lines[0])
-    order = {group: i for i, group in enumerate(dict.fromkeys(c.group for c in everything))}
+    order = {group: i for i, group in enumerate(dict.fromkeys(c.group for c in found))}
     lines.sort(key=lambda line: order[line.group])
+    for note in notes:
+        print(note)
     print(machine())
-    report(f"bfloat16 {args.rows} x {args.columns}", lines)
+    report(f"{args.dtype} {args.rows} x {args.columns}", lines)
+    summary(lines, more)
+    print(
+        f"{checked} results compared with the reference first ({ready - started:.0f} s, "
+        f"compilation included), then {time.perf_counter() - ready:.0f} s of timing"
+    )
     if args.save:
-        print(save(args.save, lines, shape=[args.rows, args.columns], dtype="bfloat16"))
+        facts = {"shape": [args.rows, args.columns], "dtype": args.dtype, "notes": notes, **more}
+        print(save(args.save, lines, **facts))
+    if args.sweep and args.device == "cuda":
+        from sweep import sweep
+
+        del found, turns
+        torch.cuda.empty_cache()
+        sweep(args.sweep)
     return 0
 
 

@@ -3,8 +3,9 @@
 
 Importing this module defines the operators and loads the compiled CPU kernels, which hold the
 arithmetic of quantize, dequantize, fake_quantize, hadamard, pack, unpack and amax; `matmul` and
-`linear` stand on them (`_torch_matmul.py`), gradients in `_torch_autograd.py`. A GPU room
-registers its kernels for the same schemas under its own dispatch key.
+`linear` stand on them (`_torch_matmul.py`), gradients in `_torch_autograd.py`. The compiled GPU
+library registers its kernels for the same schemas under its own dispatch key; where it was not
+built, the Triton kernels do (`_torch_triton.py`).
 
 Every operator is functional and returns fresh contiguous tensors. Wrong input raises RuntimeError
 with the sentence that the function of the same name in `pyfmt` raises as ValueError or TypeError.
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt import _check, _torch_autograd, _torch_matmul
+from pyfmt import _check, _torch_autograd, _torch_matmul, _torch_triton
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
-from pyfmt.backends import cuda
+from pyfmt.backends import cuda, triton
 from pyfmt.backends.cpu import torch_library_path
 from pyfmt.formats import SCALES, get_format
 
@@ -236,9 +237,12 @@ def _no_kernel(verb: str) -> Callable[..., Any]:
                     "with .to_dense()"
                 )
         devices = sorted({t.device.type for t in tensors})
+        why = ""
+        if "cuda" in devices and cuda_kernels() is None:
+            why = f" (cuda: {cuda.load()}; triton: {triton.available() or 'it only stands in'})"
         raise RuntimeError(
-            f"{verb}: there is no kernel for tensors on {' and '.join(devices)}; move all of them "
-            "to the CPU with .cpu()"
+            f"{verb}: there is no kernel for tensors on {' and '.join(devices)}{why}; move all of "
+            "them to the CPU with .cpu()"
         )
 
     return kernel
@@ -255,6 +259,17 @@ def _load_kernels() -> None:
     cuda.load()  # where there is no GPU or library for it, the room says so when asked
 
 
+def cuda_kernels() -> str | None:
+    """Return whose kernels serve CUDA tensors: "cuda", "triton" or None.
+
+    Triton's stand in where the compiled library was not built, not where a built one fails.
+    """
+    if cuda.load() is None:
+        return "cuda"
+    built = cuda.torch_library_path() is not None
+    return None if built or triton.available() is not None else "triton"
+
+
 def _define() -> None:
     ops: Any = torch.ops.pyfmt
     # The library lives on the namespace, so that reloading this module does not define twice.
@@ -268,6 +283,9 @@ def _define() -> None:
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
         library.impl(verb, _no_kernel(verb), "CompositeExplicitAutograd")
     library.impl("quantize_dual", _quantize_twice, "CPU")
+    if cuda_kernels() == "triton":
+        _torch_triton.register(library)
+        library.impl("quantize_dual", _quantize_twice, "CUDA")
     for device in ("CPU", "CUDA"):
         library.impl("matmul", _torch_matmul.matmul, device)
         library.impl("linear", _torch_matmul.linear, device)

@@ -111,17 +111,18 @@ def fake(spec: str, **options: Any) -> Any:
 # What, the widest load and store in PTX ("" for any), instructions an element at most (0 for any).
 WIDE = "v4.b32"
 HOPPER: dict[str, tuple[Any, str, str, float]] = {
-    "quantize mxfp4": (quantize("mxfp4"), WIDE, WIDE, 14),
+    "quantize mxfp4": (quantize("mxfp4"), WIDE, WIDE, 11.5),
     "quantize mxfp8_e4m3": (quantize("mxfp8_e4m3"), WIDE, WIDE, 16),
     "quantize mxfp6_e2m3": (quantize("mxfp6_e2m3"), WIDE, "b32", 16),
     "quantize mxint8": (quantize("mxint8"), WIDE, WIDE, 14),
     "quantize nvint4": (quantize("nvint4", tensor_scale=0.5), WIDE, WIDE, 20),
-    "quantize nvfp4 of its amax": (quantize("nvfp4"), WIDE, WIDE, 24),
+    "quantize nvfp4 of its amax": (quantize("nvfp4"), WIDE, WIDE, 22),
     "quantize int4": (quantize("int4"), WIDE, WIDE, 17),
-    "quantize floor": (quantize("mxfp4", scale_rule="floor"), WIDE, WIDE, 15),
+    "quantize floor": (quantize("mxfp4", scale_rule="floor"), WIDE, WIDE, 12.5),
     "quantize stochastic": (quantize("mxfp4", **SEED), WIDE, WIDE, 45),
-    "rotate 32 and quantize": (quantize("mxfp4", rotation=32), WIDE, WIDE, 20),
-    "rotate 128 and quantize": (quantize("mxfp4", rotation=128), WIDE, WIDE, 25),
+    "rotate 32 and quantize": (quantize("mxfp4", rotation=32), WIDE, WIDE, 17.5),
+    "rotate 64 and quantize": (quantize("mxfp4", rotation=64), WIDE, WIDE, 19.5),
+    "rotate 128 and quantize": (quantize("mxfp4", rotation=128), WIDE, WIDE, 21),
     "quantize float32": (
         lambda room: room.quantize(big("float32"), FORMATS["mxfp4"]), WIDE, "v2.b32", 17
     ),
@@ -133,7 +134,7 @@ HOPPER: dict[str, tuple[Any, str, str, float]] = {
     "fake_quantize nvfp4": (fake("nvfp4", tensor_scale=0.5), WIDE, WIDE, 26),
     "dequantize mxfp4": (dequantize("mxfp4"), WIDE, WIDE, 13),
     "dequantize mxfp6_e3m2": (dequantize("mxfp6_e3m2"), "b32", WIDE, 15),
-    "dequantize mxfp8_e5m2": (dequantize("mxfp8_e5m2"), WIDE, WIDE, 19),
+    "dequantize mxfp8_e5m2": (dequantize("mxfp8_e5m2"), WIDE, WIDE, 12),
     "dequantize nvfp4": (dequantize("nvfp4"), WIDE, WIDE, 15),
     "dequantize transposed": (
         lambda room: room.dequantize(*stored(FORMATS["mxfp4"]), axis=0, dtype="bfloat16"),

@@ -190,6 +190,23 @@ def encode(y, x, random, F: tl.constexpr):
 
 
 @triton.jit
+def round_small(y, F: tl.constexpr):
+    """Return |y| rounded to nearest on the element's grid; see F.HALVES.
+
+    y: scaled values times F.UNIT. Less |y| from |y| * 2^(23 - MAN), the adder rounds at the step of
+    y's own binade, and at that of the smallest one below it (1.5: far from both ends of its
+    binade). Less, not plus: the sum's ulp is then never larger than what it is compared with.
+    """
+    m = tl.abs(y)
+    if F.CLAMP:
+        m = tl.minimum(m, F.MAX * F.UNIT)
+        c = tl.maximum(m * 2.0 ** (23 - F.MAN), 1.5 * 2.0 ** (9 - F.MAN))
+    else:
+        c = tl.maximum(tl.abs(y * 2.0 ** (23 - F.MAN)), 1.5 * 2.0 ** (9 - F.MAN))
+    return c - (c - m)
+
+
+@triton.jit
 def round_value(y, x, random, F: tl.constexpr):
     """Return the value of `encode(y)`, without going through the code."""
     if F.IS_INT:
@@ -229,6 +246,10 @@ def decode(code, F: tl.constexpr):
         else:
             n = (code & (2**F.BITS - 1)).to(tl.int32).to(tl.float32)
         value = n * 2.0**-F.FRAC
+    elif F.SPECIAL == "ieee" and F.SIGNED and F.EXP == 5 and F.BIAS == 15:
+        # The upper bits of a float16, infinities and NaNs included.
+        half = (top >> (32 - F.BITS)) << (16 - F.BITS)
+        value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         MAGNITUDE: tl.constexpr = (2 ** (F.EXP + F.MAN) - 1) << (23 - F.MAN)
         if F.SIGNED:

@@ -42,6 +42,8 @@ class Facts:
     INVERSE: float  # float32(1) / float32(MAX), rounded to float32
     NAN_SCALE: int
     STOCHASTIC: bool
+    HALVES: bool  # whether 4-bit codes are float16 numbers in small: sign, then 3 bits of its field
+    UNIT: float  # what brings the element's smallest binade to float16's, 2^-14
     key: tuple[Any, ...] = field(default=(), repr=False)  # all of the above, to compare by
 
     def __eq__(self, other: object) -> bool:
@@ -76,6 +78,15 @@ def facts(
         "rceil": 0x7FFFFF - int((quotient - 1) * 2**23),
         "even": 1 << (22 - element.significand),
     }[rule]
+    halves = (
+        element.bits == 4
+        and given["SIGNED"]
+        and man in (1, 2)
+        and given["SPECIAL"] == "none"
+        and not (given["IS_INT"] or stochastic)
+        # Scales times UNIT stay exact.
+        and -7 <= element.bias <= 15
+    )
     values: dict[str, Any] = dict(
         **{name: value for name, value in given.items() if name != "BLOCK"},
         BITS=element.bits,
@@ -93,5 +104,7 @@ def facts(
         INVERSE=_float32(1.0 / _float32(element.max)),
         NAN_SCALE=SCALES[fmt.scale].nan_code,
         STOCHASTIC=stochastic,
+        HALVES=halves,
+        UNIT=2.0 ** (element.bias - 15) if halves else 1.0,
     )
     return Facts(**values, key=tuple(values.values()))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pyfmt.triton_kernels.codec import INTERPRET, bits_of
+
 # ---- runs of elements -------------------------------------------------------------------------
 
 
@@ -223,6 +225,65 @@ def load_codes(
                 code = code | (tl.load(p + 1, mask=more, other=0).to(tl.uint32) << 8)
             code = code >> (bit % 8).to(tl.uint32)[None, :]
     return code
+
+
+# ---- codes of four bits, from numbers ----------------------------------------------------------
+
+
+@triton.jit
+def _two_halves(low, high):
+    """Return two tensors, rounded to float16, as the halves of one uint32."""
+    if INTERPRET:
+        a = low.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        b = high.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        y = a | (b << 16)
+    else:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.uint32, True, 1
+        )
+    return y
+
+
+@triton.jit
+def _four_tops(a, b, c, d):
+    """Return the top bytes of four uint32 as one, the first lowest."""
+    if INTERPRET:
+        y = (a >> 24) | ((b >> 24) << 8) | ((c >> 24) << 16) | ((d >> 24) << 24)
+    else:
+        y = tl.inline_asm_elementwise(
+            "{.reg .b32 p, q; prmt.b32 p, $1, $2, 0x73; prmt.b32 q, $3, $4, 0x73; "
+            "prmt.b32 $0, p, q, 0x5410;}",
+            "=r,r,r,r,r", [a, b, c, d], tl.uint32, True, 1,
+        )  # fmt: skip
+    return y
+
+
+@triton.jit
+def _split4(x):
+    """Return the four columns of (M, 4)."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def packed_halves(value, y, MAN: tl.constexpr):
+    """Pack numbers of 4 bits, eight in a uint32; see F.HALVES.
+
+    value: (M, 8) magnitudes, each a float16 whose exponent and fraction are the code; y: (M, 8)
+    with their signs.
+    """
+    M: tl.constexpr = y.shape[0]
+    # Element j beside element j + 4, the code at bit 10 - MAN of its half.
+    low, high = tl.split(tl.permute(tl.reshape(value, (M, 2, 4)), (0, 2, 1)))
+    a, b, c, d = _split4(_two_halves(low, high))
+    word = ((((a >> 4) + b) >> 4) + c + (d << 4)) >> (2 - MAN)
+    even, odd = tl.split(tl.reshape(bits_of(y), (M, 4, 2)))
+    a, b, c, d = _split4(even)
+    word = word | ((_four_tops(a, b, c, d) >> 4) & 0x08080808)
+    a, b, c, d = _split4(odd)
+    return word | (_four_tops(a, b, c, d) & 0x80808080)
 
 
 # ---- the verbs pack and unpack ----------------------------------------------------------------

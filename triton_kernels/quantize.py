@@ -28,6 +28,7 @@ from pyfmt.triton_kernels.codec import (
     not_finite,
     random24,
     random24_run,
+    round_small,
     round_to,
     round_value,
     scale_value,
@@ -41,6 +42,7 @@ from pyfmt.triton_kernels.layout import (
     load_codes,
     load_left,
     load_run,
+    packed_halves,
     store_bytes,
     store_left,
     store_run,
@@ -180,6 +182,9 @@ def quantize_run_kernel(
     amax = largest(b_x, 1)
     bad = not_finite(amax)
     stored, inverse, scale = block_scale(amax, multiplier, tensor_scale, F)
+    HALVES: tl.constexpr = F.HALVES and not FAKE
+    if HALVES and F.SCALE == "e8m0":
+        inverse = inverse * F.UNIT
     b_y = b_x * inverse[:, None]
     random = 0
     if F.STOCHASTIC:
@@ -196,9 +201,18 @@ def quantize_run_kernel(
     else:
         stored = stored_as(stored, p_scale.dtype.element_ty)
         store_left(p_scale + i_first, stored, tl.arange(0, NB), left, EVEN)
+        G: tl.constexpr = BLOCK // 8
+    if HALVES:
+        if F.SCALE != "e8m0":
+            b_y = b_y * F.UNIT
+        b_y = tl.reshape(b_y, (N // 8, 8))
+        word = packed_halves(round_small(b_y, F), b_y, F.MAN)
+        word = tl.reshape(tl.where(bad[:, None], 0, tl.reshape(word, (NB, G))), (N // 8,))
+        p_word = p_y.to(tl.pointer_type(tl.uint32)) + i_first * G
+        store_left(p_word, word, tl.arange(0, N // 8), left * G, EVEN)
+    elif not FAKE:
         code = encode(b_y, source, random, F)
         code = tl.reshape(tl.where(bad[:, None], 0, code), (N // 8, 8))
-        G: tl.constexpr = BLOCK // 8
         store_run(p_y, i_first * G, code, left * G, N, F.BITS, EVEN)
 
 

@@ -27,16 +27,22 @@ def _butterflies(x, STRIDE: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def rotate(x, SIZE: tl.constexpr, N: tl.constexpr):
-    """Rotate a run of N float32 elements by blocks of SIZE; x: any shape of N elements.
-
-    y = H x * float32(SIZE^(-1/2)), butterflies at strides 1, 2, 4, ... Returns the shape of x.
-    """
+def butterflies(x, SIZE: tl.constexpr, N: tl.constexpr):
+    """Return H x of a run of N float32 elements by blocks of SIZE: strides 1, 2, 4, ..."""
     y = x
     for k in tl.static_range(10):
         if 2**k < SIZE:
             y = _butterflies(y, 2**k, N)
-    return tl.reshape(y, x.shape) * SIZE**-0.5
+    return y
+
+
+@triton.jit
+def rotate(x, SIZE: tl.constexpr, N: tl.constexpr):
+    """Rotate a run of N float32 elements by blocks of SIZE; x: any shape of N elements.
+
+    y = H x * float32(SIZE^(-1/2)). Returns the shape of x.
+    """
+    return tl.reshape(butterflies(x, SIZE, N), x.shape) * SIZE**-0.5
 
 
 @triton.jit

@@ -11,12 +11,18 @@ from types import ModuleType
 from typing import Any
 
 from pyfmt import _arrays
-from pyfmt.backends import cpu, cuda, reference
+from pyfmt.backends import cpu, cuda, reference, triton
 from pyfmt.formats import Format, closest, get_format
 
 # In order of preference: the first room that serves the call is chosen. They are imported here and
-# not when first asked for, so that torch.compile traces a call through; none imports torch.
-_ROOMS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "reference": reference}
+# not when first asked for, so that torch.compile traces a call through; none imports torch, and
+# pyfmt.backends.triton is the room, not the package, which its kernels import.
+_ROOMS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
+}
 NAMES = tuple(_ROOMS)
 
 VERBS = (

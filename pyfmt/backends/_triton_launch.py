@@ -34,6 +34,7 @@ from pyfmt.backends._triton_plan import (
 from pyfmt.formats import Format
 from pyfmt.triton_kernels import layout as k_layout
 from pyfmt.triton_kernels import quantize as k_quantize
+from pyfmt.triton_kernels import quantize_rotated as k_rotated
 from pyfmt.triton_kernels import rotate as k_rotate
 from pyfmt.triton_kernels.facts import facts
 
@@ -133,6 +134,10 @@ def quantize(
     """Quantize `moved` (quantized axis last) into codes and scales."""
     with on(moved):
         run = plan.run if moved.is_contiguous() else None
+        if run is not None and plan.paired is not None:
+            grid, names = plan.paired
+            launch(k_rotated.quantize_rotated_kernel, grid, (moved, codes, scales), names)
+            return
         if options.rotation > 1 and run is None:
             rotated = torch.empty(moved.shape, dtype=torch.float32, device=moved.device)
             _hadamard(moved.contiguous(), rotated, options.rotation, options.signs)

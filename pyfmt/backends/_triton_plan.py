@@ -32,6 +32,8 @@ GRID_TILE, ACROSS_TILE, LOOSE_TILE = 4096, 8192, 2048
 # The largest block (padded to a power of two) that one program holds in registers.
 LARGEST_BLOCK = 16384
 AMAX_TILE, AMAX_WARPS, AMAX_PROGRAMS = 8192, 8, 512
+# Rotations whose last stride a thread keeps to itself: two blocks of 32 a thread, one warp a tile.
+PAIRED, PAIRED_TILE = (128, 256), 2048
 GROUPS_TILE = 512  # groups of eight codes that a program packs or unpacks
 
 
@@ -123,6 +125,18 @@ def amax_programs(elements: int) -> int:
     return min(-(-elements // AMAX_TILE), AMAX_PROGRAMS)
 
 
+def is_paired(known: Facts, block: int, itemsize: int, rotation: int, elements: int) -> bool:
+    """Whether the kernel of large rotations serves a run without signs of its own."""
+    return (
+        known.HALVES
+        and known.SCALE == "e8m0"
+        and block == 32
+        and itemsize == 2
+        and rotation in PAIRED
+        and elements % PAIRED_TILE == 0
+    )
+
+
 # ---- plans ------------------------------------------------------------------------------------
 
 
@@ -144,6 +158,7 @@ class Plan:
     scale_dtype: torch.dtype
     tensor: str  # TENSOR of the kernels: where the tensor scale comes from
     run: tuple[int, int, dict[str, Any]] | None  # blocks, grid, constants
+    paired: tuple[int, dict[str, Any]] | None  # grid, constants of the kernel of large rotations
 
 
 @lru_cache(maxsize=4096)
@@ -165,10 +180,16 @@ def plan(
     tensor = ""
     if fmt.tensor_scale and recipe != "single_level":
         tensor = given or "amax"
-    run, elements = None, math.prod(shape)
+    run, paired, elements = None, None, math.prod(shape)
     if elements and is_run(fmt, columns):
         block, itemsize = fmt.block_columns(columns), dtype.itemsize
         blocks = elements // block
+        if not fake and not signs and is_paired(known, block, itemsize, rotation, elements):
+            count = PAIRED_TILE // block
+            paired = (
+                blocks // count,
+                constants(1, F=known, SIZE=rotation, NB=count, BLOCK=block, W=16 // itemsize),
+            )
         count, warps, even = run_tile(blocks, block, itemsize, rotation)
         # Whole chunks pay where codes are packed; values are stored as wide as they are loaded.
         pieces = 1 if fake else PIECES.get(fmt.bits, 4)
@@ -188,6 +209,7 @@ def plan(
         getattr(torch, SCALES[fmt.scale].dtype),
         tensor,
         run,
+        paired,
     )
 
 

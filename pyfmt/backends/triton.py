@@ -3,6 +3,9 @@
 
 Runs where Triton and a CUDA device are; with TRITON_INTERPRET=1 in the environment the same kernels
 run on the CPU, slowly, on CPU tensors. CuPy arrays go in and out by DLPack without a copy.
+
+Kernels are launched directly. Calls that torch traces or differentiates go through torch.ops.pyfmt,
+whose CUDA kernels are this room's where the compiled GPU library was not built.
 """
 
 from __future__ import annotations
@@ -10,33 +13,35 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 from pyfmt import _arrays, _check
 from pyfmt.formats import Format
 
+# What the kernels will read when they are imported: Triton decides there, once.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+_INSTEAD = "TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly"
+# None: not looked up yet; "": nothing; else what the room lacks here.
+_lack: str | None = None
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
-
-@lru_cache(maxsize=2)
-def _missing(interpreted: bool) -> str | None:
-    """Return what the room lacks here, or None; looked up once."""
+def _missing() -> str:
     for module in ("triton", "torch"):
         if importlib.util.find_spec(module) is None:
             return f"{module} is not installed; `pip install {module}`"
     import torch
 
-    if not interpreted and not torch.cuda.is_available():
-        return "no CUDA device is visible; TRITON_INTERPRET=1 runs its kernels on the CPU"
-    return None
+    if not _INTERPRETED and not torch.cuda.is_available():
+        return f"no CUDA device is visible; {_INSTEAD}"
+    return ""
 
 
 def available() -> str | None:
     """Return None where Triton and a CUDA device (or the interpreter) are there, else the lack."""
-    return _missing(_interpreted())
+    global _lack
+    if _lack is None:
+        _lack = _missing()
+    return _lack or None
 
 
 def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
@@ -44,17 +49,41 @@ def supports(verb: str, fmt: Format | None, x: Any) -> str | None:
     library = _arrays.kind(x)
     if library == "numpy":
         return "it serves CUDA tensors and CuPy arrays, not NumPy arrays"
-    if library == "torch" and x.device.type != "cuda" and not _interpreted():
-        return f"it serves CUDA tensors, not tensors on {x.device}"
+    if library == "torch" and x.device.type not in ("cuda", "cpu" if _INTERPRETED else "cuda"):
+        return f"it serves CUDA tensors, not tensors on {x.device}; {_INSTEAD}"
     if verb == "matmul":
         import torch
 
-        if torch.get_float32_matmul_precision() != "highest":
+        # A traced call goes through the operator, which sees to that itself.
+        traced = torch.compiler.is_compiling()
+        if not traced and torch.get_float32_matmul_precision() != "highest":
             return (
                 "float32 products are not exact here; "
                 "torch.set_float32_matmul_precision('highest') makes them so"
             )
     return None
+
+
+def _ops(*tensors: Any) -> Any:
+    """Return torch.ops.pyfmt for a call that is traced or differentiated, else None."""
+    import torch
+
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        for t in tensors:
+            if getattr(t, "requires_grad", False) and torch.is_grad_enabled():
+                break
+        else:
+            return None
+    from pyfmt import ops
+
+    if ops.cuda_kernels() != "triton":
+        raise ValueError(
+            f"backend 'triton': it launches its kernels directly, torch cannot "
+            f"{'trace' if compiling else 'differentiate'} them beside the GPU library; leave "
+            "backend out" + ("" if compiling else " or pass x.detach()")
+        )
+    return torch.ops.pyfmt
 
 
 # ---- arrays -----------------------------------------------------------------------------------
@@ -67,8 +96,8 @@ def _in(x: Any) -> Any:
     import torch
     from torch.utils.dlpack import from_dlpack
 
-    if x.dtype.name == "bfloat16":
-        return from_dlpack(x.view("uint16")).view(torch.bfloat16)
+    if _check.dtype_name(x.dtype) == "bfloat16":
+        return from_dlpack(x.view("int16")).view(torch.bfloat16)
     return from_dlpack(x)
 
 
@@ -81,7 +110,7 @@ def _out(y: Any, like: Any) -> Any:
     import torch
 
     if y.dtype == torch.bfloat16:
-        return cupy.from_dlpack(y.view(torch.uint16)).view(ml_dtypes.bfloat16)
+        return cupy.from_dlpack(y.view(torch.int16)).view(ml_dtypes.bfloat16)
     return cupy.from_dlpack(y)
 
 
@@ -129,6 +158,22 @@ def _key(seed: int | None, rounding: str) -> tuple[int, int, Any]:
     return low - (low >> 31 << 32), high - (high >> 31 << 32), 0
 
 
+def _signed(seed: int | None) -> int | None:
+    """Return the same 64 bits as the signed int that op schemas have."""
+    return None if seed is None else (seed + 2**63) % 2**64 - 2**63
+
+
+def _scalar(value: Any, x: Any) -> Any:
+    """Return a tensor scale as one float32 on x's device, as the ops take it."""
+    import torch
+
+    if value is None:
+        return None
+    if not _arrays.is_torch(value):
+        return torch.full((), float(value), dtype=torch.float32, device=x.device)
+    return value.to(x.device, torch.float32).reshape(())
+
+
 def _fill(stored: Any, given: Any) -> None:
     """Store the tensor scale of a tensor without elements."""
     if stored is not None:
@@ -154,6 +199,13 @@ def quantize(
 ) -> tuple[Any, Any, Any]:
     import torch
 
+    ops = _ops(x, tensor_scale, signs)
+    if ops is not None:
+        codes, scales, stored = ops.quantize(
+            x, fmt.key, axis, scale_rule, recipe, rounding, _signed(seed), clip,
+            _scalar(tensor_scale, x), rotation or 0, _signs(signs, x),
+        )  # fmt: skip
+        return codes, scales, stored if stored.numel() else None
     launches, tensor = _launches(), _in(x)
     low, high, seed_kind = _key(seed, rounding)
     given, source = _given(tensor_scale, tensor, fmt, recipe)
@@ -191,8 +243,12 @@ def dequantize(
 ) -> Any:
     import torch
 
-    launches, shape = _launches(), tuple(shape)
-    dtype = _arrays.torch_dtype(dtype)
+    shape, dtype = tuple(shape), _arrays.torch_dtype(dtype)
+    ops = _ops(codes, scales, tensor_scale)
+    if ops is not None:
+        scale = _scalar(tensor_scale, codes)
+        return ops.dequantize(codes, scales, scale, fmt.key, shape, axis, dtype)
+    launches = _launches()
     b_codes, b_scales, t = _in(codes), _in(scales), _in(tensor_scale)
     axis, lead, columns, expected, run = launches.dequantize_plan(
         fmt, shape, axis, dtype, t is not None
@@ -223,6 +279,12 @@ def fake_quantize(
 ) -> Any:
     import torch
 
+    ops = _ops(x, tensor_scale)
+    if ops is not None:
+        return ops.fake_quantize(
+            x, fmt.key, axis, scale_rule, recipe, rounding, _signed(seed), clip,
+            _scalar(tensor_scale, x),
+        )  # fmt: skip
     launches, tensor = _launches(), _in(x)
     low, high, seed_kind = _key(seed, rounding)
     given, source = _given(tensor_scale, tensor, fmt, recipe)
@@ -243,6 +305,9 @@ def fake_quantize(
 def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
     import torch
 
+    ops = _ops(x, signs)
+    if ops is not None:
+        return ops.hadamard(x, size, _signs(signs, x), axis)
     tensor = _in(x)
     _check.float_dtype(tensor.dtype)
     axis = _check.axis(axis, tensor.shape)
@@ -257,6 +322,9 @@ def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
 def pack(codes: Any, bits: int) -> Any:
     import torch
 
+    ops = _ops(codes)
+    if ops is not None:
+        return ops.pack(codes, bits)
     tensor = _in(codes)
     _check.pack(tensor.dtype, tensor.shape, bits)
     *lead, n = tensor.shape
@@ -269,6 +337,9 @@ def pack(codes: Any, bits: int) -> Any:
 def unpack(packed: Any, bits: int, length: int) -> Any:
     import torch
 
+    ops = _ops(packed)
+    if ops is not None:
+        return ops.unpack(packed, bits, length)
     tensor = _in(packed)
     _check.unpack(tensor.dtype, tensor.shape, bits, length)
     y = torch.empty((*tensor.shape[:-1], length), dtype=torch.uint8, device=tensor.device)
@@ -280,6 +351,9 @@ def unpack(packed: Any, bits: int, length: int) -> Any:
 def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
     import torch
 
+    ops = _ops(x)
+    if ops is not None:
+        return ops.amax(x, block, axis)
     tensor = _in(x)
     _check.float_dtype(tensor.dtype)
     if block is None:
@@ -301,6 +375,19 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
 
 def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
     """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+    quantized = hasattr(a, "codes")
+    ops = _ops(*((a.codes,) if quantized else (a,)), bias)
+    if ops is not None:
+        left, right = (
+            (q.codes, q.scales, _scalar(q.tensor_scale, q.codes))
+            if hasattr(q, "codes")
+            else (q, None, None)
+            for q in (a, b)
+        )
+        names = (a.format.key if quantized else None, b.format.key)
+        return ops.matmul(
+            *left, names[0], *right, names[1], b.shape[b.axis], bias, _arrays.torch_dtype(dtype)
+        )
     dense = [
         _in(dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis))
         if hasattr(q, "codes")
