@@ -412,10 +412,13 @@ QuantizeKernels quantize_kernels() {
   fill_flat<E, kPow2, DType::kBF16>(&k);
   fill_flat<E, kPow2, DType::kFP16>(&k);
   fill_flat<E, kPow2, DType::kFP32>(&k);
-  k.rotated[0] = quantize_rotated<E, kPow2, 16>;
-  k.rotated[1] = quantize_rotated<E, kPow2, 32>;
-  k.rotated[2] = quantize_rotated<E, kPow2, 64>;
-  k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  // Of the elements with other scales, those of 4 bits have formats with scales of a byte.
+  if constexpr (kPow2 || E::spec.bits() == 4) {
+    k.rotated[0] = quantize_rotated<E, kPow2, 16>;
+    k.rotated[1] = quantize_rotated<E, kPow2, 32>;
+    k.rotated[2] = quantize_rotated<E, kPow2, 64>;
+    k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  }
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;
