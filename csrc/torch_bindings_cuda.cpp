@@ -424,7 +424,7 @@ Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
 }
 
 // Element codes, one a byte, of x / 2^(scale - 127).
-Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
+Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip, int64_t rotation) {
   const Device device(x);
   const Tensor in = dense(x);
   Tensor out = device.empty(shape_of(in), ScalarType::Byte);
@@ -436,6 +436,7 @@ Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
   a.element = get_format(element + "-b32-e8m0").element;
   a.scale = uint32_t(scale);
   a.full = clip == "full";
+  a.rotation = int(rotation);
   cuda::encode(a, device.stream);
   return out;
 }
@@ -450,7 +451,9 @@ std::string cuda_archs() {
 
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def("_cuda_archs() -> str");
-  m.def("_encode(Tensor x, str element, int scale=127, str clip='symmetric') -> Tensor");
+  m.def(
+      "_encode(Tensor x, str element, int scale=127, str clip='symmetric', int rotation=0) -> "
+      "Tensor");
 }
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {

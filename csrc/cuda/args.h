@@ -134,7 +134,8 @@ struct PackArgs {
 void pack(const PackArgs&, Stream);
 void unpack(const PackArgs&, Stream);
 
-// Codes one a byte of x * 2^(127 - scale), for tests.
+// Codes one a byte of x * 2^(127 - scale), for tests; of E2M1 after a rotation, too, whose factor
+// x has yet to be multiplied by, where none saturates and the scale is from 79 to 175.
 struct EncodeArgs {
   const void* x = nullptr;
   DType dtype = DType::kFP32;
@@ -143,6 +144,7 @@ struct EncodeArgs {
   ElementSpec element;
   uint32_t scale = 127;
   bool full = false;
+  int rotation = 0;
 };
 void encode(const EncodeArgs&, Stream);
 

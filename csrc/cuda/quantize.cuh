@@ -297,8 +297,14 @@ __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
 
   float v[kUnit];
   load_unit(p.x, p.dtype, row * p.row_stride + column, have, p.aligned, v);
-  // Whole rotations lie within a row, and zeros beyond it stay zero.
-  if (p.rotation.size) rotate(v, p.rotation, column);
+  if (p.rotation.size) {
+    rotate(v, p.rotation, column);
+    // Whole rotations lie within a row; the zeros beyond it may have taken signs.
+    if (have < kUnit) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = i < have ? v[i] : 0.0f;
+    }
+  }
   uint32_t amax[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -412,10 +418,13 @@ QuantizeKernels quantize_kernels() {
   fill_flat<E, kPow2, DType::kBF16>(&k);
   fill_flat<E, kPow2, DType::kFP16>(&k);
   fill_flat<E, kPow2, DType::kFP32>(&k);
-  k.rotated[0] = quantize_rotated<E, kPow2, 16>;
-  k.rotated[1] = quantize_rotated<E, kPow2, 32>;
-  k.rotated[2] = quantize_rotated<E, kPow2, 64>;
-  k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  // Of the elements with other scales, those of 4 bits have formats with scales of a byte.
+  if constexpr (kPow2 || E::spec.bits() == 4) {
+    k.rotated[0] = quantize_rotated<E, kPow2, 16>;
+    k.rotated[1] = quantize_rotated<E, kPow2, 32>;
+    k.rotated[2] = quantize_rotated<E, kPow2, 64>;
+    k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  }
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;

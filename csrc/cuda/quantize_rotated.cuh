@@ -90,72 +90,62 @@ PYFMT_DEVICE void quantize_rotated_unit(const RotatedParams& p, const codec::Rec
   }
 }
 
-// Units of a lane, warps of a block, blocks that a multiprocessor holds, tiles of a warp. A lane
-// holds whole rotations of up to 128, so that none of their stages crosses lanes.
+// Units of a lane, warps of a block, blocks that a multiprocessor is to hold, tiles of a warp.
 struct RotatedShape {
   int units, warps, blocks, rounds;
 };
-constexpr RotatedShape rotated_shape(int size) {
-  if (size <= 32) return {1, 8, 4, 4};
-  if (size == 64) return {2, 4, 5, 2};
-  return {4, 4, 3, 2};
+// pow2: scales that are powers of two take fewer registers.
+constexpr RotatedShape rotated_shape(int size, bool pow2) {
+  if (size <= kUnit) return {1, 8, pow2 ? 4 : 3, 4};
+  return {2, 4, pow2 ? 5 : 4, size == 64 ? 2 : 4};
 }
 
 // kSize: of the rotations, or 128 for 128 and more.
 template <class E, bool kPow2, int kSize>
-__global__ void __launch_bounds__(32 * rotated_shape(kSize).warps, rotated_shape(kSize).blocks)
+__global__ void __launch_bounds__(32 * rotated_shape(kSize, kPow2).warps,
+                                  rotated_shape(kSize, kPow2).blocks)
     quantize_rotated(const __grid_constant__ RotatedParams p) {
   using C = Coder<E>;
-  constexpr RotatedShape kShape = rotated_shape(kSize);
+  constexpr RotatedShape kShape = rotated_shape(kSize, kPow2);
   constexpr int kUnits = kShape.units, kWarpsHere = kShape.warps;
-  constexpr bool kSwap = false;
+  constexpr bool kSwap = kSize > 64;
   using T = Tile<kUnits, kSwap>;
   constexpr int kWords = 2 * C::kWords, kOutBytes = 4 * kWords;
-  __shared__ __align__(256) uint8_t shared[kWarpsHere * T::kBytes];
+  using S = Signs<kUnits, kSwap>;
+  __shared__ __align__(256) uint8_t shared[kWarpsHere * T::kBytes + S::kBytes];
   codec::RecipeConstants r{};
   if constexpr (!kPow2) r = start_recipe(p.scale);
 
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr int kStep = kWarpsHere * T::kUnitCount;
   int rounds = p.rounds;
-  const int64_t first = int64_t(blockIdx.x) * rounds * kStep + warp * T::kUnitCount;
-  int64_t left = p.units - first;
-  if (left <= 0) return;
+  int64_t first = int64_t(blockIdx.x) * rounds * kStep + warp * T::kUnitCount;
   const SharedAddress buffer = shared_address(shared) + warp * T::kBytes;
   const SharedAddress to = buffer + T::copy_place(lane), from = buffer + T::read_place(lane);
-  const uint8_t* x = p.x + first * 64 + lane * 16;
-  uint8_t* codes_out = p.codes + (first + T::unit_of(lane, 0)) * kOutBytes;
-  uint8_t* scales_out = p.scales + (first + T::unit_of(lane, 0)) * p.halves;
-  SignWords<kUnits, kSwap> sign_words;
-  sign_words.start(p.rotation, first, kStep, lane);
-  T::fetch(to, x, left, lane);
+  const auto fetch = [&](int64_t unit) {
+    T::fetch(to, p.x + unit * 64 + lane * 16, p.units - unit, lane);
+  };
+  if (first < p.units) fetch(first);
+  S signs(p.rotation, shared + kWarpsHere * T::kBytes, first, kStep, lane);
+  if (first >= p.units) return;
   for (;;) {
-    uint32_t signs[kUnits], words[T::kChunks * 4];
-    if (p.rotation.signs) sign_words.next(p.rotation, signs, lane);
+    uint32_t words[T::kChunks * 4];
     wait_copies();
     __syncwarp();
     T::read(from, words);
     __syncwarp();
-    x += kStep * 64;
-    const bool more = left > kStep && --rounds > 0;
-    if (more) T::fetch(to, x, left - kStep, lane);
+    const bool more = first + kStep < p.units && --rounds > 0;
+    if (more) fetch(first + kStep);
     float v[kUnits * kUnit];
-    if (p.rotation.signs) {
-#pragma unroll
-      for (int j = 0; j < kUnits * 16; ++j) {
-        words[j] = flip_pair(words[j], signs[j / 16], j % 16);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kUnits * kUnit; ++i) v[i] = half_at<DType::kBF16>(words[i / 2], i & 1);
+    signs.unpack(p.rotation, lane, words, v);
     rotate_tile<kSize, kUnits>(v, p.rotation.size);
 #pragma unroll
     for (int h = 0; h < kUnits; ++h) {
       uint32_t codes[kWords], scales[2];
       quantize_rotated_unit<E, kPow2>(p, r, v + h * kUnit, codes, scales);
-      constexpr int kStride = kSwap ? 2 : 1;
-      if (left < T::kUnitCount && left <= T::unit_of(lane, h)) continue;
-      uint8_t* const out = codes_out + kStride * h * kOutBytes;
+      const int64_t unit = first + T::unit_of(lane, h);
+      if (unit >= p.units) continue;
+      uint8_t* const out = p.codes + unit * kOutBytes;
       if constexpr (kOutBytes % 16 == 0) {
 #pragma unroll
         for (int i = 0; i < kWords; i += 4) {
@@ -169,15 +159,13 @@ __global__ void __launch_bounds__(32 * rotated_shape(kSize).warps, rotated_shape
         }
       }
       if (p.halves == 2) {
-        reinterpret_cast<uint16_t*>(scales_out)[kStride * h] = uint16_t(scales[0] | scales[1] << 8);
+        reinterpret_cast<uint16_t*>(p.scales)[unit] = uint16_t(scales[0] | scales[1] << 8);
       } else {
-        scales_out[kStride * h] = uint8_t(scales[0]);
+        p.scales[unit] = uint8_t(scales[0]);
       }
     }
     if (!more) break;
-    left -= kStep;
-    codes_out += kStep * kOutBytes;
-    scales_out += kStep * p.halves;
+    first += kStep;
   }
 }
 

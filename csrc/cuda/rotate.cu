@@ -63,42 +63,37 @@ __global__ void __launch_bounds__(kThreads)
 
 // bf16 to bf16 in whole units, rotations of 128 and more. Two buffers a warp: one is filled while
 // the other gives its elements and takes the results, which leave it in wide pieces.
-constexpr int kTileWarps = 4, kTileBlocks = 5, kTileRounds = 4;
+constexpr int kTileWarps = 4, kTileBlocks = 5, kTileRounds = 2;
 
 __global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks)
     hadamard_tiles(const __grid_constant__ HadamardParams p) {
   constexpr int kUnits = 2;
   using T = Tile<kUnits, true>;
-  __shared__ __align__(256) uint8_t shared[2 * kTileWarps * T::kBytes];
+  using S = Signs<kUnits, true>;
+  __shared__ __align__(256) uint8_t shared[2 * kTileWarps * T::kBytes + S::kBytes];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr int kStep = kTileWarps * T::kUnitCount;
   int rounds = p.rounds;
-  const int64_t first = int64_t(blockIdx.x) * rounds * kStep + warp * T::kUnitCount;
-  int64_t left = p.count / kUnit - first;
-  if (left <= 0) return;
+  const int64_t units = p.count / kUnit;
+  int64_t first = int64_t(blockIdx.x) * rounds * kStep + warp * T::kUnitCount;
   SharedAddress here = shared_address(shared) + 2 * warp * T::kBytes;
   const SharedAddress both = here + here + T::kBytes;
-  const uint8_t* x = static_cast<const uint8_t*>(p.x) + first * 64 + lane * 16;
-  uint8_t* out = static_cast<uint8_t*>(p.out) + first * 64 + lane * 16;
-  SignWords<kUnits, true> sign_words;
-  sign_words.start(p.rotation, first, kStep, lane);
-  T::fetch(here + T::copy_place(lane), x, left, lane);
+  const auto fetch = [&](SharedAddress buffer, int64_t unit) {
+    T::fetch(buffer + T::copy_place(lane), static_cast<const uint8_t*>(p.x) + unit * 64 + lane * 16,
+             units - unit, lane);
+  };
+  if (first < units) fetch(here, first);
+  S signs(p.rotation, shared + 2 * kTileWarps * T::kBytes, first, kStep, lane);
+  if (first >= units) return;
   for (;;) {
-    uint32_t signs[kUnits], words[T::kChunks * 4];
-    if (p.rotation.signs) sign_words.next(p.rotation, signs, lane);
+    uint32_t words[T::kChunks * 4];
     wait_copies();
     __syncwarp();
-    x += kStep * 64;
-    const bool more = left > kStep && --rounds > 0;
-    if (more) T::fetch(both - here + T::copy_place(lane), x, left - kStep, lane);
+    const bool more = first + kStep < units && --rounds > 0;
+    if (more) fetch(both - here, first + kStep);
     T::read(here + T::read_place(lane), words);
     float v[kUnits * kUnit];
-    if (p.rotation.signs) {
-#pragma unroll
-      for (int j = 0; j < kUnits * 16; ++j) words[j] = flip_pair(words[j], signs[j / 16], j % 16);
-    }
-#pragma unroll
-    for (int i = 0; i < kUnits * kUnit; ++i) v[i] = half_at<DType::kBF16>(words[i / 2], i & 1);
+    signs.unpack(p.rotation, lane, words, v);
     rotate_tile<128, kUnits>(v, p.rotation.size);
     multiply(v, p.rotation.factor);
 
@@ -117,16 +112,15 @@ __global__ void __launch_bounds__(32 * kTileWarps, kTileBlocks)
       }
     }
     __syncwarp();
+    uint4* const out = static_cast<uint4*>(p.out) + first * 4;
 #pragma unroll
     for (int j = 0; j < T::kChunks; ++j) {
       const int i = 32 * j + lane;
-      if (i / 4 < left)
-        *reinterpret_cast<uint4*>(out + 512 * j) = load_shared16(here + 16 * (i ^ (i >> 4 & 7)));
+      if (first + i / 4 < units) out[i] = load_shared16(here + 16 * (i ^ (i >> 4 & 7)));
     }
     if (!more) break;
     here = both - here;
-    left -= kStep;
-    out += kStep * 64;
+    first += kStep;
   }
 }
 

@@ -113,13 +113,13 @@ struct Tile {
   static constexpr int kChunks = 4 * kUnits;    // of a lane
   static constexpr int kBytes = 512 * kChunks;  // of a warp
   static constexpr int kUnitCount = 32 * kUnits;
-  static_assert(kUnits == 1 || kUnits == 2 || kUnits == 4, "a lane holds one, two or four units");
+  static_assert(kUnits == 1 || kUnits == 2, "a lane holds one or two units");
 
   // Chunk c of lane l lies at l * kChunks + (c ^ turn(l)).
   PYFMT_DEVICE static int turn(int lane) { return kUnits == 1 ? lane / 2 % 4 : lane % 8; }
 
   // Where this lane copies its chunk of the first 32 to; those that follow are 32 further, with the
-  // same turn but for some bits.
+  // same turn but for its third bit.
   PYFMT_DEVICE static int copy_place(int lane) {
     const int owner = lane / kChunks;
     return 16 * (owner * kChunks + (lane % kChunks ^ turn(owner)));
@@ -130,7 +130,7 @@ struct Tile {
   }
 
   PYFMT_DEVICE static SharedAddress copy_to(SharedAddress to, int j) {
-    return 512 * j + (to ^ (kUnits == 1 ? 0 : kUnits == 2 ? j % 2 * 64 : j % 4 * 32));
+    return 512 * j + (kUnits == 2 && j % 2 ? to ^ 64 : to);
   }
 
   // to: a buffer plus copy_place; from: the tile's first byte and 16 * lane more; left: units from
@@ -169,31 +169,83 @@ struct Tile {
   }
 };
 
-// The sign words of a lane's units, tile by tile.
+// A tile's elements with their signs. Up to 128 signs, the same for each tile, lie as masks of
+// float32's sign bit in shared memory, one for each element, and cost a load for four as the
+// elements are unpacked; more of them are read as words and cost an instruction an element.
 template <int kUnits, bool kSwap>
-struct SignWords {
-  uint32_t at = 0, step = 0;
+class Signs {
+ public:
+  static constexpr int kMost = 4;                          // words that are kept as masks
+  static constexpr int kBytes = kMost * 128 + kMost * 16;  // of shared memory
 
-  PYFMT_DEVICE void start(const RotationParams& r, int64_t first, int64_t tiles_step, int lane) {
+  // All threads of a block; first: the first unit of this lane's warp, step: units from tile to
+  // tile. A word for each kUnits begins 16 bytes further than it would, so that eight lanes meet
+  // different banks.
+  PYFMT_DEVICE Signs(const RotationParams& r, uint8_t* shared, int64_t first, int step, int lane) {
     if (!r.signs) return;
-    at = signs_word(r, first + lane * kUnits);
-    step = signs_word(r, tiles_step);
+    if (masked(r)) {
+      for (int i = threadIdx.x; i < int(r.signs_words) * 32; i += int(blockDim.x)) {
+        const int unit = i / 32, element = i % 32;
+        reinterpret_cast<uint32_t*>(shared)[unit * 32 + unit / kUnits * 4 + element] =
+            as_uint(flip(0.0f, r.signs[unit], element));
+      }
+      place_[0] = place(r, shared_address(shared), lane, 0);
+      place_[1] = place(r, shared_address(shared), lane, kUnits - 1);
+      __syncthreads();
+    } else {
+      place_[0] = signs_word(r, first + lane * kUnits);
+      place_[1] = signs_word(r, step);
+    }
   }
-  PYFMT_DEVICE void next(const RotationParams& r, uint32_t (&words)[kUnits], int lane) {
-    uint32_t here = at;
+
+  // words: as read from a tile, changed. Once for each tile.
+  PYFMT_DEVICE void unpack(const RotationParams& r, int lane, uint32_t* words, float* v) {
+    if (r.signs && masked(r)) {
 #pragma unroll
-    for (int h = 0; h < kUnits; ++h) {
-      words[h] = r.signs[here];
-      here = here + 1 == r.signs_words ? 0 : here + 1;
+      for (int h = 0; h < kUnits; ++h) {
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const uint4 m = load_shared16(place_[h] + 16 * c);
+          const uint32_t a = words[16 * h + 2 * c], b = words[16 * h + 2 * c + 1];
+          float* const four = v + kUnit * h + 4 * c;
+          four[0] = as_float(a * 65536u + m.x);
+          four[1] = as_float((a ^ m.y) & 0xffff0000u);
+          four[2] = as_float(b * 65536u + m.z);
+          four[3] = as_float((b ^ m.w) & 0xffff0000u);
+        }
+      }
+      return;
     }
-    if constexpr (kSwap) {
-      const uint32_t first = words[0];
-      words[0] = lane & 1 ? words[1] : first;
-      words[1] = lane & 1 ? first : words[1];
+    if (r.signs) {
+      const uint32_t at = uint32_t(place_[0]), last = at + kUnits - 1;
+      uint32_t signs[2] = {r.signs[at], r.signs[last < r.signs_words ? last : 0]};
+      place_[0] = advance(r, at, uint32_t(place_[1]));
+      if (kSwap && (lane & 1)) {
+        const uint32_t first = signs[0];
+        signs[0] = signs[1];
+        signs[1] = first;
+      }
+#pragma unroll
+      for (int j = 0; j < kUnits * 16; ++j) words[j] = flip_pair(words[j], signs[j / 16], j % 16);
     }
-    at += step;
-    if (at >= r.signs_words) at -= r.signs_words;
+#pragma unroll
+    for (int i = 0; i < kUnits * kUnit; ++i) v[i] = half_at<DType::kBF16>(words[i / 2], i & 1);
   }
+
+ private:
+  PYFMT_DEVICE static bool masked(const RotationParams& r) {
+    return r.signs_words <= kMost && (r.signs_words & (r.signs_words - 1)) == 0;
+  }
+  PYFMT_DEVICE static SharedAddress place(const RotationParams& r, SharedAddress shared, int lane,
+                                          int h) {
+    const int unit = (lane * kUnits + (kSwap ? h ^ (lane & 1) : h)) & (r.signs_words - 1);
+    return shared + unit * 128 + unit / kUnits * 16;
+  }
+  PYFMT_DEVICE static uint32_t advance(const RotationParams& r, uint32_t at, uint32_t step) {
+    return at + step < r.signs_words ? at + step : at + step - r.signs_words;
+  }
+
+  SharedAddress place_[2] = {0, 0};  // of the units' masks, or a word's index and the step
 };
 
 // Rotates what a lane holds, without the factor. kSize above 64: in lanes that read with kSwap, so
@@ -204,21 +256,7 @@ template <int kSize, int kUnits>
 PYFMT_DEVICE void rotate_tile(float (&v)[kUnits * kUnit], int size) {
 #pragma unroll
   for (int h = 0; h < kUnits; ++h) near_butterflies<kSize>(v + h * kUnit);
-  if constexpr (kUnits == 4) {
-#pragma unroll
-    for (int apart = kUnit; apart < kUnits * kUnit && apart < kSize; apart *= 2) {
-#pragma unroll
-      for (int i = 0; i < kUnits * kUnit; ++i) {
-        if (i & apart) continue;
-        const float a = v[i], b = v[i + apart];
-        v[i] = a + b;
-        v[i + apart] = a - b;
-      }
-    }
-    for (int far = 1; far < size / (kUnits * kUnit); far *= 2) far_butterfly(v, far);
-  } else if constexpr (kUnits == 1) {
-    for (int far = 1; far < kSize / kUnit; far *= 2) far_butterfly(v, far);
-  } else if constexpr (kSize == 64) {
+  if constexpr (kSize == 64) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
       const float a = v[i], b = v[i + kUnit];
