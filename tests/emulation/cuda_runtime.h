@@ -193,6 +193,17 @@ T __shfl_xor_sync(unsigned, T value, int far) {
   return ::emulation::shuffle_xor(value, far);
 }
 
+template <class T>
+T atomicAdd(T* place, T value) {
+  const T before = *place;
+  *place = before + value;
+  return before;
+}
+inline int cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
+  std::memset(place, value, bytes);
+  return cudaSuccess;
+}
+
 inline int min(int a, int b) {
   return a < b ? a : b;
 }

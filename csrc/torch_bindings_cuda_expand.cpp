@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parts of the dense GEMM paths, for pyfmt/_torch_matmul.py: folded and rounded rows, repair of
+// rows that do not fold, and the epilogue.
+#include <tuple>
+
+#include "cuda/expand.h"
+#include "torch_device.h"
+
+namespace pyfmt {
+namespace {
+
+using namespace tensors;
+
+// What a folded matrix is: fp8 (padded rows, padded columns) as bytes, a scale for each row, the
+// list of rows that do not fold, and those rows as bf16 (empty where not asked for).
+using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+cuda::Folded view_of(const Tensor& fp8, const Tensor& scale, const Tensor& listed,
+                     const Tensor& spare, int64_t rows, bool e5m2) {
+  options::expect(fp8.dim() == 2 && scale.numel() == fp8.size(0) && listed.numel() > rows,
+                  "folded: expected what _fold returned");
+  cuda::Folded f;
+  f.fp8 = static_cast<uint8_t*>(fp8.mutable_data_ptr());
+  f.scale = static_cast<float*>(scale.mutable_data_ptr());
+  f.listed = static_cast<int32_t*>(listed.mutable_data_ptr());
+  if (spare.numel()) f.spare = static_cast<uint16_t*>(spare.mutable_data_ptr());
+  f.rows = rows;
+  f.padded_rows = fp8.size(0);
+  f.columns = fp8.size(1);
+  f.e5m2 = e5m2;
+  return f;
+}
+
+Tensor empty_ints(const Device& device, int64_t count) {
+  // Four bytes each, whatever they are called.
+  return device.empty({count}, ScalarType::Float);
+}
+
+struct Fold {
+  Tensor fp8, scale, listed, spare;
+  cuda::Folded to;
+
+  Fold(const Device& device, int64_t rows, int64_t columns, bool e5m2, bool keep_spare,
+       const std::optional<Tensor>& total)
+      : fp8(device.empty({round_up(rows, 16), columns}, ScalarType::Byte)),
+        scale(device.empty({round_up(rows, 16)}, ScalarType::Float)),
+        listed(empty_ints(device, rows + 1)),
+        spare(device.empty({keep_spare ? rows : 0, columns}, ScalarType::BFloat16)),
+        to(view_of(fp8, scale, listed, spare, rows, e5m2)) {
+    options::expect(columns <= cuda::kLongestFold, "k: expected rows of at most ",
+                    cuda::kLongestFold, " elements, got ", columns);
+    if (!total) return;
+    options::expect(total->scalar_type() == ScalarType::Long && total->numel() == 1,
+                    "total: expected one int64 number");
+    to.total = static_cast<unsigned long long*>(total->mutable_data_ptr());
+  }
+  Parts parts() const { return {fp8, scale, listed, spare}; }
+};
+
+void expect_folds(const FormatSpec& f, const std::string& format, bool e5m2) {
+  options::expect(cuda::folds(f, e5m2), "format: ", format, " does not fold into ",
+                  e5m2 ? "float8_e5m2" : "float8_e4m3fn");
+}
+
+Parts fold(Tensor codes, Tensor scales, std::string format, bool e5m2, bool spare,
+           std::optional<Tensor> total) {
+  const FormatSpec f = get_format(format);
+  expect_folds(f, format, e5m2);
+  expect_bytes("codes", codes);
+  expect_bytes("scales", scales);
+  const Device device(codes);
+  device.expect_here("scales", scales);
+  const Tensor packed = dense(codes), grid = dense(scales);
+  const int64_t blocks = grid.size(grid.dim() - 1), rows = blocks ? grid.numel() / blocks : 0;
+  options::expect(packed.numel() == rows * blocks * f.bits() * 4, "codes: expected ",
+                  rows * blocks * f.bits() * 4, " bytes for scales of shape ",
+                  text_of(shape_of(scales)), ", got ", packed.numel());
+  Fold to(device, rows, 32 * blocks, e5m2, spare, total);
+  cuda::FoldCodesArgs a;
+  a.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  a.scales = static_cast<const uint8_t*>(grid.const_data_ptr());
+  a.format = f;
+  a.to = to.to;
+  cuda::fold_codes(a, device.stream);
+  return to.parts();
+}
+
+// The arguments of a quantization of x's rows, which must lie end to end.
+struct Rows {
+  Device device;
+  Tensor x;
+  std::optional<Tensor> signs, given;
+  cuda::QuantizeArgs args;
+
+  Rows(const Tensor& input, const std::string& format, const Text& scale_rule, const Text& recipe,
+       const std::string& clip, int64_t rotation, const std::optional<Tensor>& signs_)
+      : device(input), x(dense(input)), signs(signs_) {
+    const cpu::Options o =
+        options::quantize(format, scale_rule, recipe, "nearest", std::nullopt, clip);
+    args.format = o.format;
+    args.rule = o.rule;
+    args.recipe = o.recipe;
+    args.full = o.full;
+    args.x = x.const_data_ptr();
+    args.dtype = dtype_of("x", x.scalar_type());
+    args.view.columns = x.size(x.dim() - 1);
+    args.view.outer = args.view.columns ? x.numel() / args.view.columns : 0;
+    args.view.outer_stride = args.view.columns;
+    if (!rotation) return;
+    if (signs) {
+      device.expect_here("signs", *signs);
+      options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
+                      signs->dim());
+      if (signs->scalar_type() != ScalarType::Float) {
+        signs = torch::stable::to(*signs, ScalarType::Float);
+      }
+      signs = dense(*signs);
+    }
+    const float* data = signs ? static_cast<const float*>(signs->const_data_ptr()) : nullptr;
+    const cpu::Rotation r =
+        options::rotation(rotation, args.view.columns, data, signs ? signs->numel() : 0);
+    args.rotation = {r.size, r.signs, r.signs_length};
+  }
+};
+
+Parts fold_values(Tensor x, std::string format, Text scale_rule, std::string clip, int64_t rotation,
+                  std::optional<Tensor> signs, bool e5m2, std::optional<Tensor> total) {
+  const Rows rows(x, format, scale_rule, std::nullopt, clip, rotation, signs);
+  expect_folds(rows.args.format, format, e5m2);
+  options::expect(cuda::fold_values_serves(rows.args),
+                  "x: expected bfloat16 rows of whole blocks; quantize it first");
+  Fold to(rows.device, rows.args.view.outer, rows.args.view.columns, e5m2, true, total);
+  cuda::fold_values(rows.args, to.to, rows.device.stream);
+  return to.parts();
+}
+
+// bf16 of element * scale, and the tensor scale (times `factor`), which is not in it; the second is
+// empty for formats and recipes without a tensor scale.
+std::tuple<Tensor, Tensor> round_values(Tensor x, std::string format, Text scale_rule, Text recipe,
+                                        std::string clip, int64_t rotation,
+                                        std::optional<Tensor> signs, std::optional<Tensor> factor) {
+  Rows rows(x, format, scale_rule, recipe, clip, rotation, signs);
+  cuda::QuantizeArgs& a = rows.args;
+  options::expect(cuda::round_values_serves(a),
+                  "x: expected bfloat16 rows of whole blocks of a format whose values are bfloat16 "
+                  "numbers; use fake_quantize");
+  const bool two_level = a.format.scale == Scale::kE4M3;
+  Tensor out = rows.device.empty(shape_of(x), ScalarType::BFloat16);
+  Tensor stored = rows.device.empty(two_level ? Shape{} : Shape{0}, ScalarType::Float);
+  Tensor partials = rows.device.empty({two_level ? cuda::kPartials : 0}, ScalarType::Float);
+  a.out = out.mutable_data_ptr();
+  a.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
+  a.partials = static_cast<float*>(partials.mutable_data_ptr());
+  const float* times = nullptr;
+  if (factor) {
+    rows.device.expect_here("factor", *factor);
+    options::expect(factor->scalar_type() == ScalarType::Float && factor->numel() == 1,
+                    "factor: expected one float32 number");
+    times = static_cast<const float*>(factor->const_data_ptr());
+  }
+  cuda::round_values(a, times, rows.device.stream);
+  return {out, stored};
+}
+
+DType bias_into(const Device& device, const std::optional<Tensor>& bias, int64_t columns,
+                const void** data) {
+  if (!bias) return DType::kFP32;
+  device.expect_here("bias", *bias);
+  options::expect(bias->dim() == 1 && bias->size(0) == columns && bias->is_contiguous(),
+                  "bias: expected ", columns, " numbers end to end");
+  *data = bias->const_data_ptr();
+  return dtype_of("bias", bias->scalar_type());
+}
+
+// y (M, N), written by a GEMM of folded operands, mended in place where rows did not fold.
+void repair(Tensor y, Tensor a8, Tensor a_scale, Tensor a_listed, Tensor a_spare, bool a_e5m2,
+            Tensor w8, Tensor w_scale, Tensor w_listed, bool w_e5m2, Tensor w_codes,
+            Tensor w_scales, std::string w_format, std::optional<Tensor> bias) {
+  const Device device(y);
+  cuda::RepairArgs r;
+  r.rows = y.size(0);
+  r.columns = y.size(1);
+  options::expect(y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0), "y: expected rows of neighbouring elements");
+  options::expect(a_spare.numel() == r.rows * a8.size(1),
+                  "a_spare: expected the rows of a as bfloat16");
+  options::expect(a8.size(1) == w8.size(1), "a8: expected rows as long as those of w8");
+  for (const Tensor* t :
+       {&a8, &a_scale, &a_listed, &w8, &w_scale, &w_listed, &w_codes, &w_scales}) {
+    device.expect_here("operand", *t);
+  }
+  r.y = y.mutable_data_ptr();
+  r.dtype = dtype_of("y", y.scalar_type());
+  r.stride = y.stride(0);
+  r.k = a8.size(1);
+  r.a = view_of(a8, a_scale, a_listed, a_spare, r.rows, a_e5m2);
+  r.w = view_of(w8, w_scale, w_listed, Tensor(a_spare), r.columns, w_e5m2);
+  r.w.spare = nullptr;
+  r.w_format = get_format(w_format);
+  expect_folds(r.w_format, w_format, w_e5m2);
+  const Tensor packed = dense(w_codes), grid = dense(w_scales);
+  options::expect(packed.numel() == r.columns * r.k * r.w_format.bits() / 8 &&
+                      grid.numel() == r.columns * r.k / 32,
+                  "w_codes: expected the codes and scales that w8 was made of");
+  r.w_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  r.w_scales = static_cast<const uint8_t*>(grid.const_data_ptr());
+  r.bias_dtype = bias_into(device, bias, r.columns, &r.bias);
+  cuda::repair(r, device.stream);
+}
+
+Tensor finish(Tensor y, int64_t columns, std::optional<Tensor> factor,
+              std::optional<Tensor> factor2, std::optional<Tensor> row_scale,
+              std::optional<Tensor> column_scale, std::optional<Tensor> bias, ScalarType dtype) {
+  const Device device(y);
+  options::expect(y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0) && y.scalar_type() == ScalarType::Float,
+                  "y: expected a float32 matrix with rows of neighbouring elements");
+  cuda::FinishArgs f;
+  f.y = static_cast<const float*>(y.const_data_ptr());
+  f.rows = y.size(0);
+  f.columns = columns;
+  f.stride = y.stride(0);
+  options::expect(columns <= y.size(1), "columns: expected at most ", y.size(1), ", got ", columns);
+  const std::optional<Tensor>* scalars[] = {&factor, &factor2};
+  for (int i = 0; i < 2; ++i) {
+    if (!*scalars[i] || (*scalars[i])->numel() == 0) continue;
+    device.expect_here("factor", **scalars[i]);
+    f.factors[i] = static_cast<const float*>((*scalars[i])->const_data_ptr());
+  }
+  if (row_scale) f.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
+  if (column_scale) f.column_scale = static_cast<const float*>(column_scale->const_data_ptr());
+  f.bias_dtype = bias_into(device, bias, columns, &f.bias);
+  f.dtype = dtype_of("dtype", dtype);
+  Tensor out = device.empty({f.rows, columns}, dtype);
+  f.out = out.mutable_data_ptr();
+  cuda::finish(f, device.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace pyfmt
+
+PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
+  m.def(
+      "_fold(Tensor codes, Tensor scales, str format, bool e5m2, bool spare, Tensor(a!)? total) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_fold_values(Tensor x, str format, str? scale_rule, str clip, int rotation, Tensor? signs, "
+      "bool e5m2, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_round_values(Tensor x, str format, str? scale_rule, str? recipe, str clip, int rotation, "
+      "Tensor? signs, Tensor? factor) -> (Tensor, Tensor)");
+  m.def(
+      "_repair(Tensor(a!) y, Tensor a8, Tensor a_scale, Tensor a_listed, Tensor a_spare, "
+      "bool a_e5m2, Tensor w8, Tensor w_scale, Tensor w_listed, bool w_e5m2, Tensor w_codes, "
+      "Tensor w_scales, str w_format, Tensor? bias) -> ()");
+  m.def(
+      "_finish(Tensor y, int columns, Tensor? factor, Tensor? factor2, Tensor? row_scale, "
+      "Tensor? column_scale, Tensor? bias, ScalarType dtype) -> Tensor");
+}
+
+PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
+  m.impl("_fold", TORCH_BOX(&pyfmt::fold));
+  m.impl("_fold_values", TORCH_BOX(&pyfmt::fold_values));
+  m.impl("_round_values", TORCH_BOX(&pyfmt::round_values));
+  m.impl("_repair", TORCH_BOX(&pyfmt::repair));
+  m.impl("_finish", TORCH_BOX(&pyfmt::finish));
+}
