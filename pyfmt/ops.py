@@ -52,11 +52,13 @@ SCHEMAS = (
 
     "matmul(Tensor a, Tensor? a_scales, Tensor? a_tensor_scale, str? a_format, "
     "Tensor b, Tensor b_scales, Tensor? b_tensor_scale, str b_format, SymInt k, "
-    "Tensor? bias=None, ScalarType? dtype=None) -> Tensor",
+    "Tensor? bias=None, ScalarType? dtype=None, str? path=None, str precision='full', "
+    "bool batch_invariant=False) -> Tensor",
 
     "linear(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, str w_format, "
     "Tensor? bias=None, str? activation=None, int rotation=0, Tensor? signs=None, "
-    "str? scale_rule=None, str? recipe=None, str clip='symmetric') -> Tensor",
+    "str? scale_rule=None, str? recipe=None, str clip='symmetric', Tensor[]? expanded=None, "
+    "str? path=None, str precision='full', bool batch_invariant=False) -> Tensor",
 )
 # fmt: on
 
