@@ -29,6 +29,14 @@ _FOLDING = ("e2m1", "e3m2", "e2m3", "int4q2")
 LONGEST_FOLD = 32768
 
 
+def check(path: str | None, precision: str) -> None:
+    """Check the names of a path and a precision; ValueError with the closest known ones."""
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path: unknown {path!r}{closest(path, PATHS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: unknown {precision!r}{closest(precision, PRECISIONS)}")
+
+
 def folds(fmt: Format) -> bool:
     """Whether an element times a power of two is an fp8 number."""
     return fmt.scale == "e8m0" and fmt.block == 32 and fmt.element.name in _FOLDING
@@ -171,8 +179,7 @@ def choose(call: Call, machine: Machine, path: str | None = None) -> str:
     Raises ValueError with the reason where a named path cannot.
     """
     if path is not None:
-        if path not in PATHS:
-            raise ValueError(f"path: unknown {path!r}{closest(path, PATHS)}")
+        check(path, "full")
         reason = _cannot(path, call, machine)
         if reason is not None:
             raise ValueError(f"path {path!r} cannot serve this call: {reason}")

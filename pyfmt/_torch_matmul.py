@@ -20,7 +20,7 @@ from torch import Tensor
 from pyfmt import _check, _torch_dense
 from pyfmt import _matmul_paths as paths
 from pyfmt._torch_dense import Left, Out, Right
-from pyfmt.formats import Format, closest, get_format
+from pyfmt.formats import Format, get_format
 
 # A weight of more elements is expanded in panels of rows, so that memory stays bounded.
 PANEL_ELEMENTS = 1 << 26
@@ -117,15 +117,6 @@ def _check_linear(x: Tensor, w_codes: Tensor, bias: Tensor | None) -> None:
     _check_weight("w_codes", w_codes, bias)
 
 
-def _check_way(path: str | None, precision: str) -> None:
-    if path is not None and path not in paths.PATHS:
-        raise RuntimeError(f"path: unknown {path!r}{closest(path, paths.PATHS)}")
-    if precision not in paths.PRECISIONS:
-        raise RuntimeError(
-            f"precision: unknown {precision!r}{closest(precision, paths.PRECISIONS)}"
-        )
-
-
 def matmul_fake(
     a: Tensor,
     a_scales: Tensor | None,
@@ -146,7 +137,7 @@ def matmul_fake(
     if a_format is not None:
         _check_rows(a, a_scales, a_format, k)  # type: ignore[arg-type]
     _check_rows(b, b_scales, b_format, k)
-    _check_way(path, precision)
+    raw(paths.check, path, precision)
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out)
 
 
@@ -170,7 +161,7 @@ def linear_fake(
 ) -> Tensor:
     _check_linear(x, w_codes, bias)
     _check_rows(w_codes, w_scales, w_format, x.shape[-1])
-    _check_way(path, precision)
+    raw(paths.check, path, precision)
     if activation is not None:
         fmt = raw(get_format, activation)
         raw(_check.options, fmt, scale_rule, recipe, "nearest", None, clip)
@@ -337,7 +328,7 @@ def matmul(
     name = _choices.get(key)
     m = lead.numel()
     if name is None:
-        _check_way(path, precision)
+        raw(paths.check, path, precision)
         fmt = None
         if a_format is not None:
             fmt = raw(get_format, a_format)
@@ -411,7 +402,7 @@ def linear(
     name = _choices.get(key)
     m = lead.numel()
     if name is None:
-        _check_way(path, precision)
+        raw(paths.check, path, precision)
         _check_rows(w_codes, w_scales, w_format, k)
         fmt = None if activation is None else raw(get_format, activation)
         if fmt is not None:
