@@ -51,8 +51,6 @@ struct Fold {
         listed(empty_ints(device, rows + 1)),
         spare(device.empty({keep_spare ? rows : 0, columns}, ScalarType::BFloat16)),
         to(view_of(fp8, scale, listed, spare, rows, e5m2)) {
-    options::expect(columns <= cuda::kLongestFold, "k: expected rows of at most ",
-                    cuda::kLongestFold, " elements, got ", columns);
     if (!total) return;
     options::expect(total->scalar_type() == ScalarType::Long && total->numel() == 1,
                     "total: expected one int64 number");
@@ -184,7 +182,8 @@ void repair(Tensor y, Tensor a8, Tensor a_scale, Tensor a_listed, Tensor a_spare
   cuda::RepairArgs r;
   r.rows = y.size(0);
   r.columns = y.size(1);
-  options::expect(y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0), "y: expected rows of neighbouring elements");
+  options::expect(y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0),
+                  "y: expected rows of neighbouring elements");
   options::expect(a_spare.numel() == r.rows * a8.size(1),
                   "a_spare: expected the rows of a as bfloat16");
   options::expect(a8.size(1) == w8.size(1), "a8: expected rows as long as those of w8");
@@ -215,8 +214,9 @@ Tensor finish(Tensor y, int64_t columns, std::optional<Tensor> factor,
               std::optional<Tensor> factor2, std::optional<Tensor> row_scale,
               std::optional<Tensor> column_scale, std::optional<Tensor> bias, ScalarType dtype) {
   const Device device(y);
-  options::expect(y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0) && y.scalar_type() == ScalarType::Float,
-                  "y: expected a float32 matrix with rows of neighbouring elements");
+  options::expect(
+      y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0) && y.scalar_type() == ScalarType::Float,
+      "y: expected a float32 matrix with rows of neighbouring elements");
   cuda::FinishArgs f;
   f.y = static_cast<const float*>(y.const_data_ptr());
   f.rows = y.size(0);

@@ -26,6 +26,7 @@ PRECISIONS = ("full", "fast")
 INVARIANT_ROWS = {"skinny": 64, "exact": 256, "portable": 256}
 
 _FOLDING = ("e2m1", "e3m2", "e2m3", "int4q2")
+# The longest row of activations that is quantized and folded in one kernel.
 LONGEST_FOLD = 32768
 
 
@@ -114,8 +115,6 @@ def _cannot(path: str, call: Call, machine: Machine) -> str | None:
             return "an operand does not fold into fp8 (MXFP4, MXINT4 and MXFP6 do)"
         if machine.capability < (8, 9):
             return "the device has no fp8 tensor cores"
-        if call.k > LONGEST_FOLD:
-            return f"it takes rows of up to {LONGEST_FOLD} elements, got {call.k}"
         return None
     if path == "exact":
         if machine.capability < (8, 0):
@@ -151,10 +150,16 @@ def native_reason(call: Call, machine: Machine) -> str | None:
         return "the device has no block-scaled tensor cores"
     if not machine.native:
         return "triton is not installed; `pip install triton`"
-    names = (call.a_format.name if call.a_format else "dense", call.w_format.name)
-    if set(names) <= {"mxfp4", "mxfp8_e4m3", "mxfp8_e5m2"} or set(names) == {"nvfp4"}:
+    if call.a_format is None:
+        return "a is dense, and block-scaled tensor cores take codes; quantize it"
+    names = {call.a_format.name, call.w_format.name}
+    if names == {"nvfp4"} or names <= {"mxfp8_e4m3", "mxfp8_e5m2"} or names == {"mxfp4"}:
         return None
-    return "block-scaled tensor cores take MXFP4 and MXFP8 pairs, and NVFP4 with NVFP4"
+    if names <= {"mxfp4", "mxfp8_e4m3", "mxfp8_e5m2"}:
+        if machine.capability[0] == 10:
+            return None
+        return "on this device the instructions take MXFP4 with MXFP4 and MXFP8 with MXFP8"
+    return "block-scaled tensor cores take MXFP4 and MXFP8, and NVFP4 with NVFP4"
 
 
 def _key(call: Call) -> str:

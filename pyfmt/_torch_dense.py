@@ -106,7 +106,7 @@ def total_of(device: torch.device) -> Tensor | None:
 # ---- the left operand -------------------------------------------------------------------------
 
 
-def _quantized(left: Left) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantized(left: Left) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and tensor scale of a left operand with a format."""
     if left.codes is not None:
         assert left.scales is not None
@@ -156,7 +156,7 @@ def _bf16(left: Left, factor: Tensor | None = None) -> tuple[Tensor, Tensor | No
         if left.format.tensor_scale and left.recipe != "single_level":
             return y, stored
         return y, factor
-    codes, scales, stored = _quantized(left)
+    codes, scales, stored = quantized(left)
     y = Parts.ops.dequantize.default(
         codes, scales, None, left.format.key, (left.rows, left.k), -1, torch.bfloat16
     )
@@ -192,7 +192,7 @@ def chunks(left: Left, right: Right, out: Out, rows: int, kernel: Callable[..., 
     if not out.batch_invariant:
         return kernel(left, right, out)
     if left.format is not None and left.codes is None:
-        codes, scales, stored = _quantized(left)
+        codes, scales, stored = quantized(left)
         left = Left(left.rows, left.k, left.format, None, codes, scales, stored)
     parts = []
     for first in range(0, left.rows, rows):
@@ -254,13 +254,13 @@ def fold(left: Left, right: Right, out: Out) -> Tensor:
     device = right.codes.device
     e5m2 = paths.folds_into_e5m2(left.format)
     total = total_of(device)
-    if left.codes is None and _whole_rows(left):
+    if left.codes is None and _whole_rows(left) and left.k <= paths.LONGEST_FOLD:
         a8, a_scale, a_listed, a_spare = Parts.ops._fold_values.default(
             left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs, e5m2,
             total,
         )  # fmt: skip
     else:
-        codes, scales, _ = _quantized(left)
+        codes, scales, _ = quantized(left)
         a8, a_scale, a_listed, a_spare = Parts.ops._fold.default(
             codes, scales, left.format.key, e5m2, True, total
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 from pyfmt import _check, _torch_dense
 from pyfmt import _matmul_paths as paths
 from pyfmt._torch_dense import Left, Out, Right
+from pyfmt._torch_native import native
 from pyfmt.formats import Format, get_format
 
 # A weight of more elements is expanded in panels of rows, so that memory stays bounded.
@@ -252,7 +253,7 @@ def _portable_rows(left: Left, right: Right, out: Out) -> Tensor:
     return _torch_dense.chunks(left, right, out, paths.INVARIANT_ROWS["portable"], _portable)
 
 
-_RUN = {**_torch_dense.RUN, "portable": _portable_rows}
+_RUN = {**_torch_dense.RUN, "native": native, "portable": _portable_rows}
 
 
 @lru_cache(maxsize=64)

@@ -163,6 +163,7 @@ LAYERS = [
 @pytest.mark.parametrize("options", LAYERS, ids=str)
 def test_layers_in_graphs_and_compiled(options: dict[str, Any]) -> None:
     q = layer(**options)
+    torch._dynamo.reset()
     compiled = torch.compile(q, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch.no_grad():
         for rows in (1, 16, 100, 700):

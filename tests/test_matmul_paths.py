@@ -79,7 +79,7 @@ def test_folding_is_exact_within_the_window_and_listed_beyond(
                 assert np.array_equal(parts[3].double().numpy(), want)
 
 
-@pytest.mark.parametrize("columns", [32, 96, 8224, 16416])
+@pytest.mark.parametrize("columns", [32, 96, 8224, 16416, 33024])
 def test_folding_rows_of_every_length(ops: Any, columns: int) -> None:
     x = grids.noise(3, columns)
     x[1, columns // 2] = np.nan
@@ -102,10 +102,12 @@ def test_rows_far_from_one_are_left_to_the_exact_path(ops: Any) -> None:
 @pytest.mark.parametrize("rotation", [0, 16, 128])
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4", "mxfp6_e3m2", "mxfp6_e2m3"])
 def test_fold_values_is_quantize_then_fold(ops: Any, name: str, rotation: int) -> None:
-    for rows, columns in ((5, 256), (2, 8320)):
+    for rows, columns in ((5, 256), (2, 8320), (2050, 64)):
         x = grids.noise(rows, columns, BF16)
         x[0, 3], x[1, :64] = np.inf, 0
-        x[1, 128:] *= BF16.type(2.0**-40)
+        x[1, columns // 2 :] *= BF16.type(2.0**-40)
+        if columns % max(rotation, 1):
+            continue
         signs = np.where(np.arange(columns) % 3, 1, -1).astype(np.float32) if rotation else None
         options = {"rotation": rotation, "signs": signs} if rotation else {}
         codes, scales, _ = reference.quantize(x, get_format(name), **options)

@@ -49,24 +49,42 @@ PYFMT_DEVICE void encode16(const float* v, const BlockScale& b, const Limits& li
   for (int i = 0; i < Coder<E>::kWords; ++i) codes[i] = b.poisoned ? 0u : codes[i];
 }
 
-template <class E, bool kE5M2, int kUnits>
+// A unit of x to codes; returns its scale.
+template <class E>
+PYFMT_DEVICE uint32_t encode_unit(const EmitParams& p, int64_t row, int64_t unit, uint32_t* codes) {
+  float v[kUnit];
+  load_rotated(p, row * p.units + unit, unit < p.units && row < p.to.rows, v);
+  const BlockScale b = block_scale<true>(p.scale, {}, L::max(amax16(v), amax16(v + 16)));
+  encode16<E>(v, b, p.limits, codes);
+  encode16<E>(v + 16, b, p.limits, codes + Coder<E>::kWords);
+  return b.code;
+}
+
+// A row by a block of threads, where rows are few, or by a warp; kUnits: of a thread.
+template <class E, bool kE5M2, int kUnits, bool kBlock>
 __global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
-  const int64_t row = blockIdx.x;
-  uint32_t codes[kUnits][E::spec.bits()], scale[kUnits];
+  const int64_t row = kBlock ? blockIdx.x : int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
+  const int threads = kBlock ? kThreads : 32;
+  const int first = kBlock ? threadIdx.x : threadIdx.x & 31;
+  if (row >= p.to.padded_rows) return;
+  uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    const int64_t unit = int64_t(u) * blockDim.x + threadIdx.x;
-    const bool live = unit < p.units && row < p.to.rows;
-    float v[kUnit];
-    load_rotated(p, row * p.units + unit, live, v);
-    const BlockScale b = block_scale<true>(p.scale, {}, L::max(amax16(v), amax16(v + 16)));
-    encode16<E>(v, b, p.limits, codes[u]);
-    encode16<E>(v + 16, b, p.limits, codes[u] + Coder<E>::kWords);
-    scale[u] = b.code;
+    if (u * threads < p.units) {
+      scale[u] = encode_unit<E>(p, row, u * threads + first, codes[u]);
+      range = max_halves(range, Fold<E, kE5M2>::range(codes[u], scale[u]));
+    }
   }
-  store_folded<E, kE5M2, kUnits>(p.to, codes, scale, shared, of_warp);
+  const Base<Fold<E, kE5M2>> base(range_of_row<kBlock>(range, of_warp));
+  if (first == 0) store_base(p.to, row, base);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (u * threads < p.units) {
+      store_unit<E, kE5M2>(p.to, row, u * threads + first, base, codes[u], scale[u], shared);
+    }
+  }
 }
 
 template <class E, bool kPow2>
@@ -106,18 +124,22 @@ __global__ void __launch_bounds__(kThreads)
   Stage<64>::store(static_cast<uint8_t*>(p.out), unit, p.units, words, shared);
 }
 
+using FoldKernel = void (*)(EmitParams);
+
 struct FoldKernels {
   ElementSpec element;
   bool e5m2;
-  void (*by_units[3])(EmitParams);
+  FoldKernel block[3];  // 1, 2, 4 units of a thread
+  FoldKernel warp[2];   // 8, 16
 };
 
 template <class E, bool kE5M2>
 FoldKernels fold_kernels() {
   return {E::spec,
           kE5M2,
-          {fold_values_rows<E, kE5M2, 1>, fold_values_rows<E, kE5M2, 2>,
-           fold_values_rows<E, kE5M2, 4>}};
+          {fold_values_rows<E, kE5M2, 1, true>, fold_values_rows<E, kE5M2, 2, true>,
+           fold_values_rows<E, kE5M2, 4, true>},
+          {fold_values_rows<E, kE5M2, 8, false>, fold_values_rows<E, kE5M2, 16, false>}};
 }
 
 const FoldKernels* find_fold(const FormatSpec& f, bool e5m2) {
@@ -154,6 +176,8 @@ RoundKernel find_round(const FormatSpec& f) {
   return nullptr;
 }
 
+constexpr int64_t kManyRows = 2048;
+
 bool whole_units(const QuantizeArgs& a) {
   return a.dtype == DType::kBF16 && a.format.block_rows == 1 && !a.stochastic && a.view.flat() &&
          a.view.columns % kUnit == 0 && a.view.count() > 0 && aligned16(a.x);
@@ -179,10 +203,16 @@ void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream) {
   EmitParams p = common_params(a);
   p.units = a.view.columns / kUnit;
   p.to = to;
-  const RowLaunch l(to.columns);
   check(cudaMemsetAsync(to.listed, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream)),
         "memset");
-  launch(find_fold(a.format, to.e5m2)->by_units[l.units / 2], to.padded_rows, l.threads, stream, p);
+  const FoldKernels& k = *find_fold(a.format, to.e5m2);
+  // Below this many rows a row for each warp leaves processors idle.
+  if (to.rows >= kManyRows && p.units <= 16 * 32) {
+    launch(k.warp[p.units > 8 * 32], (to.padded_rows + kWarps - 1) / kWarps, kThreads, stream, p);
+  } else {
+    const int place = p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
+    launch(k.block[place], to.padded_rows, kThreads, stream, p);
+  }
 }
 
 bool round_values_serves(const QuantizeArgs& a) {

@@ -22,7 +22,7 @@ struct Folded {
 
 // Whether an element of a format with blocks of 32 and E8M0 scales folds into an fp8 type.
 bool folds(const FormatSpec&, bool e5m2);
-// The longest row that the kernels take.
+// The longest row that fold_values takes.
 constexpr int64_t kLongestFold = 32768;
 
 struct FoldCodesArgs {

@@ -134,68 +134,56 @@ struct Base {
   }
 };
 
-// The codes of a row that a block of threads holds: unit u * threads + thread in place u.
-template <class E, bool kE5M2, int kUnits>
-PYFMT_DEVICE void store_folded(const Folded& to, const uint32_t (&codes)[kUnits][E::spec.bits()],
-                               const uint32_t (&scale)[kUnits], uint4* shared, uint32_t* of_warp) {
-  using F = Fold<E, kE5M2>;
-  const int threads = blockDim.x, lane = threadIdx.x & 31;
-  const int64_t row = blockIdx.x, units = to.columns / kUnit;
-  uint32_t range = 0;
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) range = max_halves(range, F::range(codes[u], scale[u]));
+// Where a row's threads meet: a warp, or a whole block of them.
+template <bool kBlock>
+PYFMT_DEVICE uint32_t range_of_row(uint32_t range, uint32_t* of_warp) {
   for (int far = 16; far; far /= 2) range = max_halves(range, __shfl_xor_sync(kAll, range, far));
-  if (lane == 0) of_warp[threadIdx.x >> 5] = range;
-  __syncthreads();
-  for (int i = 0; i < threads / 32; ++i) range = max_halves(range, of_warp[i]);
-  const Base<F> base(range);
-
-  if (threadIdx.x == 0) {
-    to.scale[row] = base.fits ? as_float(uint32_t(base.exponent + 127) << 23) : 0.0f;
-    if (!base.fits) {
-      to.listed[1 + atomicAdd(to.listed, 1)] = int32_t(row);
-      if (to.total) atomicAdd(to.total, 1ull);
-    }
+  if constexpr (kBlock) {
+    if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x >> 5] = range;
+    __syncthreads();
+    for (int i = 0; i < int(blockDim.x) / 32; ++i) range = max_halves(range, of_warp[i]);
   }
+  return range;
+}
+
+// A row's scale, or its place in the list of those that do not fold; by one thread.
+template <class F>
+PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const Base<F>& base) {
+  to.scale[row] = base.fits ? as_float(uint32_t(base.exponent + 127) << 23) : 0.0f;
+  if (base.fits) return;
+  to.listed[1 + atomicAdd(to.listed, 1)] = int32_t(row);
+  if (to.total) atomicAdd(to.total, 1ull);
+}
+
+// One unit of a row; all lanes of a warp call, with neighbouring units.
+template <class E, bool kE5M2>
+PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
+                             const Base<Fold<E, kE5M2>>& base, const uint32_t* codes,
+                             uint32_t scale, uint4* shared) {
+  using F = Fold<E, kE5M2>;
+  const int64_t units = to.columns / kUnit;
+  uint32_t words[8];
+  if (base.fits && scale != 255u) {
+    const bool empty = F::range(codes, scale) == 0;
+    F::convert(codes, empty ? 0 : int(scale) - 127 - base.exponent, words);
+  } else {
 #pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    const int64_t unit = int64_t(u) * threads + threadIdx.x;
-    uint32_t words[8];
-    if (base.fits && scale[u] != 255u) {
-      const bool empty = F::range(codes[u], scale[u]) == 0;
-      F::convert(codes[u], empty ? 0 : int(scale[u]) - 127 - base.exponent, words);
-    } else {
+    for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
+  }
+  Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
+  if (base.fits || !to.spare || unit >= units) return;
+  const float s = as_float(codec::e8m0_decode<uint32_t>(scale));
+  uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
-    }
-    Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
-    if (!base.fits && to.spare && unit < units) {
-      const float s = as_float(codec::e8m0_decode<uint32_t>(scale[u]));
-      uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);
+  for (int h = 0; h < 2; ++h) {
+    float v[16];
+    Coder<E>::decode(codes + h * Coder<E>::kWords, v);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float v[16];
-        Coder<E>::decode(codes[u] + h * Coder<E>::kWords, v);
-#pragma unroll
-        for (int i = 0; i < 16; i += 2) {
-          out[8 * h + i / 2] = to_halves<DType::kBF16>(v[i] * s, v[i + 1] * s);
-        }
-      }
+    for (int i = 0; i < 16; i += 2) {
+      out[8 * h + i / 2] = to_halves<DType::kBF16>(v[i] * s, v[i + 1] * s);
     }
   }
 }
-
-// Threads for a row, and the units of each: 1, 2 or 4.
-struct RowLaunch {
-  int threads, units;
-
-  explicit RowLaunch(int64_t columns) {
-    const int64_t units_of_row = columns / kUnit;
-    threads = int(units_of_row < kThreads ? (units_of_row + 31) / 32 * 32 : kThreads);
-    if (threads == 0) threads = 32;
-    units = units_of_row <= kThreads ? 1 : units_of_row <= 2 * kThreads ? 2 : 4;
-  }
-};
 
 }  // namespace cuda
 }  // namespace pyfmt
