@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("triton")
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+
+import torch
 
 from pyfmt import _matmul_paths as paths
 from pyfmt import _torch_native, reference

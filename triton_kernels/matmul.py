@@ -6,6 +6,8 @@ in Triton's interpreter, the same product by way of bfloat16. Scales lie as quan
 (rows, blocks); the compiler moves them to where the instructions want them.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
 
 import triton
@@ -16,20 +18,18 @@ import triton.language as tl
 def _as_element(codes, ELEMENT: tl.constexpr):
     """Bytes as what dot_scaled calls them; two e2m1 codes stay a byte."""
     if ELEMENT == "e4m3":
-        return codes.to(tl.float8e4nv, bitcast=True)
-    elif ELEMENT == "e5m2":
-        return codes.to(tl.float8e5, bitcast=True)
-    else:
-        return codes
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    if ELEMENT == "e5m2":
+        codes = codes.to(tl.float8e5, bitcast=True)
+    return codes
 
 
 @triton.jit
 def _as_scale(codes, BLOCK: tl.constexpr):
-    """Bytes as scales: E4M3 for blocks of 16, else E8M0, whose bytes dot_scaled takes as they are."""
+    """Bytes as scales: E4M3 for blocks of 16; E8M0 bytes are taken as they are."""
     if BLOCK == 16:
-        return codes.to(tl.float8e4nv, bitcast=True)
-    else:
-        return codes
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    return codes
 
 
 @triton.jit
