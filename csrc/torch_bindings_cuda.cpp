@@ -1,21 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pyfmt on CUDA tensors, by the stable ABI: quantize, quantize_dual, dequantize,
 // fake_quantize, hadamard, pack, unpack and amax. The schemas stand in pyfmt/ops.py.
-//
-// The library names no CUDA flavour of torch: the current stream comes from whichever libtorch_cuda
-// the process has loaded.
-#include <dlfcn.h>
-
 #include <tuple>
 
-#include "cuda/args.h"
-#include "torch_tensors.h"
+#include "torch_device.h"
 
-// The emulation of tests/emulation runs the same text on CPU tensors.
-#ifndef PYFMT_DISPATCH_KEY
-#define PYFMT_NAMESPACE pyfmt
-#define PYFMT_DISPATCH_KEY CUDA
-#endif
 #ifndef PYFMT_CUDA_ARCHS
 #define PYFMT_CUDA_ARCHS ""
 #endif
@@ -24,50 +13,6 @@ namespace pyfmt {
 namespace {
 
 using namespace tensors;
-
-// ---- device and stream ------------------------------------------------------------------------
-
-using StreamOf = AOTITorchError (*)(int32_t, void**);
-
-StreamOf find_stream_of() {
-  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
-  void* symbol = dlsym(RTLD_DEFAULT, kName);
-  for (const char* library : {"libtorch_cuda.so", "torch_cuda.dll"}) {
-    if (symbol) break;
-    if (void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(loaded, kName);
-  }
-  options::expect(symbol != nullptr, "CUDA stream: this torch has no ", kName,
-                  "; install a CUDA build of torch 2.10 or later");
-  return reinterpret_cast<StreamOf>(symbol);
-}
-
-// The device of a tensor made current, with its current stream.
-class Device {
- public:
-  explicit Device(const Tensor& t) : index(t.get_device_index()), type_(t.is_cuda()) {
-    if (!type_) return;
-    guard_.emplace(index);
-    cuda::set_device(index);
-    static const StreamOf stream_of = find_stream_of();
-    STABLE_TORCH_ERROR_CODE_CHECK(stream_of(index, &stream));
-  }
-  Tensor empty(const Shape& shape, ScalarType dtype) const {
-    return tensors::empty(
-        shape, dtype, type_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), index);
-  }
-  void expect_here(const char* what, const Tensor& t) const {
-    options::expect(t.is_cuda() == type_ && t.get_device_index() == index, what,
-                    ": expected a tensor on the device of the others, cuda:", index,
-                    "; move it there with .to()");
-  }
-
-  int32_t index;
-  cuda::Stream stream = nullptr;
-
- private:
-  bool type_;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
 
 // ---- rows -------------------------------------------------------------------------------------
 
@@ -487,13 +432,11 @@ std::string cuda_archs() {
 }  // namespace
 }  // namespace pyfmt
 
-#define PYFMT_DEFINE(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def("_cuda_archs() -> str");
   m.def("_encode(Tensor x, str element, int scale=127, str clip='symmetric') -> Tensor");
 }
 
-#define PYFMT_REGISTER(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_cuda_archs", TORCH_BOX(&pyfmt::cuda_archs));
 }
