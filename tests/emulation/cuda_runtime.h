@@ -38,6 +38,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) {
   return {x, y};
 }
@@ -48,7 +51,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 inline const char* cudaGetErrorString(int) {
   return "emulated";
 }
@@ -78,7 +81,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint32_t> exchange;
   ucontext_t scheduler;
-  int threads = 0, current = 0;
+  int threads = 0, current = 0, alive = 0, arrived = 0, generation = 0;
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
 };
@@ -125,6 +128,8 @@ inline void run_block(int threads, void (*body)(void*), void* arguments) {
   b.body = body;
   b.arguments = arguments;
   b.exchange.resize(size_t(threads));
+  b.alive = threads;
+  b.arrived = 0;
   if (b.fibers.size() < size_t(threads)) b.fibers.resize(size_t(threads));
   for (int t = 0; t < threads; ++t) {
     Fiber& f = b.fibers[size_t(t)];
@@ -143,9 +148,22 @@ inline void run_block(int threads, void (*body)(void*), void* arguments) {
       b.current = t;
       thread_index().x = unsigned(t);
       swapcontext(&b.scheduler, &b.fibers[size_t(t)].context);
+      if (b.fibers[size_t(t)].done) --b.alive;
       alive = alive || !b.fibers[size_t(t)].done;
     }
+    if (b.arrived && b.arrived == b.alive) {
+      b.arrived = 0;
+      ++b.generation;
+    }
   }
+}
+
+// A barrier of the block's living threads, whatever else they did in the meantime.
+inline void sync_block() {
+  Block& b = block();
+  const int mine = b.generation;
+  ++b.arrived;
+  while (b.generation == mine) yield();
 }
 
 template <class... P, class... A>
@@ -175,6 +193,18 @@ T shuffle_xor(T value, int far) {
   return other;
 }
 
+// Whether any lane of the warp says so.
+inline bool any(bool mine) {
+  Block& b = block();
+  const int me = b.current, first = me & ~31;
+  b.exchange[size_t(me)] = mine;
+  yield();
+  bool found = false;
+  for (int i = first; i < first + 32 && i < b.threads; ++i) found = found || b.exchange[size_t(i)];
+  yield();
+  return found;
+}
+
 }  // namespace emulation
 
 #define threadIdx (::emulation::thread_index())
@@ -183,7 +213,7 @@ T shuffle_xor(T value, int far) {
 #define blockDim (::emulation::block_size())
 
 inline void __syncthreads() {
-  ::emulation::yield();
+  ::emulation::sync_block();
 }
 inline void __syncwarp() {
   ::emulation::yield();
@@ -202,6 +232,9 @@ T atomicAdd(T* place, T value) {
 inline int cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
   std::memset(place, value, bytes);
   return cudaSuccess;
+}
+inline bool __any_sync(unsigned, bool mine) {
+  return ::emulation::any(mine);
 }
 
 inline int min(int a, int b) {
