@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pyfmt._matmul_table import SMALL, TABLE
-from pyfmt.formats import Format, closest
+from pyfmt.formats import FORMATS, Format, closest
 
 PATHS = ("native", "skinny", "wide", "fold", "exact", "portable")
 PRECISIONS = ("full", "fast")
@@ -130,18 +130,25 @@ def _cannot(path: str, call: Call, machine: Machine) -> str | None:
 def skinny_reason(call: Call) -> str | None:
     """Why the kernel for few rows cannot take a weight, or None."""
     fmt = call.w_format
-    if fmt.block_rows != 1:
-        return "it takes blocks of one row"
-    return None
+    if fmt in FORMATS.values():
+        return None
+    groups = fmt.element.name in ("int4", "int8") and fmt.scale in ("bf16", "fp16", "fp32")
+    if groups and isinstance(fmt.block, int) and fmt.block % 32 == 0:
+        return None
+    return "it takes the formats of the table, and int4 and int8 in groups of a multiple of 32"
 
 
 def wide_reason(call: Call) -> str | None:
     """Why the kernel for a few hundred rows cannot take the operands, or None."""
     if not _left_in_bf16(call):
         return _inexact(call)
-    if call.w_format.block_rows != 1:
-        return "it takes blocks of one row"
-    return None
+    fmt = call.w_format
+    groups = fmt.element.name in ("int4", "int8") and fmt.scale in ("bf16", "fp16", "fp32")
+    if groups and (fmt.block == "row" or (isinstance(fmt.block, int) and fmt.block % 128 == 0)):
+        return None
+    if not groups and fmt in FORMATS.values():
+        return None
+    return "it takes the formats of the table, and int4 and int8 in groups of a multiple of 128"
 
 
 def native_reason(call: Call, machine: Machine) -> str | None:

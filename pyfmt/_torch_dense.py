@@ -153,9 +153,7 @@ def _bf16(left: Left, factor: Tensor | None = None) -> tuple[Tensor, Tensor | No
             left.x, left.format.key, left.scale_rule, left.recipe, left.clip, left.rotation,
             left.signs, factor,
         )  # fmt: skip
-        if left.format.tensor_scale and left.recipe != "single_level":
-            return y, stored
-        return y, factor
+        return y, stored if _two_level(left) else factor
     codes, scales, stored = quantized(left)
     y = Parts.ops.dequantize.default(
         codes, scales, None, left.format.key, (left.rows, left.k), -1, torch.bfloat16
@@ -220,6 +218,13 @@ def left_device(left: Left) -> Tensor:
     return tensor
 
 
+def _two_level(left: Left) -> bool:
+    """Whether the left operand has, or will have, a tensor scale."""
+    if left.codes is not None:
+        return left.tensor_scale is not None
+    return left.format is not None and left.format.tensor_scale and left.recipe != "single_level"
+
+
 def skinny(left: Left, right: Right, out: Out) -> Tensor:
     if out.batch_invariant and left.rows > 64:
         return chunks(left, right, out, 64, _skinny)
@@ -230,7 +235,7 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
     scale = right.tensor_scale
     if left.format is None:
         x = _rotated(left)
-    elif paths.exact_in_bf16(left.format):
+    elif paths.exact_in_bf16(left.format) and not (_two_level(left) and scale is None):
         x, scale = _bf16(left, scale)
     else:
         x = fp32(left)
@@ -243,7 +248,14 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
 
 def wide(left: Left, right: Right, out: Out) -> Tensor:
     x, scale = _bf16(left, right.tensor_scale)
-    y: Tensor = Parts.ops._matmul_wide.default(
+    if scale is not None and right.tensor_scale is None:
+        # The left operand's tensor scale has no place in the kernel: it is for the epilogue.
+        y: Tensor = Parts.ops._matmul_wide.default(
+            x, right.codes, right.scales, None, right.format.key, left.k, None, torch.float32
+        )
+        y = Parts.ops._finish.default(y, right.n, scale, None, None, None, out.bias, out.dtype)
+        return y
+    y = Parts.ops._matmul_wide.default(
         x, right.codes, right.scales, scale, right.format.key, left.k, out.bias, out.dtype
     )
     return y
