@@ -151,6 +151,7 @@ def dense(seconds: float) -> None:
             for fmt in formats if m != 4096 else ():
                 kept = w.kept(fmt, "fold")
                 cases[f"{fmt} x {fmt}"] = w.matmul(x, fmt)
+                cases[f"{fmt} x kept"] = w.matmul(x, fmt, expanded=kept)
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
                 cases[f"rotate 32, {fmt} x kept"] = w.linear(x, fmt, fmt, 32, expanded=kept)
                 if fmt == "mxfp4":
@@ -276,7 +277,9 @@ def errors(_: float) -> None:
         return x
 
     def adversarial(rows: int) -> torch.Tensor:
-        x = torch.full((rows, k), 1.5 * 2.0**-13, device="cuda")
+        # One block in four holds one large number alone; against ones on the other side (below).
+        x = torch.full((rows, k), 1.5 * 2.0**-12, device="cuda")
+        x.view(rows, -1, 128)[..., :32] = 0
         x[:, ::128] = 1
         return x
 
@@ -290,6 +293,8 @@ def errors(_: float) -> None:
         for left, right, path, precision in cases:
             m = 16 if path == "skinny" else 256
             a, w = make(m), make(512)
+            if kind == "adversarial":
+                w = torch.ones_like(w)
             qw = pyfmt.quantize(w, right)
             qa = a.bfloat16() if left is None else pyfmt.quantize(a, left)
             decoded = qa.double() if left is None else qa.dequantize().double()

@@ -11,22 +11,22 @@ namespace {
 
 using namespace tensors;
 
-// What a folded matrix is: fp8 (padded rows, padded columns) as bytes, a scale for each row, the
-// list of rows that do not fold, and those rows as bf16 (empty where not asked for).
+// What a folded matrix is: fp8 (padded rows, padded columns) as bytes, a scale and a mark for each
+// row (1 where it does not fold), and those rows as bf16 (empty where not asked for).
 using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 int64_t round_up(int64_t n, int64_t step) {
   return (n + step - 1) / step * step;
 }
 
-cuda::Folded view_of(const Tensor& fp8, const Tensor& scale, const Tensor& listed,
+cuda::Folded view_of(const Tensor& fp8, const Tensor& scale, const Tensor& marks,
                      const Tensor& spare, int64_t rows, bool e5m2) {
-  options::expect(fp8.dim() == 2 && scale.numel() == fp8.size(0) && listed.numel() > rows,
+  options::expect(fp8.dim() == 2 && scale.numel() == fp8.size(0) && marks.numel() == fp8.size(0),
                   "folded: expected what _fold returned");
   cuda::Folded f;
   f.fp8 = static_cast<uint8_t*>(fp8.mutable_data_ptr());
   f.scale = static_cast<float*>(scale.mutable_data_ptr());
-  f.listed = static_cast<int32_t*>(listed.mutable_data_ptr());
+  f.marks = static_cast<uint8_t*>(marks.mutable_data_ptr());
   if (spare.numel()) f.spare = static_cast<uint16_t*>(spare.mutable_data_ptr());
   f.rows = rows;
   f.padded_rows = fp8.size(0);
@@ -35,28 +35,23 @@ cuda::Folded view_of(const Tensor& fp8, const Tensor& scale, const Tensor& liste
   return f;
 }
 
-Tensor empty_ints(const Device& device, int64_t count) {
-  // Four bytes each, whatever they are called.
-  return device.empty({count}, ScalarType::Float);
-}
-
 struct Fold {
-  Tensor fp8, scale, listed, spare;
+  Tensor fp8, scale, marks, spare;
   cuda::Folded to;
 
   Fold(const Device& device, int64_t rows, int64_t columns, bool e5m2, bool keep_spare,
        const std::optional<Tensor>& total)
       : fp8(device.empty({round_up(rows, 16), columns}, ScalarType::Byte)),
         scale(device.empty({round_up(rows, 16)}, ScalarType::Float)),
-        listed(empty_ints(device, rows + 1)),
+        marks(device.empty({round_up(rows, 16)}, ScalarType::Byte)),
         spare(device.empty({keep_spare ? rows : 0, columns}, ScalarType::BFloat16)),
-        to(view_of(fp8, scale, listed, spare, rows, e5m2)) {
+        to(view_of(fp8, scale, marks, spare, rows, e5m2)) {
     if (!total) return;
     options::expect(total->scalar_type() == ScalarType::Long && total->numel() == 1,
                     "total: expected one int64 number");
     to.total = static_cast<unsigned long long*>(total->mutable_data_ptr());
   }
-  Parts parts() const { return {fp8, scale, listed, spare}; }
+  Parts parts() const { return {fp8, scale, marks, spare}; }
 };
 
 void expect_folds(const FormatSpec& f, const std::string& format, bool e5m2) {
@@ -64,27 +59,69 @@ void expect_folds(const FormatSpec& f, const std::string& format, bool e5m2) {
                   e5m2 ? "float8_e5m2" : "float8_e4m3fn");
 }
 
+// Packed codes and where they are folded to.
+struct Codes {
+  FormatSpec format;
+  Tensor packed, grid;
+  int64_t rows, columns;
+
+  Codes(const Device& device, const Tensor& codes, const Tensor& scales, const std::string& name)
+      : format(get_format(name)), packed(dense(codes)), grid(dense(scales)) {
+    expect_bytes("codes", codes);
+    expect_bytes("scales", scales);
+    device.expect_here("codes", codes);
+    device.expect_here("scales", scales);
+    const int64_t blocks = grid.size(grid.dim() - 1);
+    rows = blocks ? grid.numel() / blocks : 0;
+    columns = 32 * blocks;
+    options::expect(packed.numel() == rows * blocks * format.bits() * 4, "codes: expected ",
+                    rows * blocks * format.bits() * 4, " bytes for scales of shape ",
+                    text_of(shape_of(scales)), ", got ", packed.numel());
+  }
+  cuda::FoldCodesArgs args(const cuda::Folded& to) const {
+    cuda::FoldCodesArgs a;
+    a.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+    a.scales = static_cast<const uint8_t*>(grid.const_data_ptr());
+    a.format = format;
+    a.to = to;
+    return a;
+  }
+};
+
 Parts fold(Tensor codes, Tensor scales, std::string format, bool e5m2, bool spare,
            std::optional<Tensor> total) {
-  const FormatSpec f = get_format(format);
-  expect_folds(f, format, e5m2);
-  expect_bytes("codes", codes);
-  expect_bytes("scales", scales);
   const Device device(codes);
-  device.expect_here("scales", scales);
-  const Tensor packed = dense(codes), grid = dense(scales);
-  const int64_t blocks = grid.size(grid.dim() - 1), rows = blocks ? grid.numel() / blocks : 0;
-  options::expect(packed.numel() == rows * blocks * f.bits() * 4, "codes: expected ",
-                  rows * blocks * f.bits() * 4, " bytes for scales of shape ",
-                  text_of(shape_of(scales)), ", got ", packed.numel());
-  Fold to(device, rows, 32 * blocks, e5m2, spare, total);
-  cuda::FoldCodesArgs a;
-  a.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
-  a.scales = static_cast<const uint8_t*>(grid.const_data_ptr());
-  a.format = f;
-  a.to = to.to;
-  cuda::fold_codes(a, device.stream);
+  const Codes c(device, codes, scales, format);
+  expect_folds(c.format, format, e5m2);
+  const Fold to(device, c.rows, c.columns, e5m2, spare, total);
+  cuda::fold_codes(c.args(to.to), device.stream);
   return to.parts();
+}
+
+// The left and the right operand of a product.
+using TwoParts = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TwoParts both(const Fold& a, const Fold& w) {
+  return {a.fp8, a.scale, a.marks, a.spare, w.fp8, w.scale, w.marks};
+}
+
+TwoParts fold_two(Tensor codes, Tensor scales, std::string format, bool e5m2, Tensor w_codes,
+                  Tensor w_scales, std::string w_format, std::optional<Tensor> total) {
+  const Device device(codes);
+  const Codes a(device, codes, scales, format), w(device, w_codes, w_scales, w_format);
+  expect_folds(a.format, format, e5m2);
+  expect_folds(w.format, w_format, false);
+  options::expect(a.columns == w.columns, "w_codes: expected rows of ", a.columns,
+                  " elements like those of codes, got ", w.columns);
+  const Fold left(device, a.rows, a.columns, e5m2, true, total);
+  const Fold right(device, w.rows, w.columns, false, false, total);
+  if (a.format.element == w.format.element) {
+    cuda::fold_two(a.args(left.to), w.args(right.to), device.stream);
+  } else {
+    cuda::fold_codes(a.args(left.to), device.stream);
+    cuda::fold_codes(w.args(right.to), device.stream);
+  }
+  return both(left, right);
 }
 
 // The arguments of a quantization of x's rows, which must lie end to end.
@@ -136,6 +173,26 @@ Parts fold_values(Tensor x, std::string format, Text scale_rule, std::string cli
   return to.parts();
 }
 
+TwoParts fold_values_two(Tensor x, std::string format, Text scale_rule, std::string clip,
+                         int64_t rotation, std::optional<Tensor> signs, bool e5m2, Tensor w_codes,
+                         Tensor w_scales, std::string w_format, std::optional<Tensor> total) {
+  const Rows rows(x, format, scale_rule, std::nullopt, clip, rotation, signs);
+  const Codes w(rows.device, w_codes, w_scales, w_format);
+  expect_folds(rows.args.format, format, e5m2);
+  expect_folds(w.format, w_format, false);
+  options::expect(cuda::fold_values_serves(rows.args) && rows.args.view.columns == w.columns,
+                  "x: expected bfloat16 rows of whole blocks, as long as the weight's");
+  const Fold left(rows.device, rows.args.view.outer, w.columns, e5m2, true, total);
+  const Fold right(rows.device, w.rows, w.columns, false, false, total);
+  if (rows.args.format.element == w.format.element) {
+    cuda::fold_values_and_codes(rows.args, left.to, w.args(right.to), rows.device.stream);
+  } else {
+    cuda::fold_values(rows.args, left.to, rows.device.stream);
+    cuda::fold_codes(w.args(right.to), rows.device.stream);
+  }
+  return both(left, right);
+}
+
 // bf16 of element * scale, and the tensor scale (times `factor`), which is not in it; the second is
 // empty for formats and recipes without a tensor scale.
 std::tuple<Tensor, Tensor> round_values(Tensor x, std::string format, Text scale_rule, Text recipe,
@@ -175,9 +232,9 @@ DType bias_into(const Device& device, const std::optional<Tensor>& bias, int64_t
 }
 
 // y (M, N), written by a GEMM of folded operands, mended in place where rows did not fold.
-void repair(Tensor y, Tensor a8, Tensor a_scale, Tensor a_listed, Tensor a_spare, bool a_e5m2,
-            Tensor w8, Tensor w_scale, Tensor w_listed, bool w_e5m2, Tensor w_codes,
-            Tensor w_scales, std::string w_format, std::optional<Tensor> bias) {
+void repair(Tensor y, Tensor a8, Tensor a_scale, Tensor a_marks, Tensor a_spare, bool a_e5m2,
+            Tensor w8, Tensor w_scale, Tensor w_marks, bool w_e5m2, Tensor w_codes, Tensor w_scales,
+            std::string w_format, std::optional<Tensor> bias) {
   const Device device(y);
   cuda::RepairArgs r;
   r.rows = y.size(0);
@@ -187,16 +244,15 @@ void repair(Tensor y, Tensor a8, Tensor a_scale, Tensor a_listed, Tensor a_spare
   options::expect(a_spare.numel() == r.rows * a8.size(1),
                   "a_spare: expected the rows of a as bfloat16");
   options::expect(a8.size(1) == w8.size(1), "a8: expected rows as long as those of w8");
-  for (const Tensor* t :
-       {&a8, &a_scale, &a_listed, &w8, &w_scale, &w_listed, &w_codes, &w_scales}) {
+  for (const Tensor* t : {&a8, &a_scale, &a_marks, &w8, &w_scale, &w_marks, &w_codes, &w_scales}) {
     device.expect_here("operand", *t);
   }
   r.y = y.mutable_data_ptr();
   r.dtype = dtype_of("y", y.scalar_type());
   r.stride = y.stride(0);
   r.k = a8.size(1);
-  r.a = view_of(a8, a_scale, a_listed, a_spare, r.rows, a_e5m2);
-  r.w = view_of(w8, w_scale, w_listed, Tensor(a_spare), r.columns, w_e5m2);
+  r.a = view_of(a8, a_scale, a_marks, a_spare, r.rows, a_e5m2);
+  r.w = view_of(w8, w_scale, w_marks, Tensor(a_spare), r.columns, w_e5m2);
   r.w.spare = nullptr;
   r.w_format = get_format(w_format);
   expect_folds(r.w_format, w_format, w_e5m2);
@@ -247,14 +303,22 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
       "_fold(Tensor codes, Tensor scales, str format, bool e5m2, bool spare, Tensor(a!)? total) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "_fold_two(Tensor codes, Tensor scales, str format, bool e5m2, Tensor w_codes, "
+      "Tensor w_scales, str w_format, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "_fold_values_two(Tensor x, str format, str? scale_rule, str clip, int rotation, "
+      "Tensor? signs, bool e5m2, Tensor w_codes, Tensor w_scales, str w_format, "
+      "Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "_fold_values(Tensor x, str format, str? scale_rule, str clip, int rotation, Tensor? signs, "
       "bool e5m2, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_round_values(Tensor x, str format, str? scale_rule, str? recipe, str clip, int rotation, "
       "Tensor? signs, Tensor? factor) -> (Tensor, Tensor)");
   m.def(
-      "_repair(Tensor(a!) y, Tensor a8, Tensor a_scale, Tensor a_listed, Tensor a_spare, "
-      "bool a_e5m2, Tensor w8, Tensor w_scale, Tensor w_listed, bool w_e5m2, Tensor w_codes, "
+      "_repair(Tensor(a!) y, Tensor a8, Tensor a_scale, Tensor a_marks, Tensor a_spare, "
+      "bool a_e5m2, Tensor w8, Tensor w_scale, Tensor w_marks, bool w_e5m2, Tensor w_codes, "
       "Tensor w_scales, str w_format, Tensor? bias) -> ()");
   m.def(
       "_finish(Tensor y, int columns, Tensor? factor, Tensor? factor2, Tensor? row_scale, "
@@ -263,7 +327,9 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("_fold", TORCH_BOX(&pyfmt::fold));
+  m.impl("_fold_two", TORCH_BOX(&pyfmt::fold_two));
   m.impl("_fold_values", TORCH_BOX(&pyfmt::fold_values));
+  m.impl("_fold_values_two", TORCH_BOX(&pyfmt::fold_values_two));
   m.impl("_round_values", TORCH_BOX(&pyfmt::round_values));
   m.impl("_repair", TORCH_BOX(&pyfmt::repair));
   m.impl("_finish", TORCH_BOX(&pyfmt::finish));

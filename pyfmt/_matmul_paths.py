@@ -17,13 +17,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pyfmt._matmul_table import SMALL, TABLE
-from pyfmt.formats import FORMATS, Format, closest
+from pyfmt.formats import FORMATS, Format, closest, get_format
 
 PATHS = ("native", "skinny", "wide", "fold", "exact", "portable")
 PRECISIONS = ("full", "fast")
 
 # Rows of a that a call of the path takes at once where the batch must not matter.
 INVARIANT_ROWS = {"skinny": 64, "exact": 256, "portable": 256}
+
+# Blocks of activations that the kernels read as they are.
+_READ_WHOLE = (16, 32, 64, 128, 256, 512, 1024)
 
 _FOLDING = ("e2m1", "e3m2", "e2m3", "int4q2")
 # The longest row of activations that is quantized and folded in one kernel.
@@ -54,6 +57,31 @@ def exact_in_bf16(fmt: Format) -> bool:
     if fmt.scale not in ("e8m0", "e4m3") or element.step_exp < -16 or element.emax > 16:
         return False
     return element.significand + 1 + (4 if fmt.scale == "e4m3" else 0) <= 8
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the paths ask of a format on every call, looked up by its key."""
+
+    format: Format
+    key: str
+    exact: bool
+    e5m2: bool
+    two_level: bool  # has a tensor scale
+    whole: int  # what a row must be a multiple of to be read as it is; 0: never
+
+    @property
+    def block_rows(self) -> int:
+        return self.format.block_rows
+
+
+@lru_cache(maxsize=1024)
+def facts(key: str) -> Facts:
+    """Facts of a format by its key; ValueError or TypeError for an unknown one."""
+    fmt = get_format(key)
+    block = fmt.block
+    whole = max(block, 32) if isinstance(block, int) and block in _READ_WHOLE else 0
+    return Facts(fmt, fmt.key, exact_in_bf16(fmt), folds_into_e5m2(fmt), fmt.tensor_scale, whole)
 
 
 @dataclass(frozen=True)

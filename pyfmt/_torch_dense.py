@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pyfmt import _matmul_paths as paths
-from pyfmt.formats import Format, get_format
+from pyfmt._matmul_paths import Facts
+from pyfmt.formats import get_format
 
 # The bytes that an expanded weight may take; a larger one is expanded in panels of rows.
 PANEL_BYTES = 1 << 28
@@ -33,7 +34,7 @@ class Left:
 
     rows: int
     k: int
-    format: Format | None = None
+    format: Facts | None = None
     x: Tensor | None = None
     codes: Tensor | None = None
     scales: Tensor | None = None
@@ -56,7 +57,7 @@ class Right:
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor | None
-    format: Format
+    format: Facts
     n: int
     kept: list[Tensor] | None = None
 
@@ -121,17 +122,17 @@ def quantized(left: Left) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def _whole_rows(left: Left) -> bool:
     """Whether the kernels that read x take it: bfloat16 in whole blocks."""
+    x = left.x
     assert left.format is not None
-    block = left.format.block
+    whole = left.format.whole
     return (
-        left.x is not None
-        and left.x.dtype == torch.bfloat16
-        and left.rows > 0
-        and isinstance(block, int)
-        and left.k % max(block, 32) == 0
-        and block in (16, 32, 64, 128, 256, 512, 1024)
+        x is not None
+        and x.dtype == torch.bfloat16
+        and whole > 0
+        and left.k % whole == 0
         and left.k > 0
-        and left.x.data_ptr() % 16 == 0
+        and left.rows > 0
+        and x.data_ptr() % 16 == 0
     )
 
 
@@ -222,7 +223,11 @@ def _two_level(left: Left) -> bool:
     """Whether the left operand has, or will have, a tensor scale."""
     if left.codes is not None:
         return left.tensor_scale is not None
-    return left.format is not None and left.format.tensor_scale and left.recipe != "single_level"
+    return (
+        left.format is not None
+        and left.format.format.tensor_scale
+        and left.recipe != "single_level"
+    )
 
 
 def skinny(left: Left, right: Right, out: Out) -> Tensor:
@@ -235,7 +240,7 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
     scale = right.tensor_scale
     if left.format is None:
         x = _rotated(left)
-    elif paths.exact_in_bf16(left.format) and not (_two_level(left) and scale is None):
+    elif left.format.exact and not (_two_level(left) and scale is None):
         x, scale = _bf16(left, scale)
     else:
         x = fp32(left)
@@ -261,38 +266,51 @@ def wide(left: Left, right: Right, out: Out) -> Tensor:
     return y
 
 
+def _fold_both(
+    left: Left, e5m2: bool, codes: Tensor | None, scales: Tensor | None, fmt: str, total: Any
+) -> tuple[Any, Any]:
+    """The left operand folded, and where codes are given those of the weight, in one launch."""
+    assert left.format is not None
+    if left.codes is None and _whole_rows(left) and left.k <= paths.LONGEST_FOLD:
+        given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
+        if codes is None:
+            return Parts.ops._fold_values.default(*given, e5m2, total), None
+        found = Parts.ops._fold_values_two.default(*given, e5m2, codes, scales, fmt, total)
+        return found[:4], found[4:]
+    own = (*quantized(left)[:2], left.format.key, e5m2)
+    if codes is None:
+        return Parts.ops._fold.default(*own, True, total), None
+    found = Parts.ops._fold_two.default(*own, codes, scales, fmt, total)
+    return found[:4], found[4:]
+
+
 def fold(left: Left, right: Right, out: Out) -> Tensor:
     assert left.format is not None
-    device = right.codes.device
-    e5m2 = paths.folds_into_e5m2(left.format)
-    total = total_of(device)
-    if left.codes is None and _whole_rows(left) and left.k <= paths.LONGEST_FOLD:
-        a8, a_scale, a_listed, a_spare = Parts.ops._fold_values.default(
-            left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs, e5m2,
-            total,
-        )  # fmt: skip
-    else:
-        codes, scales, _ = quantized(left)
-        a8, a_scale, a_listed, a_spare = Parts.ops._fold.default(
-            codes, scales, left.format.key, e5m2, True, total
-        )
-    a = a8[: left.rows].view(E5M2 if e5m2 else E4M3)
-    column = a_scale[: left.rows, None]
-    panels = [(0, right.n)] if right.kept else _panels(right, a8.shape[1])
+    e5m2 = left.format.e5m2
+    total = total_of(right.codes.device)
+    key = right.format.key
+    panels = (
+        _panels(right, right.format.format.padded(left.k)) if not right.kept else [(0, right.n)]
+    )
+    mine: Any = None
     parts = []
     for first, last in panels:
         codes, scales = right.rows(first, last)
-        if right.kept:
-            w8, w_scale, w_listed = right.kept
+        if mine is None and right.kept:
+            mine, _ = _fold_both(left, e5m2, None, None, key, total)
+        elif mine is None:
+            mine, weight = _fold_both(left, e5m2, codes, scales, key, total)
         else:
-            w8, w_scale, w_listed, _ = Parts.ops._fold.default(
-                codes, scales, right.format.key, False, False, total
-            )
+            weight = Parts.ops._fold.default(codes, scales, key, False, False, total)[:3]
+        a8, a_scale, a_marks, a_spare = mine
+        w8, w_scale, w_marks = right.kept or weight
+        a = a8[: left.rows].view(E5M2 if e5m2 else E4M3)
+        column = a_scale[: left.rows, None]
         bias = None if out.bias is None else out.bias[first:last]
         y = _fp8_gemm(a, column, w8.view(E4M3), w_scale[None], bias, last - first, out)
         Parts.ops._repair.default(
-            y, a8, a_scale, a_listed, a_spare, e5m2, w8, w_scale, w_listed, False, codes, scales,
-            right.format.key, bias,
+            y, a8, a_scale, a_marks, a_spare, e5m2, w8, w_scale, w_marks, False, codes, scales,
+            key, bias,
         )  # fmt: skip
         parts.append(y)
     y = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

@@ -133,6 +133,7 @@ def matmul_fake(
     path: str | None = None,
     precision: str = "full",
     batch_invariant: bool = False,
+    expanded: Sequence[Tensor] | None = None,
 ) -> Tensor:
     out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
     if a_format is not None:
@@ -317,14 +318,18 @@ def matmul(
     path: str | None = None,
     precision: str = "full",
     batch_invariant: bool = False,
+    expanded: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized."""
+    """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized.
+
+    expanded: what _expand_weight returned for b.
+    """
     out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
-    lead, n = a.shape[:-1], b.shape[0]
+    lead, n, kept = a.shape[:-1], b.shape[0], kind_of(expanded)
     a_grid = None if a_scales is None else a_scales.shape
     key = (
         a.shape, a.dtype, a_grid, a_format, b.shape, b_scales.shape, b_scales.dtype, b_format, k,
-        a.device, path, precision, batch_invariant,
+        a.device, kept, path, precision, batch_invariant,
     )  # fmt: skip
     name = _choices.get(key)
     m = lead.numel()
@@ -336,18 +341,20 @@ def matmul(
             _check_rows(a, a_scales, a_format, k)  # type: ignore[arg-type]
         _check_rows(b, b_scales, b_format, k)
         dense = str(a.dtype).removeprefix("torch.")
-        call = paths.Call(fmt, dense, get_format(b_format), m, n, k, "", batch_invariant)
+        call = paths.Call(fmt, dense, get_format(b_format), m, n, k, kept, batch_invariant)
         name = _remember(key, _choose(call, a.device, path))
     if a_format is None:
         left = Left(m, k, x=a if a.dim() == 2 else a.reshape(m, k))
     else:
-        left = Left(m, k, get_format(a_format))
+        left = Left(m, k, raw(paths.facts, a_format))
         left.codes, left.scales = a, a_scales
         left.tensor_scale = a_tensor_scale if has_scale(a_tensor_scale) else None
         if a.dim() != 2:
             _flatten(left, a, a_scales)  # type: ignore[arg-type]
     scale = b_tensor_scale if has_scale(b_tensor_scale) else None
-    right = Right(b, b_scales, scale, get_format(b_format), n)
+    right = Right(b, b_scales, scale, paths.facts(b_format), n)
+    if kept == name:
+        right.kept = list(expanded)  # type: ignore[arg-type]
     y = _RUN[name](left, right, Out(bias, out, precision == "fast", batch_invariant))
     return y if a.dim() == 2 else y.view(*lead, n)
 
@@ -420,15 +427,15 @@ def linear(
             fmt, dense = None, "float32"
         call = paths.Call(fmt, dense, get_format(w_format), m, n, k, kept, batch_invariant)
         name = _remember(key, _choose(call, x.device, path))
-    fmt = None if activation is None else get_format(activation)
-    left = Left(m, k, fmt, x, None, None, None, scale_rule, recipe, clip, rotation, signs)
+    facts = None if activation is None else paths.facts(activation)
+    left = Left(m, k, facts, x, None, None, None, scale_rule, recipe, clip, rotation, signs)
     if x.dim() != 2:
-        if fmt is not None and fmt.block_rows > 1:
+        if facts is not None and facts.block_rows > 1:
             # Square blocks lie within matrices: they are quantized before the rows are one matrix.
             left = Left(m, k, x=_torch_dense.fp32(left))
         left.x = left.x.reshape(m, k)  # type: ignore[union-attr]
     scale = w_tensor_scale if has_scale(w_tensor_scale) else None
-    right = Right(w_codes, w_scales, scale, get_format(w_format), n)
+    right = Right(w_codes, w_scales, scale, paths.facts(w_format), n)
     if kept == name:
         right.kept = list(expanded)  # type: ignore[arg-type]
     y = _RUN[name](left, right, Out(bias, x.dtype, precision == "fast", batch_invariant))

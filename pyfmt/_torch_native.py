@@ -39,9 +39,9 @@ def native(left: Left, right: Right, out: Out) -> Tensor:
 
     codes, scales, scale = _torch_dense.quantized(left)
     assert left.format is not None
-    m, n, k = left.rows, right.n, left.format.padded(left.k)
+    m, n, k = left.rows, right.n, left.format.format.padded(left.k)
     y = torch.empty((m, n), dtype=out.dtype, device=codes.device)
-    facts = constants(left.format, right.format, m)
+    facts = constants(left.format.format, right.format.format, m)
     factors = [scale, right.tensor_scale]
     some = any(f is not None for f in factors)
     if some:

@@ -53,7 +53,7 @@ SCHEMAS = (
     "matmul(Tensor a, Tensor? a_scales, Tensor? a_tensor_scale, str? a_format, "
     "Tensor b, Tensor b_scales, Tensor? b_tensor_scale, str b_format, SymInt k, "
     "Tensor? bias=None, ScalarType? dtype=None, str? path=None, str precision='full', "
-    "bool batch_invariant=False) -> Tensor",
+    "bool batch_invariant=False, Tensor[]? expanded=None) -> Tensor",
 
     "linear(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, str w_format, "
     "Tensor? bias=None, str? activation=None, int rotation=0, Tensor? signs=None, "
@@ -224,7 +224,7 @@ def _expand_weight(codes: Tensor, scales: Tensor, format: str, k: Any, kind: str
     return [
         codes.new_empty((padded, scales.shape[1] * 32)),
         codes.new_empty((padded,), dtype=torch.float32),
-        codes.new_empty((n + 1,), dtype=torch.float32),
+        codes.new_empty((padded,)),
     ]
 
 

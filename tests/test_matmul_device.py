@@ -47,8 +47,9 @@ def wide_spread(rows: int, k: int, g: torch.Generator) -> torch.Tensor:
 
 
 def adversarial(rows: int, k: int, g: torch.Generator) -> torch.Tensor:
-    """One large number, all others just below what its accumulator keeps."""
-    x = torch.full((rows, k), 1.5 * 2.0**-13, device="cuda")
+    """Large numbers alone in their blocks, others just below what an fp8 accumulator keeps."""
+    x = torch.full((rows, k), 1.5 * 2.0**-12, device="cuda")
+    x[:, torch.arange(k, device="cuda") % 128 < 32] = 0
     x[:, ::128] = 1.0
     return x
 
@@ -75,6 +76,8 @@ def check(y: torch.Tensor, a: torch.Tensor, w: torch.Tensor, c: float, bias: Any
 
 def both(kind: str, m: int, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     g = generator(m)
+    if kind == "adversarial":
+        return adversarial(m, k, g), torch.ones(n, k, device="cuda")
     return OPERANDS[kind](m, k, g), OPERANDS["gaussian" if kind == "outlier" else kind](n, k, g)
 
 

@@ -82,12 +82,14 @@ def interpreted(left: str, right: str, m: int, n: int, k: int) -> None:
         parts = reference.quantize(x, fmt)
         values = reference.dequantize(*parts, fmt, x.shape).astype(np.float64)
         tensors = [None if p is None else to_torch(np.asarray(p)) for p in parts]
-        sides.append((fmt, tensors, values))
-    (a_fmt, a_parts, a_values), (w_fmt, w_parts, w_values) = sides
+        sides.append((tensors, values))
+    (a_parts, a_values), (w_parts, w_values) = sides
     bias = torch.linspace(-1, 1, n)
     # The interpreter truncates to bfloat16, so float32 alone is compared.
     y = _torch_native.native(
-        Left(m, k, a_fmt, None, *a_parts), Right(*w_parts, w_fmt, n), Out(bias, torch.float32)
+        Left(m, k, paths.facts(left), None, *a_parts),
+        Right(*w_parts, paths.facts(right), n),
+        Out(bias, torch.float32),
     )
     exact = a_values @ w_values.T + bias.double().numpy()
     weight = np.abs(a_values) @ np.abs(w_values).T + 1

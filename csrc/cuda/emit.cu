@@ -60,30 +60,47 @@ PYFMT_DEVICE uint32_t encode_unit(const EmitParams& p, int64_t row, int64_t unit
   return b.code;
 }
 
-// A row by a block of threads, where rows are few, or by a warp; kUnits: of a thread.
-template <class E, bool kE5M2, int kUnits, bool kBlock>
-__global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
-  __shared__ uint4 shared[Stage<32>::kShared];
-  __shared__ uint32_t of_warp[kWarps];
-  const int64_t row = kBlock ? blockIdx.x : int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
-  const int threads = kBlock ? kThreads : 32;
-  const int first = kBlock ? threadIdx.x : threadIdx.x & 31;
-  if (row >= p.to.padded_rows) return;
+// A row by a block of threads; kUnits: of a thread.
+template <class E, bool kE5M2, int kUnits>
+PYFMT_DEVICE void fold_values_row(const EmitParams& p, int64_t row, uint4* shared,
+                                  uint32_t* of_warp) {
   uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    if (u * threads < p.units) {
-      scale[u] = encode_unit<E>(p, row, u * threads + first, codes[u]);
+    if (u * kThreads < p.units) {
+      scale[u] = encode_unit<E>(p, row, u * kThreads + threadIdx.x, codes[u]);
       range = max_halves(range, Fold<E, kE5M2>::range(codes[u], scale[u]));
     }
   }
-  const Base<Fold<E, kE5M2>> base(range_of_row<kBlock>(range, of_warp));
-  if (first == 0) store_base(p.to, row, base);
+  const Base<Fold<E, kE5M2>> base(range_of_row<true>(range, of_warp));
+  if (threadIdx.x == 0) store_base(p.to, row, base);
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    if (u * threads < p.units) {
-      store_unit<E, kE5M2>(p.to, row, u * threads + first, base, codes[u], scale[u], shared);
+    if (u * kThreads < p.units) {
+      store_unit<E, kE5M2>(p.to, row, u * kThreads + threadIdx.x, base, codes[u], scale[u], shared);
     }
+  }
+}
+
+template <class E, bool kE5M2, int kUnits>
+__global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
+  __shared__ uint4 shared[Stage<32>::kShared];
+  __shared__ uint32_t of_warp[kWarps];
+  fold_values_row<E, kE5M2, kUnits>(p, blockIdx.x, shared, of_warp);
+}
+
+// Activations, and the weight that they meet, at once. kUnits of a thread are 8 kUnits of a lane.
+template <class E, bool kE5M2, int kUnits>
+__global__ void __launch_bounds__(kThreads)
+    fold_values_and_codes_rows(const __grid_constant__ EmitParams p,
+                               const __grid_constant__ FoldCodesArgs w) {
+  __shared__ uint4 shared[Stage<32>::kShared];
+  __shared__ uint32_t of_warp[kWarps];
+  const Mixed b(blockIdx.x, p.to.padded_rows, gridDim.x);
+  if (b.is_first) {
+    fold_values_row<E, kE5M2, kUnits>(p, b.index, shared, of_warp);
+  } else {
+    fold_codes_row<E, false, kUnits == 1 ? 8 : 16, kUnits == 4>(w, b.index, shared);
   }
 }
 
@@ -124,22 +141,21 @@ __global__ void __launch_bounds__(kThreads)
   Stage<64>::store(static_cast<uint8_t*>(p.out), unit, p.units, words, shared);
 }
 
-using FoldKernel = void (*)(EmitParams);
-
 struct FoldKernels {
   ElementSpec element;
   bool e5m2;
-  FoldKernel block[3];  // 1, 2, 4 units of a thread
-  FoldKernel warp[2];   // 8, 16
+  void (*alone[3])(EmitParams);  // 1, 2, 4 units of a thread
+  void (*mixed[3])(EmitParams, FoldCodesArgs);
 };
 
 template <class E, bool kE5M2>
 FoldKernels fold_kernels() {
-  return {E::spec,
-          kE5M2,
-          {fold_values_rows<E, kE5M2, 1, true>, fold_values_rows<E, kE5M2, 2, true>,
-           fold_values_rows<E, kE5M2, 4, true>},
-          {fold_values_rows<E, kE5M2, 8, false>, fold_values_rows<E, kE5M2, 16, false>}};
+  return {
+      E::spec,
+      kE5M2,
+      {fold_values_rows<E, kE5M2, 1>, fold_values_rows<E, kE5M2, 2>, fold_values_rows<E, kE5M2, 4>},
+      {fold_values_and_codes_rows<E, kE5M2, 1>, fold_values_and_codes_rows<E, kE5M2, 2>,
+       fold_values_and_codes_rows<E, kE5M2, 4>}};
 }
 
 const FoldKernels* find_fold(const FormatSpec& f, bool e5m2) {
@@ -176,8 +192,6 @@ RoundKernel find_round(const FormatSpec& f) {
   return nullptr;
 }
 
-constexpr int64_t kManyRows = 2048;
-
 bool whole_units(const QuantizeArgs& a) {
   return a.dtype == DType::kBF16 && a.format.block_rows == 1 && !a.stochastic && a.view.flat() &&
          a.view.columns % kUnit == 0 && a.view.count() > 0 && aligned16(a.x);
@@ -199,20 +213,32 @@ bool fold_values_serves(const QuantizeArgs& a) {
   return whole_units(a) && a.view.columns <= kLongestFold;
 }
 
-void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream) {
+namespace {
+
+EmitParams fold_params(const QuantizeArgs& a, const Folded& to) {
   EmitParams p = common_params(a);
   p.units = a.view.columns / kUnit;
   p.to = to;
-  check(cudaMemsetAsync(to.listed, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream)),
-        "memset");
+  return p;
+}
+
+int place_of(const EmitParams& p) {
+  return p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
+}
+
+}  // namespace
+
+void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream) {
+  const EmitParams p = fold_params(a, to);
   const FoldKernels& k = *find_fold(a.format, to.e5m2);
-  // Below this many rows a row for each warp leaves processors idle.
-  if (to.rows >= kManyRows && p.units <= 16 * 32) {
-    launch(k.warp[p.units > 8 * 32], (to.padded_rows + kWarps - 1) / kWarps, kThreads, stream, p);
-  } else {
-    const int place = p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
-    launch(k.block[place], to.padded_rows, kThreads, stream, p);
-  }
+  launch(k.alone[place_of(p)], to.padded_rows, kThreads, stream, p);
+}
+
+void fold_values_and_codes(const QuantizeArgs& a, const Folded& to, const FoldCodesArgs& w,
+                           Stream stream) {
+  const EmitParams p = fold_params(a, to);
+  const FoldKernels& k = *find_fold(a.format, to.e5m2);
+  launch(k.mixed[place_of(p)], to.padded_rows + blocks_of(w.to), kThreads, stream, p, w);
 }
 
 bool round_values_serves(const QuantizeArgs& a) {

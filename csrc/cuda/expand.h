@@ -9,11 +9,11 @@ namespace pyfmt {
 namespace cuda {
 
 // Rows as fp8: value(row, k) = fp8(row, k) * scale(row), exactly. A row whose blocks' exponents
-// spread over more than the fp8 type holds has scale 0 and zeros; it is listed.
+// spread over more than the fp8 type holds has scale 0 and zeros, and is marked.
 struct Folded {
   uint8_t* fp8 = nullptr;     // (padded rows, padded columns); rows beyond the end are zeros
   float* scale = nullptr;     // of each padded row, a power of two
-  int32_t* listed = nullptr;  // their number, then the rows that do not fold, in any order
+  uint8_t* marks = nullptr;   // of each padded row: 1 where it does not fold
   uint16_t* spare = nullptr;  // the rows that do not fold as exact bf16, or null
   unsigned long long* total = nullptr;  // how many there were in all calls, or null
   int64_t rows = 0, padded_rows = 0, columns = 0;
@@ -32,11 +32,16 @@ struct FoldCodesArgs {
   Folded to;
 };
 void fold_codes(const FoldCodesArgs&, Stream);
+// Two matrices of one format in one launch, their blocks of threads mixed.
+void fold_two(const FoldCodesArgs&, const FoldCodesArgs&, Stream);
 
 // Rotate, quantize and fold in one: the values are those of fold_codes(quantize(x)). args.x: bf16,
 // rows end to end, whole units, 16-byte aligned.
 void fold_values(const QuantizeArgs& args, const Folded& to, Stream);
 bool fold_values_serves(const QuantizeArgs&);
+// The same beside packed codes of the same format, in one launch.
+void fold_values_and_codes(const QuantizeArgs& args, const Folded& to, const FoldCodesArgs&,
+                           Stream);
 
 // Rotate, quantize and decode in one: exact bf16 of element * scale. The tensor scale is not in it:
 // it is stored in args.tensor_scale_out, times *`factor` where that is given.

@@ -146,13 +146,12 @@ PYFMT_DEVICE uint32_t range_of_row(uint32_t range, uint32_t* of_warp) {
   return range;
 }
 
-// A row's scale, or its place in the list of those that do not fold; by one thread.
+// A row's scale, and its mark; by one thread.
 template <class F>
 PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const Base<F>& base) {
   to.scale[row] = base.fits ? as_float(uint32_t(base.exponent + 127) << 23) : 0.0f;
-  if (base.fits) return;
-  to.listed[1 + atomicAdd(to.listed, 1)] = int32_t(row);
-  if (to.total) atomicAdd(to.total, 1ull);
+  to.marks[row] = base.fits ? 0 : 1;
+  if (!base.fits && to.total) atomicAdd(to.total, 1ull);
 }
 
 // One unit of a row; all lanes of a warp call, with neighbouring units.
@@ -184,6 +183,94 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
     }
   }
 }
+
+// ---- rows from packed codes: a warp keeps a row in registers ----------------------------------
+
+// Codes of a unit and its scale; zeros beyond the row.
+template <class E>
+PYFMT_DEVICE uint32_t load_codes(const FoldCodesArgs& p, int64_t row, int64_t unit, int64_t units,
+                                 uint32_t* codes) {
+  constexpr int kBits = E::spec.bits();  // words of a unit
+#pragma unroll
+  for (int i = 0; i < kBits; ++i) codes[i] = 0;
+  if (unit >= units || row >= p.to.rows) return 0;
+  const uint8_t* from = p.codes + (row * units + unit) * (4 * kBits);
+  if constexpr (kBits % 4 == 0) {
+    const uint4 w = load_once(reinterpret_cast<const uint4*>(from));
+    codes[0] = w.x;
+    codes[1] = w.y;
+    codes[2] = w.z;
+    codes[3] = w.w;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBits; i += 2) {
+      const uint2 w = reinterpret_cast<const uint2*>(from)[i / 2];
+      codes[i] = w.x;
+      codes[i + 1] = w.y;
+    }
+  }
+  return p.scales[row * units + unit];
+}
+
+// kUnits: a lane's; with kAgain they are the first of more, and the row is read a second time.
+template <class E, bool kE5M2, int kUnits, bool kAgain>
+PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* shared) {
+  using F = Fold<E, kE5M2>;
+  const int lane = threadIdx.x & 31;
+  const int64_t row = block * kWarps + (threadIdx.x >> 5);
+  const int64_t units = p.to.columns / kUnit;
+  if (row >= p.to.padded_rows) return;
+  uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    scale[u] = load_codes<E>(p, row, 32 * u + lane, units, codes[u]);
+  }
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) range = max_halves(range, F::range(codes[u], scale[u]));
+  if constexpr (kAgain) {
+    for (int64_t first = 32 * kUnits; first < units; first += 32) {
+      uint32_t more[E::spec.bits()];
+      const uint32_t s = load_codes<E>(p, row, first + lane, units, more);
+      range = max_halves(range, F::range(more, s));
+    }
+  }
+  const Base<F> base(range_of_row<false>(range, nullptr));
+  if (lane == 0) store_base(p.to, row, base);
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (32 * u < units) {
+      store_unit<E, kE5M2>(p.to, row, 32 * u + lane, base, codes[u], scale[u], shared);
+    }
+  }
+  if constexpr (kAgain) {
+    for (int64_t first = 32 * kUnits; first < units; first += 32) {
+      uint32_t more[E::spec.bits()];
+      const uint32_t s = load_codes<E>(p, row, first + lane, units, more);
+      store_unit<E, kE5M2>(p.to, row, first + lane, base, more, s, shared);
+    }
+  }
+}
+
+// Blocks of threads for folding codes, and which of the kernels for few to many units.
+inline int64_t blocks_of(const Folded& to) {
+  return (to.padded_rows + kWarps - 1) / kWarps;
+}
+inline int units_kind(int64_t columns) {
+  const int64_t units = columns / kUnit;
+  return units <= 64 ? 0 : units <= 256 ? 1 : units <= 512 ? 2 : 3;
+}
+
+// Two kinds of blocks spread evenly among each other: `first` of `all` are of the first kind.
+struct Mixed {
+  bool is_first;
+  int64_t index;  // among its kind
+
+  PYFMT_DEVICE Mixed(int64_t block, int64_t first, int64_t all) {
+    const int64_t before = block * first / all;
+    is_first = (block + 1) * first / all != before;
+    index = is_first ? before : block - before;
+  }
+};
 
 }  // namespace cuda
 }  // namespace pyfmt

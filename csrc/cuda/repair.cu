@@ -2,8 +2,8 @@
 // After the GEMM: rows that did not fold are computed from exact values, and the epilogue that a
 // library's GEMM lacks.
 //
-// How many rows there are is known on the device alone, so the launch is always the same; usually
-// every block of threads reads two zeros and ends.
+// Which rows they are is known on the device alone, so the launch is always the same; usually every
+// block of threads reads the marks, finds none and ends.
 #include "device.cuh"
 #include "expand.h"
 
@@ -103,47 +103,101 @@ PYFMT_DEVICE void dot(int64_t k, const One& one, const Many& many, float (&sum)[
   }
 }
 
+// The marked ones of a stretch of rows, in order, for every block of threads alike.
+struct Marked {
+  static constexpr int kStretch = 16 * kThreads;
+  int count;
+  uint16_t rows[kStretch];
+  int of_warp[kWarps];
+};
+
+// How many of `marks` from `first` on are set, and which; all threads of a block call.
+PYFMT_DEVICE int find_marked(const Folded& f, int64_t first, Marked& found) {
+  const int64_t at = first + 16 * threadIdx.x;
+  uint32_t words[4] = {0, 0, 0, 0};
+  // Padded rows are a multiple of 16 and never marked.
+  if (at < f.padded_rows) {
+    const uint4 w = *reinterpret_cast<const uint4*>(f.marks + at);
+    words[0] = w.x;
+    words[1] = w.y;
+    words[2] = w.z;
+    words[3] = w.w;
+  }
+  int mine = 0;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) mine += (words[i / 4] >> (8 * (i % 4))) & 1;
+  int before = mine;  // of this lane and those below
+  for (int far = 1; far < 32; far *= 2) {
+    const int other = __shfl_up_sync(kAll, before, far);
+    if (int(threadIdx.x & 31) >= far) before += other;
+  }
+  if ((threadIdx.x & 31) == 31) found.of_warp[threadIdx.x >> 5] = before;
+  __syncthreads();
+  int all = 0;
+  for (int i = 0; i < kWarps; ++i) {
+    if (i < int(threadIdx.x >> 5)) before += found.of_warp[i];
+    all += found.of_warp[i];
+  }
+  if (mine) {
+    int place = before - mine;
+    for (int i = 0; i < 16; ++i) {
+      if ((words[i / 4] >> (8 * (i % 4))) & 1) {
+        found.rows[place++] = uint16_t(16 * threadIdx.x + i);
+      }
+    }
+  }
+  __syncthreads();
+  return all;
+}
+
 __global__ void __launch_bounds__(kThreads) repair_rows(const __grid_constant__ RepairParams p) {
+  __shared__ Marked found;
   const RepairArgs& a = p.args;
-  const int a_rows = a.a.listed[0], w_rows = a.w.listed[0];
-  if ((a_rows | w_rows) == 0) return;
   const int lane = threadIdx.x & 31;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
   const int64_t warps = int64_t(gridDim.x) * kWarps;
   float sum[kTile];
 
   const int64_t across = (a.columns + kTile - 1) / kTile;
-  for (int64_t item = warp; item < a_rows * across; item += warps) {
-    const int64_t row = a.a.listed[1 + item / across], first = item % across * kTile;
-    dot(
-        a.k, [&](int64_t k, float (&v)[4]) { spare4(a.a, row, k, v); },
-        [&](int j, int64_t k, float (&v)[4]) {
-          const int64_t column = first + j < a.columns ? first + j : first;
-          if (a.w.scale[column] == 0.0f) {
-            coded4(p, column, k, v);
-          } else {
-            folded4(a.w, column, k, v);
-          }
-        },
-        sum);
-    for (int j = 0; j < kTile; ++j) {
-      if (lane == 0 && first + j < a.columns) write(p, row, first + j, sum[j]);
+  for (int64_t start = 0; start < a.rows; start += Marked::kStretch) {
+    const int count = find_marked(a.a, start, found);
+    for (int64_t item = warp; item < count * across; item += warps) {
+      const int64_t row = start + found.rows[item / across], first = item % across * kTile;
+      dot(
+          a.k, [&](int64_t k, float (&v)[4]) { spare4(a.a, row, k, v); },
+          [&](int j, int64_t k, float (&v)[4]) {
+            const int64_t column = first + j < a.columns ? first + j : first;
+            if (a.w.marks[column]) {
+              coded4(p, column, k, v);
+            } else {
+              folded4(a.w, column, k, v);
+            }
+          },
+          sum);
+      for (int j = 0; j < kTile; ++j) {
+        if (lane == 0 && first + j < a.columns) write(p, row, first + j, sum[j]);
+      }
     }
+    __syncthreads();
   }
   const int64_t down = (a.rows + kTile - 1) / kTile;
-  for (int64_t item = warp; item < w_rows * down; item += warps) {
-    const int64_t column = a.w.listed[1 + item / down], first = item % down * kTile;
-    dot(
-        a.k, [&](int64_t k, float (&v)[4]) { coded4(p, column, k, v); },
-        [&](int j, int64_t k, float (&v)[4]) {
-          folded4(a.a, first + j < a.rows ? first + j : first, k, v);
-        },
-        sum);
-    for (int j = 0; j < kTile; ++j) {
-      // A row of a that does not fold either was done above.
-      const bool mine = lane == 0 && first + j < a.rows && a.a.scale[first + j] != 0.0f;
-      if (mine) write(p, first + j, column, sum[j]);
+  for (int64_t start = 0; start < a.columns; start += Marked::kStretch) {
+    const int count = find_marked(a.w, start, found);
+    for (int64_t item = warp; item < count * down; item += warps) {
+      const int64_t column = start + found.rows[item / down], first = item % down * kTile;
+      dot(
+          a.k, [&](int64_t k, float (&v)[4]) { coded4(p, column, k, v); },
+          [&](int j, int64_t k, float (&v)[4]) {
+            folded4(a.a, first + j < a.rows ? first + j : first, k, v);
+          },
+          sum);
+      for (int j = 0; j < kTile; ++j) {
+        // A row of a that does not fold either was done above.
+        const bool mine = lane == 0 && first + j < a.rows && !a.a.marks[first + j];
+        if (mine) write(p, first + j, column, sum[j]);
+      }
     }
+    __syncthreads();
   }
 }
 

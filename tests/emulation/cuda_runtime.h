@@ -233,6 +233,11 @@ inline int cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
   std::memset(place, value, bytes);
   return cudaSuccess;
 }
+template <class T>
+T __shfl_up_sync(unsigned, T value, int far) {
+  const int lane = ::emulation::block().current % 32;
+  return ::emulation::shuffle_xor(value, lane >= far ? lane ^ (lane - far) : 0);
+}
 inline bool __any_sync(unsigned, bool mine) {
   return ::emulation::any(mine);
 }
