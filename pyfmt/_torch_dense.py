@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -380,6 +381,24 @@ class _WholeReductions:
                 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = cls.saved
 
 
+@lru_cache(maxsize=1)
+def _has_scaled_gemm() -> bool:
+    return bool(Parts.ops._has_scaled_gemm())
+
+
+_zeros: dict[torch.device, Tensor] = {}
+
+
+def _zero(device: torch.device) -> Tensor:
+    """A float32 zero on a device; a graph that captures its first use has one of its own."""
+    zero = _zeros.get(device)
+    if zero is None:
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            _zeros[device] = zero
+    return zero
+
+
 def _bf16_gemm(
     a: Tensor,
     w: Tensor,
@@ -399,6 +418,12 @@ def _bf16_gemm(
         finally:
             if entered:
                 _WholeReductions.leave()
+    factors = [f for f in (factor, factor2) if f is not None]
+    if a.is_cuda and factors and (bias is None or bias.dtype == dtype) and _has_scaled_gemm():
+        whole = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        zero = _zero(a.device)
+        y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, zero, bias, dtype)
+        return y
     if a.is_cuda:
         y = torch.mm(a, w.t(), out_dtype=torch.float32)
     else:
