@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
+import pyfmt.ops
 from pyfmt import _matmul_paths as paths
 from pyfmt import _torch_dense, _torch_matmul, reference
 from pyfmt.formats import FORMATS, get_format
@@ -432,3 +432,56 @@ def test_cpu_tensors_have_the_portable_path() -> None:
     assert torch.equal(got, want)
     with pytest.raises(RuntimeError, match="portable path alone"):
         torch.ops.pyfmt.linear(x, codes, scales, None, "mxfp4", path="exact")
+
+
+# ---- the public functions ---------------------------------------------------------------------
+
+
+def test_paths_belong_to_the_cuda_room() -> None:
+    q = pyfmt.quantize(np.ones((4, 32), np.float32), "mxfp4")
+    for options in ({"path": "exact"}, {"precision": "fast"}, {"batch_invariant": True}):
+        with pytest.raises(ValueError, match="belong to the cuda room"):
+            pyfmt.matmul(q, q, **options)
+    with pytest.raises(ValueError, match="path: unknown"):
+        pyfmt.matmul(q, q, path="exakt")
+    with pytest.raises(ValueError, match="precision: unknown"):
+        pyfmt.matmul(q, q, precision="quick")
+
+
+def linear_layer() -> torch.nn.Linear:
+    return torch.nn.Linear(64, 48)
+
+
+def test_layers_say_what_they_keep_and_how() -> None:
+    from pyfmt.nn import QuantLinear
+
+    kept = QuantLinear.from_linear(linear_layer(), "mxfp4", "mxfp4", expanded="keep")
+    assert kept.keeps == "fold" and kept.expanded_weight is None  # on a GPU alone
+    assert not [name for name in kept.state_dict() if "expanded" in name]
+    assert QuantLinear.from_linear(linear_layer(), "mxint8", expanded="keep").keeps == "exact"
+    with pytest.raises(ValueError, match="int4 is not exact in bfloat16"):
+        QuantLinear.from_linear(linear_layer(), "int4", expanded="keep")
+    with pytest.raises(ValueError, match="expected None or 'keep'"):
+        QuantLinear.from_linear(linear_layer(), "mxfp4", expanded="yes")
+    with pytest.raises(ValueError, match="path: unknown"):
+        QuantLinear.from_linear(linear_layer(), "mxfp4", path="none")
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(("weight", "kind"), [("mxfp6_e2m3", "fold"), ("mxint8", "exact")])
+def test_a_layer_with_an_expanded_weight_gives_the_same(weight: str, kind: str) -> None:
+    from pyfmt.nn import KEPT, QuantLinear
+
+    layer = QuantLinear.from_linear(linear_layer(), weight, weight, rotation=32, path=kind)
+    x = torch.from_numpy(grids.noise(5, 64)).bfloat16()
+    with torch.no_grad():
+        want = layer(x)
+        parts = _torch_dense.expand_weight(
+            layer.weight_codes, layer.weight_scales, weight, 64, kind
+        )
+        for name, part in zip(KEPT, parts, strict=False):
+            setattr(layer, name, part)
+        assert torch.equal(layer(x), want)
+    assert "expanded_weight" not in layer.state_dict()
+    layer.to(torch.float64)  # codes stay, what is expanded is made anew on a GPU alone
+    assert layer.expanded_weight is None and layer.weight_codes.dtype == torch.uint8
