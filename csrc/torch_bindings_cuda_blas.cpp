@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pyfmt._scaled_gemm: RNE(factor * (a w^T) + bias) with the factor on the device, which
-// torch.mm has no place for. The cuBLASLt that torch brought along does it; its functions are
-// looked up when first called, so that this library names no CUDA flavour.
+// torch.ops.pyfmt._scaled_gemm: RNE(factor * (a w^T)) with the factor on the device, which torch.mm
+// has no place for. The cuBLASLt that torch brought along does it; its functions are looked up when
+// first called, so that this library names no CUDA flavour. Its epilogue with a bias rounds twice,
+// so there is none here.
 #include <map>
 #include <mutex>
 
@@ -15,8 +16,7 @@ using namespace tensors;
 
 // The few names of cublasLt.h that are used here; numbers are part of its binary interface.
 enum { kOk = 0, kCompute32F = 68, kReal32F = 0, kReal16BF = 14, kReal16F = 2 };
-enum { kDescPointerMode = 2, kDescTransA = 3, kDescEpilogue = 7, kDescBiasPointer = 8 };
-enum { kPointersOnDevice = 1, kTransposed = 1, kEpilogueBias = 4 };
+enum { kDescPointerMode = 2, kDescTransA = 3, kPointersOnDevice = 1, kTransposed = 1 };
 enum { kPreferenceWorkspace = 1, kPreferenceReductions = 3, kReduceInPlace = 1, kReduceFloat = 2 };
 
 struct Algorithm {
@@ -35,9 +35,7 @@ struct Library {
   int (*create)(Handle*);
   int (*desc_create)(Handle*, int, int);
   int (*desc_set)(Handle, int, const void*, size_t);
-  int (*desc_destroy)(Handle);
   int (*layout_create)(Handle*, int, uint64_t, uint64_t, int64_t);
-  int (*layout_destroy)(Handle);
   int (*preference_create)(Handle*);
   int (*preference_set)(Handle, int, const void*, size_t);
   int (*preference_destroy)(Handle);
@@ -52,9 +50,7 @@ struct Library {
     found = find(torch, "cublasLtCreate", &create) &&
             find(torch, "cublasLtMatmulDescCreate", &desc_create) &&
             find(torch, "cublasLtMatmulDescSetAttribute", &desc_set) &&
-            find(torch, "cublasLtMatmulDescDestroy", &desc_destroy) &&
             find(torch, "cublasLtMatrixLayoutCreate", &layout_create) &&
-            find(torch, "cublasLtMatrixLayoutDestroy", &layout_destroy) &&
             find(torch, "cublasLtMatmulPreferenceCreate", &preference_create) &&
             find(torch, "cublasLtMatmulPreferenceSetAttribute", &preference_set) &&
             find(torch, "cublasLtMatmulPreferenceDestroy", &preference_destroy) &&
@@ -97,17 +93,12 @@ void set(Handle desc, int attribute, T value) {
 }
 
 // y^T (n, m) = w (n, k) a^T (k, m), all by columns.
-Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype, bool bias) {
+Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype) {
   const Library& l = library();
   Plan p;
   must(l.desc_create(&p.desc, kCompute32F, kReal32F), "a description");
   set(p.desc, kDescTransA, int32_t(kTransposed));
   set(p.desc, kDescPointerMode, int32_t(kPointersOnDevice));
-  if (bias) {
-    set(p.desc, kDescEpilogue, int32_t(kEpilogueBias));
-    // Any aligned address tells the search what the call will have.
-    set(p.desc, kDescBiasPointer, reinterpret_cast<const void*>(uintptr_t(256)));
-  }
   must(l.layout_create(&p.a, kReal16BF, uint64_t(k), uint64_t(n), k), "a layout");
   must(l.layout_create(&p.b, kReal16BF, uint64_t(k), uint64_t(m), k), "a layout");
   must(l.layout_create(&p.d, type_code(dtype), uint64_t(n), uint64_t(m), n), "a layout");
@@ -133,10 +124,10 @@ Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype,
 // A handle and the plans of one device.
 struct Context {
   Handle handle = nullptr;
-  std::map<std::array<int64_t, 5>, Plan> plans;
+  std::map<std::array<int64_t, 4>, Plan> plans;
 };
 
-const Plan& plan_of(int32_t device, const std::array<int64_t, 5>& key, Handle* handle) {
+const Plan& plan_of(int32_t device, const std::array<int64_t, 4>& key, Handle* handle) {
   static std::mutex mutex;
   static std::map<int32_t, Context> contexts;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -145,12 +136,11 @@ const Plan& plan_of(int32_t device, const std::array<int64_t, 5>& key, Handle* h
   *handle = c.handle;
   const auto found = c.plans.find(key);
   if (found != c.plans.end()) return found->second;
-  return c.plans[key] = make_plan(c.handle, key[0], key[1], key[2], ScalarType(key[3]), key[4]);
+  return c.plans[key] = make_plan(c.handle, key[0], key[1], key[2], ScalarType(key[3]));
 }
 
-// factor: one float32 number; zero: one that is 0; bias: in the output's dtype.
-Tensor scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, std::optional<Tensor> bias,
-                   ScalarType dtype) {
+// factor: one float32 number; zero: one that is 0.
+Tensor scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, ScalarType dtype) {
   const Device device(a);
   for (const Tensor* t : {&w, &factor, &zero}) device.expect_here("operand", *t);
   const bool matrices = a.dim() == 2 && w.dim() == 2 && a.size(1) == w.size(1) &&
@@ -162,30 +152,16 @@ Tensor scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, std::optional
                       zero.numel() == 1 && zero.scalar_type() == ScalarType::Float,
                   "factor: expected one float32 number");
   const int64_t m = a.size(0), n = w.size(0), k = a.size(1);
-  options::expect(
-      !bias || (bias->numel() == n && bias->scalar_type() == dtype && bias->is_contiguous()),
-      "bias: expected ", n, " numbers of the output's dtype");
   Tensor y = device.empty({m, n}, dtype);
   Handle handle = nullptr;
-  const std::array<int64_t, 5> key{m, n, k, int64_t(dtype), bias ? 1 : 0};
-  Plan plan = plan_of(device.index, key, &handle);
+  const std::array<int64_t, 4> key{m, n, k, int64_t(dtype)};
+  const Plan& plan = plan_of(device.index, key, &handle);
   const Library& l = library();
-  Handle own = nullptr;
-  if (bias) {
-    // The bias is part of a description: this call has its own.
-    must(l.desc_create(&own, kCompute32F, kReal32F), "a description");
-    set(own, kDescTransA, int32_t(kTransposed));
-    set(own, kDescPointerMode, int32_t(kPointersOnDevice));
-    set(own, kDescEpilogue, int32_t(kEpilogueBias));
-    set(own, kDescBiasPointer, bias->const_data_ptr());
-    plan.desc = own;
-  }
   Tensor room = device.empty({int64_t(plan.workspace)}, ScalarType::Byte);
   const int status = l.matmul(
       handle, plan.desc, factor.const_data_ptr(), w.const_data_ptr(), plan.a, a.const_data_ptr(),
       plan.b, zero.const_data_ptr(), y.const_data_ptr(), plan.d, y.mutable_data_ptr(), plan.d,
       &plan.algorithm, room.mutable_data_ptr(), plan.workspace, device.stream);
-  if (own) l.desc_destroy(own);
   must(status, "the product");
   return y;
 }
@@ -199,7 +175,7 @@ bool has_scaled_gemm() {
 
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def(
-      "_scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, Tensor? bias, "
+      "_scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, "
       "ScalarType dtype) -> Tensor");
   m.def("_has_scaled_gemm() -> bool");
 }

@@ -173,26 +173,6 @@ Parts fold_values(Tensor x, std::string format, Text scale_rule, std::string cli
   return to.parts();
 }
 
-TwoParts fold_values_two(Tensor x, std::string format, Text scale_rule, std::string clip,
-                         int64_t rotation, std::optional<Tensor> signs, bool e5m2, Tensor w_codes,
-                         Tensor w_scales, std::string w_format, std::optional<Tensor> total) {
-  const Rows rows(x, format, scale_rule, std::nullopt, clip, rotation, signs);
-  const Codes w(rows.device, w_codes, w_scales, w_format);
-  expect_folds(rows.args.format, format, e5m2);
-  expect_folds(w.format, w_format, false);
-  options::expect(cuda::fold_values_serves(rows.args) && rows.args.view.columns == w.columns,
-                  "x: expected bfloat16 rows of whole blocks, as long as the weight's");
-  const Fold left(rows.device, rows.args.view.outer, w.columns, e5m2, true, total);
-  const Fold right(rows.device, w.rows, w.columns, false, false, total);
-  if (rows.args.format.element == w.format.element) {
-    cuda::fold_values_and_codes(rows.args, left.to, w.args(right.to), rows.device.stream);
-  } else {
-    cuda::fold_values(rows.args, left.to, rows.device.stream);
-    cuda::fold_codes(w.args(right.to), rows.device.stream);
-  }
-  return both(left, right);
-}
-
 // bf16 of element * scale, and the tensor scale (times `factor`), which is not in it; the second is
 // empty for formats and recipes without a tensor scale.
 std::tuple<Tensor, Tensor> round_values(Tensor x, std::string format, Text scale_rule, Text recipe,
@@ -307,10 +287,6 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
       "Tensor w_scales, str w_format, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def(
-      "_fold_values_two(Tensor x, str format, str? scale_rule, str clip, int rotation, "
-      "Tensor? signs, bool e5m2, Tensor w_codes, Tensor w_scales, str w_format, "
-      "Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def(
       "_fold_values(Tensor x, str format, str? scale_rule, str clip, int rotation, Tensor? signs, "
       "bool e5m2, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -329,7 +305,6 @@ PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("_fold", TORCH_BOX(&pyfmt::fold));
   m.impl("_fold_two", TORCH_BOX(&pyfmt::fold_two));
   m.impl("_fold_values", TORCH_BOX(&pyfmt::fold_values));
-  m.impl("_fold_values_two", TORCH_BOX(&pyfmt::fold_values_two));
   m.impl("_round_values", TORCH_BOX(&pyfmt::round_values));
   m.impl("_repair", TORCH_BOX(&pyfmt::repair));
   m.impl("_finish", TORCH_BOX(&pyfmt::finish));

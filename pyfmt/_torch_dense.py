@@ -270,14 +270,16 @@ def wide(left: Left, right: Right, out: Out) -> Tensor:
 def _fold_both(
     left: Left, e5m2: bool, codes: Tensor | None, scales: Tensor | None, fmt: str, total: Any
 ) -> tuple[Any, Any]:
-    """The left operand folded, and where codes are given those of the weight, in one launch."""
+    """The left operand folded, and where codes are given those of the weight, in one launch.
+
+    One kernel that rotates, quantizes and folds serves a kept weight and few rows; elsewhere codes
+    that are packed between are the faster way, for all loads of a row are then under way at once.
+    """
     assert left.format is not None
-    if left.codes is None and _whole_rows(left) and left.k <= paths.LONGEST_FOLD:
+    alone = codes is None and left.codes is None and left.rows <= 1024
+    if alone and left.k <= paths.LONGEST_FOLD and _whole_rows(left):
         given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
-        if codes is None:
-            return Parts.ops._fold_values.default(*given, e5m2, total), None
-        found = Parts.ops._fold_values_two.default(*given, e5m2, codes, scales, fmt, total)
-        return found[:4], found[4:]
+        return Parts.ops._fold_values.default(*given, e5m2, total), None
     own = (*quantized(left)[:2], left.format.key, e5m2)
     if codes is None:
         return Parts.ops._fold.default(*own, True, total), None
@@ -419,10 +421,10 @@ def _bf16_gemm(
             if entered:
                 _WholeReductions.leave()
     factors = [f for f in (factor, factor2) if f is not None]
-    if a.is_cuda and factors and (bias is None or bias.dtype == dtype) and _has_scaled_gemm():
+    even = w.shape[0] % 8 == 0 and w.shape[1] % 8 == 0
+    if a.is_cuda and factors and bias is None and even and _has_scaled_gemm():
         whole = factors[0] if len(factors) == 1 else factors[0] * factors[1]
-        zero = _zero(a.device)
-        y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, zero, bias, dtype)
+        y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, _zero(a.device), dtype)
         return y
     if a.is_cuda:
         y = torch.mm(a, w.t(), out_dtype=torch.float32)

@@ -62,8 +62,10 @@ PYFMT_DEVICE uint32_t encode_unit(const EmitParams& p, int64_t row, int64_t unit
 
 // A row by a block of threads; kUnits: of a thread.
 template <class E, bool kE5M2, int kUnits>
-PYFMT_DEVICE void fold_values_row(const EmitParams& p, int64_t row, uint4* shared,
-                                  uint32_t* of_warp) {
+__global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
+  __shared__ uint4 shared[Stage<32>::kShared];
+  __shared__ uint32_t of_warp[kWarps];
+  const int64_t row = blockIdx.x;
   uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
@@ -79,28 +81,6 @@ PYFMT_DEVICE void fold_values_row(const EmitParams& p, int64_t row, uint4* share
     if (u * kThreads < p.units) {
       store_unit<E, kE5M2>(p.to, row, u * kThreads + threadIdx.x, base, codes[u], scale[u], shared);
     }
-  }
-}
-
-template <class E, bool kE5M2, int kUnits>
-__global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
-  __shared__ uint4 shared[Stage<32>::kShared];
-  __shared__ uint32_t of_warp[kWarps];
-  fold_values_row<E, kE5M2, kUnits>(p, blockIdx.x, shared, of_warp);
-}
-
-// Activations, and the weight that they meet, at once. kUnits of a thread are 8 kUnits of a lane.
-template <class E, bool kE5M2, int kUnits>
-__global__ void __launch_bounds__(kThreads)
-    fold_values_and_codes_rows(const __grid_constant__ EmitParams p,
-                               const __grid_constant__ FoldCodesArgs w) {
-  __shared__ uint4 shared[Stage<32>::kShared];
-  __shared__ uint32_t of_warp[kWarps];
-  const Mixed b(blockIdx.x, p.to.padded_rows, gridDim.x);
-  if (b.is_first) {
-    fold_values_row<E, kE5M2, kUnits>(p, b.index, shared, of_warp);
-  } else {
-    fold_codes_row<E, false, kUnits == 1 ? 8 : 16, kUnits == 4>(w, b.index, shared);
   }
 }
 
@@ -144,18 +124,15 @@ __global__ void __launch_bounds__(kThreads)
 struct FoldKernels {
   ElementSpec element;
   bool e5m2;
-  void (*alone[3])(EmitParams);  // 1, 2, 4 units of a thread
-  void (*mixed[3])(EmitParams, FoldCodesArgs);
+  void (*by_units[3])(EmitParams);  // 1, 2, 4 of a thread
 };
 
 template <class E, bool kE5M2>
 FoldKernels fold_kernels() {
-  return {
-      E::spec,
-      kE5M2,
-      {fold_values_rows<E, kE5M2, 1>, fold_values_rows<E, kE5M2, 2>, fold_values_rows<E, kE5M2, 4>},
-      {fold_values_and_codes_rows<E, kE5M2, 1>, fold_values_and_codes_rows<E, kE5M2, 2>,
-       fold_values_and_codes_rows<E, kE5M2, 4>}};
+  return {E::spec,
+          kE5M2,
+          {fold_values_rows<E, kE5M2, 1>, fold_values_rows<E, kE5M2, 2>,
+           fold_values_rows<E, kE5M2, 4>}};
 }
 
 const FoldKernels* find_fold(const FormatSpec& f, bool e5m2) {
@@ -213,32 +190,12 @@ bool fold_values_serves(const QuantizeArgs& a) {
   return whole_units(a) && a.view.columns <= kLongestFold;
 }
 
-namespace {
-
-EmitParams fold_params(const QuantizeArgs& a, const Folded& to) {
+void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream) {
   EmitParams p = common_params(a);
   p.units = a.view.columns / kUnit;
   p.to = to;
-  return p;
-}
-
-int place_of(const EmitParams& p) {
-  return p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
-}
-
-}  // namespace
-
-void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream) {
-  const EmitParams p = fold_params(a, to);
-  const FoldKernels& k = *find_fold(a.format, to.e5m2);
-  launch(k.alone[place_of(p)], to.padded_rows, kThreads, stream, p);
-}
-
-void fold_values_and_codes(const QuantizeArgs& a, const Folded& to, const FoldCodesArgs& w,
-                           Stream stream) {
-  const EmitParams p = fold_params(a, to);
-  const FoldKernels& k = *find_fold(a.format, to.e5m2);
-  launch(k.mixed[place_of(p)], to.padded_rows + blocks_of(w.to), kThreads, stream, p, w);
+  const int place = p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
+  launch(find_fold(a.format, to.e5m2)->by_units[place], to.padded_rows, kThreads, stream, p);
 }
 
 bool round_values_serves(const QuantizeArgs& a) {

@@ -7,24 +7,26 @@ namespace cuda {
 
 namespace {
 
-template <class E, bool kE5M2, int kUnits, bool kAgain>
+template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
 __global__ void __launch_bounds__(kThreads)
     fold_codes_rows(const __grid_constant__ FoldCodesArgs p) {
   __shared__ uint4 shared[Stage<32>::kShared];
-  fold_codes_row<E, kE5M2, kUnits, kAgain>(p, blockIdx.x, shared);
+  __shared__ uint32_t of_warp[kWarps];
+  fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(p, blockIdx.x, shared, of_warp);
 }
 
 // Activations and weights at once: the activations are E5M2 where that holds the element.
-template <class E, bool kE5M2, int kUnits, bool kAgain>
+template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
 __global__ void __launch_bounds__(kThreads)
     fold_two_rows(const __grid_constant__ FoldCodesArgs a, const __grid_constant__ FoldCodesArgs w,
                   int64_t a_blocks) {
   __shared__ uint4 shared[Stage<32>::kShared];
+  __shared__ uint32_t of_warp[kWarps];
   const Mixed b(blockIdx.x, a_blocks, gridDim.x);
   if (b.is_first) {
-    fold_codes_row<E, kE5M2, kUnits, kAgain>(a, b.index, shared);
+    fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(a, b.index, shared, of_warp);
   } else {
-    fold_codes_row<E, false, kUnits, kAgain>(w, b.index, shared);
+    fold_codes_row<E, false, kUnits, kBlock, kAgain>(w, b.index, shared, of_warp);
   }
 }
 
@@ -39,10 +41,10 @@ template <class E, bool kE5M2>
 FoldKernels fold_kernels() {
   return {E::spec,
           kE5M2,
-          {fold_codes_rows<E, kE5M2, 2, false>, fold_codes_rows<E, kE5M2, 8, false>,
-           fold_codes_rows<E, kE5M2, 16, false>, fold_codes_rows<E, kE5M2, 16, true>},
-          {fold_two_rows<E, kE5M2, 2, false>, fold_two_rows<E, kE5M2, 8, false>,
-           fold_two_rows<E, kE5M2, 16, false>, fold_two_rows<E, kE5M2, 16, true>}};
+          {fold_codes_rows<E, kE5M2, 2, false, false>, fold_codes_rows<E, kE5M2, 8, false, false>,
+           fold_codes_rows<E, kE5M2, 2, true, false>, fold_codes_rows<E, kE5M2, 4, true, true>},
+          {fold_two_rows<E, kE5M2, 2, false, false>, fold_two_rows<E, kE5M2, 8, false, false>,
+           fold_two_rows<E, kE5M2, 2, true, false>, fold_two_rows<E, kE5M2, 4, true, true>}};
 }
 
 const FoldKernels* find_fold(const FormatSpec& f, bool e5m2) {

@@ -39,9 +39,6 @@ void fold_two(const FoldCodesArgs&, const FoldCodesArgs&, Stream);
 // rows end to end, whole units, 16-byte aligned.
 void fold_values(const QuantizeArgs& args, const Folded& to, Stream);
 bool fold_values_serves(const QuantizeArgs&);
-// The same beside packed codes of the same format, in one launch.
-void fold_values_and_codes(const QuantizeArgs& args, const Folded& to, const FoldCodesArgs&,
-                           Stream);
 
 // Rotate, quantize and decode in one: exact bf16 of element * scale. The tensor scale is not in it:
 // it is stored in args.tensor_scale_out, times *`factor` where that is given.

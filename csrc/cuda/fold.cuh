@@ -184,7 +184,7 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
   }
 }
 
-// ---- rows from packed codes: a warp keeps a row in registers ----------------------------------
+// ---- rows from packed codes -------------------------------------------------------------------
 
 // Codes of a unit and its scale; zeros beyond the row.
 template <class E>
@@ -212,52 +212,55 @@ PYFMT_DEVICE uint32_t load_codes(const FoldCodesArgs& p, int64_t row, int64_t un
   return p.scales[row * units + unit];
 }
 
-// kUnits: a lane's; with kAgain they are the first of more, and the row is read a second time.
-template <class E, bool kE5M2, int kUnits, bool kAgain>
-PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* shared) {
+// A warp or a block of threads keeps a row in registers; kUnits: a thread's. With kAgain they are
+// the first of more, and the row is read a second time.
+template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
+PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* shared,
+                                 uint32_t* of_warp) {
   using F = Fold<E, kE5M2>;
-  const int lane = threadIdx.x & 31;
-  const int64_t row = block * kWarps + (threadIdx.x >> 5);
+  constexpr int kStep = kBlock ? kThreads : 32;
+  const int first = threadIdx.x & (kStep - 1);
+  const int64_t row = kBlock ? block : block * kWarps + (threadIdx.x >> 5);
   const int64_t units = p.to.columns / kUnit;
   if (row >= p.to.padded_rows) return;
   uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    scale[u] = load_codes<E>(p, row, 32 * u + lane, units, codes[u]);
+    scale[u] = load_codes<E>(p, row, kStep * u + first, units, codes[u]);
   }
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) range = max_halves(range, F::range(codes[u], scale[u]));
   if constexpr (kAgain) {
-    for (int64_t first = 32 * kUnits; first < units; first += 32) {
+    for (int64_t next = kStep * kUnits; next < units; next += kStep) {
       uint32_t more[E::spec.bits()];
-      const uint32_t s = load_codes<E>(p, row, first + lane, units, more);
+      const uint32_t s = load_codes<E>(p, row, next + first, units, more);
       range = max_halves(range, F::range(more, s));
     }
   }
-  const Base<F> base(range_of_row<false>(range, nullptr));
-  if (lane == 0) store_base(p.to, row, base);
+  const Base<F> base(range_of_row<kBlock>(range, of_warp));
+  if (first == 0) store_base(p.to, row, base);
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    if (32 * u < units) {
-      store_unit<E, kE5M2>(p.to, row, 32 * u + lane, base, codes[u], scale[u], shared);
+    if (kStep * u < units) {
+      store_unit<E, kE5M2>(p.to, row, kStep * u + first, base, codes[u], scale[u], shared);
     }
   }
   if constexpr (kAgain) {
-    for (int64_t first = 32 * kUnits; first < units; first += 32) {
+    for (int64_t next = kStep * kUnits; next < units; next += kStep) {
       uint32_t more[E::spec.bits()];
-      const uint32_t s = load_codes<E>(p, row, first + lane, units, more);
-      store_unit<E, kE5M2>(p.to, row, first + lane, base, more, s, shared);
+      const uint32_t s = load_codes<E>(p, row, next + first, units, more);
+      store_unit<E, kE5M2>(p.to, row, next + first, base, more, s, shared);
     }
   }
 }
 
-// Blocks of threads for folding codes, and which of the kernels for few to many units.
-inline int64_t blocks_of(const Folded& to) {
-  return (to.padded_rows + kWarps - 1) / kWarps;
-}
+// Which of the kernels for few to many units, and its blocks of threads.
 inline int units_kind(int64_t columns) {
   const int64_t units = columns / kUnit;
-  return units <= 64 ? 0 : units <= 256 ? 1 : units <= 512 ? 2 : 3;
+  return units <= 64 ? 0 : units <= 256 ? 1 : units <= 2 * kThreads ? 2 : 3;
+}
+inline int64_t blocks_of(const Folded& to) {
+  return units_kind(to.columns) < 2 ? (to.padded_rows + kWarps - 1) / kWarps : to.padded_rows;
 }
 
 // Two kinds of blocks spread evenly among each other: `first` of `all` are of the first kind.
