@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernel for few tokens, how k is cut, and how many blocks share the work.
 #include <algorithm>
+#include <cmath>
+#include <mutex>
 
 #include "matmul_skinny.cuh"
 #include "matmul_skinny.h"
@@ -10,13 +12,37 @@ namespace cuda {
 
 namespace {
 
-constexpr int kSharedLimit = 224 * 1024;
+constexpr int kShared = 224 * 1024;  // of a multiprocessor
 
-int multiprocessors() {
-  int device = 0, count = 0;
+// Clusters of 1, 2, 4 and 8 blocks that run at once.
+struct Machine {
+  int clusters[4];
+
+  int at_once(int cluster) const {
+    return clusters[cluster >= 8 ? 3 : cluster >= 4 ? 2 : cluster >= 2 ? 1 : 0];
+  }
+};
+
+int shared_limit(const SkinnyKernel& kernel) {
+  return kShared / kernel.blocks - 1024;
+}
+
+// What this process found out about its devices, once for each and for each number of blocks.
+const Machine& machine(const SkinnyKernel& kernel) {
+  constexpr int kDevices = 64;
+  static std::once_flag flags[kDevices][5];
+  static Machine machines[kDevices][5];
+  int device = 0;
   check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "processors");
-  return count;
+  device %= kDevices;
+  Machine& m = machines[device][kernel.blocks];
+  std::call_once(flags[device][kernel.blocks], [&] {
+    for (int i = 0; i < 4; ++i) {
+      m.clusters[i] = std::max(
+          1, clusters_at_once(kernel.run, 1 << i, 32 * kernel.warps, shared_limit(kernel)));
+    }
+  });
+  return m;
 }
 
 // How the blocks of a cluster and the warps of a block share rows and k.
@@ -27,16 +53,25 @@ struct Plan {
   int parts() const { return cluster * k_warps; }
 };
 
+int sum_bytes(const SkinnyKernel& kernel, const Plan& plan, int columns) {
+  return plan.k_warps * columns * (kernel.row_tile * plan.row_warps + 4) * 4;
+}
+// Shared memory for one step of each part.
+int step_bytes(const SkinnyKernel& kernel, const Plan& plan, int padded_columns) {
+  return plan.k_warps * kernel.fragments * 64 * padded_columns;
+}
+int padded_columns(const SkinnyKernel& kernel, int columns) {
+  return kernel.tiles > 1 ? 8 * kernel.tiles : columns;
+}
+
 // Time in microseconds, roughly: what the busiest multiprocessor reads at its share of the memory's
-// rate, longer with few warps to wait for, and what each round of rows and each exchange add.
-Plan cost_of(const SkinnyArgs& a, const SkinnyKernel& kernel, int cluster, int k_warps, int columns,
-             int processors) {
-  constexpr double kBytesPerMicrosecond = 31e3;  // of one multiprocessor
+// rate, longer with few warps to hide latency, and what activations, rounds and exchanges add.
+Plan cost_of(const SkinnyArgs& a, const SkinnyKernel& kernel, int cluster, int k_warps,
+             int columns) {
+  const double kBytesPerMicrosecond = 31e3 / kernel.blocks;  // of one block
   Plan plan;
   const int64_t tiles = (a.n + kernel.row_tile - 1) / kernel.row_tile;
-  // Clusters fill groups of about 16 multiprocessors.
-  const int most =
-      std::max(1, cluster > 2 ? processors / 16 * (16 / cluster) : processors / cluster);
+  const int most = machine(kernel).at_once(cluster);
   const int64_t shares = (tiles + most - 1) / most;  // of a cluster
   const int64_t rounds = (shares * k_warps + kernel.warps - 1) / kernel.warps;
   plan.cluster = cluster;
@@ -44,23 +79,26 @@ Plan cost_of(const SkinnyArgs& a, const SkinnyKernel& kernel, int cluster, int k
   plan.row_warps = int((shares + rounds - 1) / rounds);
   if (plan.row_warps * k_warps > kernel.warps) return plan;
   plan.clusters = int(std::min<int64_t>(most, (tiles + plan.row_warps - 1) / plan.row_warps));
-  const int warps = plan.row_warps * k_warps;
+  const int need = kernel.depth * step_bytes(kernel, plan, padded_columns(kernel, columns)) +
+                   sum_bytes(kernel, plan, columns);
+  if (need > shared_limit(kernel)) return plan;
   const double bits = a.format.bits() + 8.0 * scale_bytes(a.format.scale) / 32;
-  const double bytes = double(shares * kernel.row_tile) * double(a.k) * bits / 8 / cluster;
+  const double steps = std::ceil(double(a.k) / kernel.step / cluster / k_warps) * k_warps;
+  const double bytes = double(shares * kernel.row_tile) * steps * kernel.step * bits / 8;
   const double x_bytes = 2.0 * columns * double(a.k) / cluster;
-  plan.cost = bytes / kBytesPerMicrosecond / std::min(1.0, warps / 13.0) + x_bytes / 60e3 +
-              0.6 * double(rounds) + (cluster > 1 ? 1.0 : 0.0) + 0.02 * (k_warps + cluster);
+  const double busy = std::min(1.0, double(plan.row_warps * k_warps) / (kernel.warps * 0.8));
+  plan.cost = bytes / kBytesPerMicrosecond / busy + x_bytes / 60e3 + 0.6 * double(rounds) +
+              (cluster > 1 ? 0.5 : 0.0) + 0.02 * (k_warps + cluster);
   return plan;
 }
 
 // parts 0: the best number of them.
-Plan best_plan(const SkinnyArgs& a, const SkinnyKernel& kernel, int parts, int columns,
-               int processors) {
+Plan best_plan(const SkinnyArgs& a, const SkinnyKernel& kernel, int parts, int columns) {
   Plan best;
   for (int cluster = 1; cluster <= 8; cluster *= 2) {
-    for (int k_warps = 1; k_warps <= kernel.warps; k_warps *= 2) {
-      if (parts ? cluster * k_warps != parts : cluster * k_warps > 16) continue;
-      const Plan plan = cost_of(a, kernel, cluster, k_warps, columns, processors);
+    for (int k_warps = 1; k_warps <= 8; ++k_warps) {
+      if (parts ? cluster * k_warps != parts : (cluster * k_warps > 16 || k_warps & 1)) continue;
+      const Plan plan = cost_of(a, kernel, cluster, k_warps, columns);
       if (plan.cost < best.cost) best = plan;
     }
   }
@@ -123,7 +161,7 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   const SkinnyKernel kernel = find_kernel(a.format, int(std::min<int64_t>(wanted, 64)), inputs);
   p.tile_tokens = int(std::min<int64_t>(a.m, 8 * kernel.tiles / p.terms));
   const int columns = p.tile_tokens * p.terms;
-  p.columns = kernel.tiles > 1 ? 8 * kernel.tiles : columns;
+  p.columns = padded_columns(kernel, columns);
   const int steps = (p.padded + kernel.step - 1) / kernel.step;
   if (a.format.block_columns) {
     const bool whole = a.format.block_columns % kernel.step == 0;
@@ -132,7 +170,6 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   }
 
   // The number of parts comes from the one-token kernel, for every number of tokens.
-  const int processors = multiprocessors();
   Plan plan;
   if (a.cluster) {
     plan.cluster = a.cluster;
@@ -140,11 +177,10 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
     plan.row_warps = a.row_warps;
     const int64_t group = int64_t(kernel.row_tile) * plan.row_warps;
     plan.clusters =
-        int(std::min<int64_t>((a.n + group - 1) / group, std::max(1, processors / plan.cluster)));
+        int(std::min<int64_t>((a.n + group - 1) / group, machine(kernel).at_once(plan.cluster)));
   } else {
     const SkinnyKernel one = find_kernel(a.format, 1, Inputs::kBF16);
-    const Plan first = best_plan(a, one, 0, 1, processors);
-    plan = best_plan(a, kernel, first.parts(), columns, processors);
+    plan = best_plan(a, kernel, best_plan(a, one, 0, 1).parts(), columns);
   }
   p.cluster = plan.cluster;
   p.k_warps = plan.k_warps;
@@ -153,12 +189,10 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.longer_parts = steps % plan.parts();
   const int longest = (steps + plan.parts() - 1) / plan.parts();
   p.part_steps = (longest + kernel.depth - 1) / kernel.depth * kernel.depth;
-
-  const int sums = p.k_warps * columns * (kernel.row_tile * p.row_warps + 4) * 4;
-  const int step_bytes = p.k_warps * kernel.fragments * 64 * p.columns;
-  const int fits = (kSharedLimit - sums) / step_bytes / kernel.depth * kernel.depth;
-  p.slice_steps = std::max(std::min(p.part_steps, fits), kernel.depth);
-  p.sums_at = p.slice_steps * step_bytes;
+  const int sums = sum_bytes(kernel, plan, columns), step = step_bytes(kernel, plan, p.columns);
+  const int fits = (shared_limit(kernel) - sums) / step / kernel.depth * kernel.depth;
+  p.slice_steps = std::min(p.part_steps, fits);
+  p.sums_at = p.slice_steps * step;
 
   ClusterLaunch l;
   l.clusters = plan.clusters;

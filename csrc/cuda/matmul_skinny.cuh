@@ -75,13 +75,15 @@ struct Weights {
   }
 };
 
-// Rows of 16 in a warp and steps in flight, for kTiles tiles of 8 columns.
+// Rows of 16 in a warp, steps in flight, most warps of a block and blocks of a multiprocessor, for
+// kTiles tiles of 8 columns. Small blocks: one starts while its neighbour streams.
 template <class W, int kTiles>
 struct SkinnyShape {
   static constexpr bool kMany = kTiles > 2;
   static constexpr int kRowTiles = W::kGrouped || W::D::kBits == 6 ? 1 : 2;
-  static constexpr int kDepth = W::D::kBits == 6 ? 2 : kRowTiles == 1 || kMany ? 4 : 2;
-  static constexpr int kWarps = kMany ? 8 : 16;
+  static constexpr int kDepth = 2;
+  static constexpr int kWarps = 8;
+  static constexpr int kBlocks = kMany ? 1 : 2;
 };
 
 // A lane's share of one step: words of each row, and the scale bytes that go with them.
@@ -101,8 +103,7 @@ struct SkinnyWarp {
 
   const SkinnyParams& p;
   int lane, t;
-  const uint8_t *codes, *scales;  // of the warp's first row, from which the others lie so far:
-  uint32_t code_offset[kRows], scale_offset[kRows];
+  const uint8_t *codes[kRows], *scales[kRows];
   float sums[kRowTiles][kTiles][4];
 
   PYFMT_DEVICE explicit SkinnyWarp(const SkinnyParams& p)
@@ -117,14 +118,12 @@ struct SkinnyWarp {
   // Rows beyond the last are read as the last; nobody stores what they give.
   PYFMT_DEVICE void set_rows(int64_t first) {
     const int scale_row = int(p.row_scales) * (W::kGrouped ? scale_bytes(p.scale) : 1);
-    codes = p.codes + first * p.row_bytes;
-    scales = static_cast<const uint8_t*>(p.scales) + first * scale_row;
-    const int last = int(min(p.n - first, int64_t(16 * kRowTiles))) - 1;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const uint32_t row = uint32_t(min(8 * r + (lane >> 2), last));
-      code_offset[r] = row * uint32_t(p.row_bytes);
-      scale_offset[r] = row * uint32_t(scale_row);
+      int64_t row = first + 8 * r + (lane >> 2);
+      row = row < p.n ? row : p.n - 1;
+      codes[r] = p.codes + row * p.row_bytes;
+      scales[r] = static_cast<const uint8_t*>(p.scales) + row * scale_row;
     }
   }
 
@@ -141,11 +140,10 @@ struct SkinnyWarp {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < W::kVectors; ++v) {
-        const uint4 q =
-            kGuard ? careful(codes + code_offset[r], at + 16 * v)
-            : W::kVectors == 1
-                ? load_once(codes + (code_offset[r] + at))
-                : *reinterpret_cast<const uint4*>(codes + (code_offset[r] + at) + 16 * v);
+        const uint4 q = kGuard ? careful(codes[r], at + 16 * v)
+                        : W::kVectors == 1
+                            ? load_once(codes[r] + at)
+                            : *reinterpret_cast<const uint4*>(codes[r] + at + 16 * v);
         uint32_t* w = slot.words[r] + 4 * v;
         w[0] = q.x;
         w[1] = q.y;
@@ -156,7 +154,7 @@ struct SkinnyWarp {
           for (int i = 0; i < 4; ++i) w[i] = inside ? w[i] : 0;
         }
       }
-      slot.scale[r] = load_scale(scales, scale_offset[r], index);
+      slot.scale[r] = load_scale(scales[r], index);
     }
   }
 
@@ -171,21 +169,21 @@ struct SkinnyWarp {
     }
   }
 
-  PYFMT_DEVICE uint32_t load_scale(const uint8_t* s, uint32_t row, uint32_t index) const {
+  PYFMT_DEVICE uint32_t load_scale(const uint8_t* s, uint32_t index) const {
     if constexpr (W::kGrouped) {
       index = min(index, uint32_t(p.row_scales) - 1);
-      if (p.scale == Scale::kFP32) return *reinterpret_cast<const uint32_t*>(s + (row + 4 * index));
-      const uint32_t half = *reinterpret_cast<const uint16_t*>(s + (row + 2 * index));
+      if (p.scale == Scale::kFP32) return *reinterpret_cast<const uint32_t*>(s + 4 * index);
+      const uint32_t half = *reinterpret_cast<const uint16_t*>(s + 2 * index);
       return p.scale == Scale::kBF16 ? half << 16 : as_uint(from_half(half));
     } else if constexpr (kGuard) {
       const uint32_t count = uint32_t(p.row_scales);
-      uint32_t both = index < count ? s[row + index] : 0;
-      if (W::kFactors == 2 && index + 1 < count) both |= uint32_t(s[row + index + 1]) << 8;
+      uint32_t both = index < count ? s[index] : 0;
+      if (W::kFactors == 2 && index + 1 < count) both |= uint32_t(s[index + 1]) << 8;
       return both;
     } else if constexpr (W::kFactors == 2) {
-      return *reinterpret_cast<const uint16_t*>(s + (row + index));
+      return *reinterpret_cast<const uint16_t*>(s + index);
     } else {
-      return s[row + index];
+      return s[index];
     }
   }
 
@@ -412,35 +410,34 @@ PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
 }
 
 // Put the slice of x that starts at `from` steps into each part of this block in shared memory.
+// A thread takes what one lane of a fragment holds, so that neighbours store side by side.
 template <class W, DType kIn>
 PYFMT_DEVICE void stage(const SkinnyParams& p, char* shared, int first_token, int tokens, int rank,
                         int from) {
-  constexpr int kBatch = kIn == DType::kFP32 || W::D::kBits == 6 ? 2 : 4;
-  constexpr int kStepUnits = 4 * W::kUnits;
+  // As many loads at once as hide their latency without crowding out the weights.
+  constexpr int kBatch = kIn == DType::kFP32 || W::D::kBits == 6 ? 1 : W::kUnits;
   const int stride = 64 * p.columns;
-  const unsigned each = unsigned(p.k_warps * p.slice_steps * kStepUnits);
-  const unsigned all = each * unsigned(tokens);
-  for (unsigned start = threadIdx.x; start < all; start += kBatch * blockDim.x) {
-    SkinnyInput<W, kIn> units[kBatch];
-    char* to[kBatch];
+  const unsigned all = unsigned(p.k_warps * p.slice_steps) * 4u * unsigned(tokens);
+  for (unsigned index = threadIdx.x; index < all; index += blockDim.x) {
+    const int t = int(index & 3);
+    const unsigned local = (index >> 2) / unsigned(tokens);
+    const int token = int((index >> 2) - local * unsigned(tokens));
+    const unsigned of_k = local / unsigned(p.slice_steps);
+    const int part = rank * p.k_warps + int(of_k);
+    const int step = part_start(p, part) + from + int(local - of_k * unsigned(p.slice_steps));
+    if (step >= part_start(p, part + 1)) continue;
+    char* const to = shared + int(local) * W::kFragments * stride + 64 * token * p.terms + 16 * t;
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const unsigned index = start + unsigned(b) * blockDim.x;
-      to[b] = nullptr;
-      if (index >= all) continue;
-      const unsigned token = index / each, rest = index % each;
-      const int unit = int(rest % W::kUnits), t = int(rest / W::kUnits % 4);
-      const unsigned local = rest / kStepUnits, of_k = local / unsigned(p.slice_steps);
-      const int part = rank * p.k_warps + int(of_k);
-      const int step = part_start(p, part) + from + int(local - of_k * unsigned(p.slice_steps));
-      if (step >= part_start(p, part + 1)) continue;
-      units[b].load(p, first_token + int(token), step * W::kStep + W::unit_start(t, unit));
-      to[b] = shared + (int(local) * W::kFragments + unit * W::kUnitFragments) * stride +
-              64 * int(token) * p.terms + 16 * t;
-    }
+    for (int u = 0; u < W::kUnits; u += kBatch) {
+      SkinnyInput<W, kIn> units[kBatch];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      if (to[b]) units[b].store(to[b], stride);
+      for (int i = 0; i < kBatch; ++i) {
+        units[i].load(p, first_token + token, step * W::kStep + W::unit_start(t, u + i));
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        units[i].store(to + (u + i) * W::kUnitFragments * stride, stride);
+      }
     }
   }
 }
@@ -448,7 +445,8 @@ PYFMT_DEVICE void stage(const SkinnyParams& p, char* shared, int first_token, in
 // ---- the kernel -------------------------------------------------------------------------------
 
 template <class W, int kTiles, Inputs kInputs>
-__global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps, 1)
+__global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
+                                  SkinnyShape<W, kTiles>::kBlocks)
     skinny(const __grid_constant__ SkinnyParams p) {
   using Warp = SkinnyWarp<W, kTiles, kInputs>;
   constexpr int kDepth = SkinnyShape<W, kTiles>::kDepth, kRows = 16 * Warp::kRowTiles;
@@ -564,14 +562,14 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps, 1)
 // One of the compiled kernels and what a plan must know of it.
 struct SkinnyKernel {
   void (*run)(SkinnyParams) = nullptr;
-  int step = 0, depth = 0, fragments = 0, row_tile = 0, warps = 0, tiles = 0;
+  int step = 0, depth = 0, fragments = 0, row_tile = 0, warps = 0, blocks = 0, tiles = 0;
 };
 
 template <class W, int kTiles, Inputs kInputs>
 SkinnyKernel describe_skinny() {
   using Shape = SkinnyShape<W, kTiles>;
-  return {skinny<W, kTiles, kInputs>, W::kStep,      Shape::kDepth, W::kFragments,
-          16 * Shape::kRowTiles,      Shape::kWarps, kTiles};
+  return {skinny<W, kTiles, kInputs>, W::kStep,      Shape::kDepth,  W::kFragments,
+          16 * Shape::kRowTiles,      Shape::kWarps, Shape::kBlocks, kTiles};
 }
 
 template <class W>

@@ -136,6 +136,26 @@ struct ClusterLaunch {
 };
 
 #if defined(__CUDACC__)
+// How many clusters of that many blocks run at once; 0 where the device has none.
+template <class P>
+int clusters_at_once(void (*kernel)(P), int cluster, int threads, int shared) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = unsigned(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(cluster));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int count = 0;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
+        "shared memory");
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters");
+  return count;
+}
+
 // A grid of clusters * cluster by tiles blocks.
 template <class P>
 void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, const P& params) {
@@ -163,6 +183,10 @@ void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, c
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
 }
 #else
+template <class P>
+int clusters_at_once(void (*)(P), int, int, int) {
+  return 1;
+}
 template <class P>
 void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream, const P& params) {
   emulation::launch_clusters(kernel, l.clusters, l.cluster, l.tiles, l.threads, l.shared, params);
