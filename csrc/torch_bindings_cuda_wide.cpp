@@ -8,7 +8,8 @@ namespace {
 
 using namespace tensors;
 
-// x: (M, K) bfloat16. tile, share and split choose a plan for measurements (0: the usual one).
+// x: (M, K) bfloat16. w_tensor_scale multiplies the sums of any format. tile, share and split
+// choose a plan for measurements (0: the usual one).
 Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tensor> w_tensor_scale,
                    std::string w_format, int64_t k, std::optional<Tensor> bias, ScalarType dtype,
                    int64_t tile, int64_t share, int64_t split) {
@@ -49,7 +50,6 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   }
   if (w_tensor_scale && w_tensor_scale->numel()) {
     device.expect_here("w_tensor_scale", *w_tensor_scale);
-    options::expect(f.tensor_scale, "w_tensor_scale: ", w_format, " has none; pass None");
     options::expect(
         w_tensor_scale->scalar_type() == ScalarType::Float && w_tensor_scale->numel() == 1,
         "w_tensor_scale: expected one float32 number, got ", w_tensor_scale->numel(), " of dtype ",

@@ -118,6 +118,12 @@ def test_every_tile(ops: Any, tile: int) -> None:
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
 
 
+@pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2), (1, 4)])
+def test_clusters(ops: Any, share: int, split: int) -> None:
+    for name, tile in (("mxfp4", 64), ("int4", 64), ("nvfp4", 128), ("mxint8", 128)):
+        check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_output_dtypes(ops: Any, dtype: str) -> None:
     for n in (128, 131):

@@ -91,17 +91,15 @@ int device_number(cudaDeviceAttr what) {
   return value;
 }
 
-// Chunks that the wide loads of codes and scales serve.
+// Chunks that the wide copies of codes and scales serve.
 int whole_chunks(const MatmulWideArgs& a, const Params& p) {
-  const int bits = a.format.bits(), piece = bits == 6 ? 8 : 16;
-  if (reinterpret_cast<uintptr_t>(a.codes) % uintptr_t(piece) || p.row_bytes % piece) return 0;
-  int64_t whole = p.row_bytes / (16 * bits);
-  if (!has_groups(a.format, a.format.element)) {
-    const int bytes = a.format.scale == Scale::kE8M0 ? 1 : 2;
-    if (reinterpret_cast<uintptr_t>(a.scales) % uintptr_t(bytes) || p.blocks % bytes) return 0;
-    whole = whole < p.blocks / (4 * bytes) ? whole : p.blocks / (4 * bytes);
-  }
-  return int(whole);
+  if (reinterpret_cast<uintptr_t>(a.codes) % 16 || p.row_bytes % 16) return 0;
+  const int64_t whole = p.row_bytes / (16 * a.format.bits());
+  const uintptr_t scales = reinterpret_cast<uintptr_t>(a.scales);
+  if (has_groups(a.format, a.format.element)) return scales % 4 ? 0 : int(whole);
+  const int bytes = a.format.scale == Scale::kE8M0 ? 4 : 8;  // of a row of a chunk
+  if (scales % uintptr_t(bytes) || p.blocks % bytes) return 0;
+  return int(whole < p.blocks / bytes ? whole : p.blocks / bytes);
 }
 
 }  // namespace
@@ -131,7 +129,6 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
   const int n_tiles = int((a.n + kRows - 1) / kRows), chunks = chunks_of(a);
 #if !defined(__CUDACC__)
   if (!best.tokens) best.tokens = a.m > 64 ? 128 : 64;
-  best.share = best.split = 1;
   return best;
 #else
   if (best.tokens) return best;
@@ -142,11 +139,13 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
     for (int split : {1, 2, 4}) {
       if (split > chunks) break;
       const int64_t blocks = n_tiles * ((a.m + tokens - 1) / tokens) * split;
-      const int64_t waves = (blocks + sms - 1) / sms;
+      // Clusters of four do not fill a device whose SMs come in groups that four does not divide.
+      const int64_t at_once = split == 4 ? sms * 9 / 10 : sms,
+                    waves = (blocks + at_once - 1) / at_once;
       // Cycles of a chunk: products at full rate, or decoding.
-      const double chunk = 8.8 * tokens > 650 ? 8.8 * tokens : 650;
+      const double chunk = 8.8 * tokens > 700 ? 8.8 * tokens : 700;
       const double cost =
-          double(waves) * (double(chunks) / split * chunk + 4000 + (split > 1 ? 20 : 12) * tokens);
+          double(waves) * (double(chunks) / split * chunk + 8000 + (split > 1 ? 20 : 12) * tokens);
       if (!best.tokens || cost < least) {
         least = cost;
         best.tokens = tokens;
@@ -154,7 +153,9 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
       }
     }
   }
-  best.share = n_tiles % 4 == 0 && best.split < 4 ? 4 : n_tiles % 2 == 0 ? 2 : 1;
+  // Where x and w together come near to what L2 gives, neighbours share x.
+  const bool much = a.format.bits() > 4 || has_groups(a.format, a.format.element);
+  best.share = much && best.split == 1 && n_tiles % 2 == 0 ? 2 : 1;
   return best;
 #endif
 }

@@ -7,54 +7,14 @@
 // column 2t of step 0, and so on: x is stored with its columns permuted to match (panel_column).
 #pragma once
 
-#include "decode.cuh"
-#include "hopper.cuh"
-#include "matmul_wide.h"
+#include "matmul_wide_finish.cuh"
+#include "wgmma.cuh"
 
 namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-constexpr int kRows = 128, kChunk = 128, kConsumers = 8;
-constexpr int kStages = 8;  // at most
-constexpr int kHeader = 1024, kPitch = kRows + 4;
-
-struct Params {
-  const uint8_t* panel = nullptr;
-  const uint8_t* codes = nullptr;
-  const uint8_t* scales = nullptr;
-  const float* tensor_scale = nullptr;
-  const float* bias = nullptr;
-  void* y = nullptr;
-  DType dtype = DType::kBF16;
-  Scale scale = Scale::kE8M0;
-  int64_t row_bytes = 0, blocks = 0;  // of a row of w
-  int whole = 0;  // chunks that all rows hold in full, with codes and scales aligned
-  int m = 0, n = 0, panel_rows = 0, chunks = 0, group_chunks = 1;
-  int share = 1, split = 1, n_clusters = 1, stages = 2;
-  float up = 1.0f;  // what the decoder leaves out
-};
-
 // ---- where a column goes ----------------------------------------------------------------------
-
-// Elements of w and their scales. Blocks of 32 (E8M0) or 16 (E4M3); float scales belong to groups
-// of whole chunks, which are summed on their own.
-template <class E, Scale kScale>
-struct Weights {
-  using D = Decoder<E, kScale>;
-  static constexpr int kBits = D::kBits;
-  static constexpr int kScaleBytes = kScale == Scale::kE8M0 ? 1 : kScale == Scale::kE4M3 ? 2 : 0;
-};
-
-// Which of a lane's 32 codes pair `p` (0 to 15) holds in half `which`.
-template <int kBits>
-PYFMT_HD constexpr int code_of(int p, int which) {
-  using D =
-      Decoder<std::conditional_t<kBits == 4, e2m1_element,
-                                 std::conditional_t<kBits == 6, e2m3_element, e4m3fn_element>>,
-              Scale::kE8M0>;
-  return p / D::kPairs * D::kElements + D::element(p % D::kPairs, which);
-}
 
 // The column of x, within a chunk, that belongs at place `i` (0 to 127) of the panel. Products take
 // 16 places a step; lane t multiplies places 2t, 2t + 1 (its pair 2 s) and 2t + 8, 2t + 9 (2 s +
@@ -71,137 +31,19 @@ PYFMT_HD constexpr int64_t panel_piece(int64_t step64, int64_t token, int q, int
   return (step64 * panel_rows + token) * 128 + ((q ^ int(token & 7)) * 16);
 }
 
-// ---- the weights of one warp ------------------------------------------------------------------
-
-// A ring of chunks in shared memory, private to each lane: what it copies, it reads.
-template <int kBits, int kDepth>
-struct Codes {
-  static constexpr int kPiece = kBits == 6 ? 8 : 16, kPieces = 4 * kBits / kPiece;
-  static constexpr int kWarpBytes = 256 * kBits, kSlotBytes = kConsumers * kWarpBytes;
-  static constexpr int kBytes = kDepth * kSlotBytes;
-
-  const uint8_t* from[2];  // of this lane: where the next chunk starts
-  uint32_t ring;
-  int lane;
-
-  PYFMT_DEVICE void fetch(const Params& p, int chunk, uint32_t slot) {
-    const uint32_t to = ring + slot;
-    if (chunk < p.whole) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int i = 0; i < kPieces; ++i) {
-          hopper::copy_async<kPiece>(to + uint32_t((r * kPieces + i) * 32 * kPiece),
-                                     from[r] + i * kPiece);
-        }
-      }
-    } else {
-      fetch_bytes(p, chunk, to);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      from[r] += 16 * kBits;
-      hopper::keep(from[r]);
-    }
-  }
-
-  // Chunks that end inside, and rows that are not aligned.
-  PYFMT_DEVICE void fetch_bytes(const Params& p, int chunk, uint32_t to) const {
-    const int64_t at = int64_t(chunk) * (16 * kBits) + lane % 4 * (4 * kBits);
-    const int left = int(p.row_bytes - at < 4 * kBits ? p.row_bytes - at : 4 * kBits);
-#pragma unroll 1
-    for (int i = 0; i < 4 * kBits; ++i) {
-      const uint32_t there = to + uint32_t(i / kPiece * 32 * kPiece + i % kPiece);
-      hopper::store_shared_byte(there, i < left ? from[0][i] : 0u);
-      hopper::store_shared_byte(there + kPieces * 32 * kPiece, i < left ? from[1][i] : 0u);
-    }
-  }
-
-  PYFMT_DEVICE void read(uint32_t slot, int r, uint32_t (&words)[kBits]) const {
-    const uint32_t from = ring + slot;
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const uint32_t there = from + uint32_t((r * kPieces + i) * 32 * kPiece);
-      if constexpr (kPiece == 16) {
-        const uint4 v = hopper::load_shared16(there);
-        words[4 * i] = v.x;
-        words[4 * i + 1] = v.y;
-        words[4 * i + 2] = v.z;
-        words[4 * i + 3] = v.w;
-      } else {
-        const uint2 v = hopper::load_shared8(there);
-        words[2 * i] = v.x;
-        words[2 * i + 1] = v.y;
-      }
-    }
-  }
-};
-
-// One or two bytes, with the whole 128 around them brought to L2.
-template <int kBytes>
-PYFMT_DEVICE uint32_t load_ahead(const uint8_t* p) {
-#if defined(__CUDA_ARCH__)
-  uint16_t v;
-  if constexpr (kBytes == 1) {
-    uint32_t byte;
-    asm volatile("ld.global.nc.L2::128B.u8 %0, [%1];" : "=r"(byte) : "l"(p));
-    return byte;
-  }
-  asm volatile("ld.global.nc.L2::128B.u16 %0, [%1];" : "=h"(v) : "l"(p));
-  return v;
-#else
-  return kBytes == 1 ? uint32_t(p[0]) : uint32_t(p[0]) | uint32_t(p[1]) << 8;
-#endif
-}
-
-// Scales of a lane's rows, chunk after chunk: the bytes of its 32 codes, one (blocks of 32) or two
-// (16) a row.
-template <int kScaleBytes>
-struct BlockScales {
-  const uint8_t* from[2];  // where the next chunk's lie
-  uint32_t raw[2];
-
-  PYFMT_DEVICE void next(const Params& p, int chunk, int lane) {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (chunk < p.whole) {
-        raw[r] = load_ahead<kScaleBytes>(from[r]);
-      } else {
-        // Past the end codes are zeros: any scale of the row serves.
-        const int64_t i = int64_t(chunk) * (4 * kScaleBytes) + lane % 4 * kScaleBytes;
-        const int64_t over = i - (p.blocks - 1);
-        const uint8_t* last = from[r] - over;
-        raw[r] = load_ahead<1>(over < 0 ? from[r] : last);
-        if (kScaleBytes == 2) raw[r] |= load_ahead<1>(over < -1 ? from[r] + 1 : last) << 8;
-      }
-      from[r] += 4 * kScaleBytes;
-      hopper::keep(from[r]);
-    }
-  }
-};
-
-// Those of whole groups, as numbers.
-PYFMT_DEVICE float load_group_scale(const uint8_t* at, Scale kind) {
-  return load_element(at,
-                      kind == Scale::kBF16   ? DType::kBF16
-                      : kind == Scale::kFP16 ? DType::kFP16
-                                             : DType::kFP32,
-                      0);
-}
-
 // ---- the kernel -------------------------------------------------------------------------------
 
-// How many chunks of codes are under way or in use.
-template <int kBits, int kTokens>
+// How many chunks of codes a team has under way or in use.
+template <class F, int kTokens>
 constexpr int depth() {
-  return kTokens >= 192 ? 4 : kBits == 4 ? 8 : 6;
+  return kTokens == 64 && teams<F, kTokens>() == 1 ? 8 : kTokens >= 192 || F::kBits > 4 ? 4 : 5;
 }
 
 template <class F, int kTokens>
 constexpr int shared_bytes(int stages) {
-  const int loop =
-      kHeader + stages * kTokens * 128 + Codes<F::kBits, depth<F::kBits, kTokens>()>::kBytes;
-  const int epilogue = kHeader + kTokens * kPitch * 4;
+  using R = Ring<F, depth<F, kTokens>()>;
+  const int loop = kHeader + stages * kTokens * 128 + consumers<F, kTokens>() * int(R::kBytes);
+  const int epilogue = kHeader + teams<F, kTokens>() * kTokens * kPitch * 4;
   return loop > epilogue ? loop : epilogue;
 }
 
@@ -211,27 +53,6 @@ constexpr int most_stages() {
   while (shared_bytes<F, kTokens>(stages) > hopper::kMostShared) --stages;
   return stages;
 }
-
-struct Place {
-  uint32_t base, ring;
-  int sub, part, n0, m0, first, last;
-
-  template <int kTokens>
-  PYFMT_DEVICE static Place of(const Params& p) {
-    Place at;
-    at.base = hopper::shared_start();
-    at.ring = at.base + kHeader + uint32_t(p.stages * kTokens * 128);
-    const int size = p.share * p.split, rank = int(hopper::cluster_rank());
-    const int cluster = int(blockIdx.x) / size;
-    at.sub = rank % p.share;
-    at.part = rank / p.share;
-    at.n0 = (cluster % p.n_clusters * p.share + at.sub) * kRows;
-    at.m0 = cluster / p.n_clusters * kTokens;
-    at.first = int(int64_t(p.chunks) * at.part / p.split);
-    at.last = int(int64_t(p.chunks) * (at.part + 1) / p.split);
-    return at;
-  }
-};
 
 // Goes round the stages: where a tile lies, its barrier for "full" and 64 bytes on that for
 // "empty".
@@ -244,7 +65,9 @@ struct Turn {
       : first(at.base),
         last(at.base + 8u * uint32_t(p.stages - 1)),
         full(at.base),
-        tile(hopper::tile_code(at.base + kHeader)) {}
+        tile(hopper::tile_code(at.base + kHeader)) {
+    hopper::keep(last);
+  }
   PYFMT_DEVICE uint32_t empty() const { return full + 64; }
   PYFMT_DEVICE void next() {
     if (full == last) {
@@ -357,43 +180,30 @@ PYFMT_DEVICE bool any_special(const uint32_t (&words)[2][F::kBits], const uint32
   return false;
 }
 
-// Two warpgroups: sums of this block's part of K, as product fragments.
+// A team's warp: sums of its chunks of this block's part of K, as product fragments.
 template <class F, int kTokens>
 struct Consumer {
-  static constexpr int kBits = F::kBits, kDepth = depth<kBits, kTokens>();
+  static constexpr int kBits = F::kBits, kDepth = depth<F, kTokens>();
   static constexpr bool kGroups = F::kScaleBytes == 0;
-  static constexpr int kCount = kTokens / 2;
+  static constexpr int kCount = kTokens / 2, kTeams = teams<F, kTokens>();
+  using R = Ring<F, kDepth>;
 
   const Params& p;
   const Place& at;
-  using Ring = Codes<kBits, kDepth>;
-  Ring codes;
-  BlockScales<kGroups ? 1 : F::kScaleBytes> scales;
-  const uint8_t* group[2];  // where a group's scale lies
-  int lane;
+  int lane, team;
+  R ring;
   Turn<kTokens> turn;
   uint32_t held = 0;  // the barrier for "empty" of the stage that products under way read
   uint32_t peer = 0;  // what turns it into a peer's
 
   PYFMT_DEVICE Consumer(const Params& p, const Place& at)
-      : p(p), at(at), lane(int(threadIdx.x) & 31), turn(p, at) {
-    const int warp = int(threadIdx.x) >> 5;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      int row = at.n0 + 16 * warp + lane / 4 + 8 * r;
-      row = row < p.n ? row : p.n - 1;
-      codes.from[r] =
-          p.codes + row * p.row_bytes + int64_t(at.first) * (16 * kBits) + lane % 4 * (4 * kBits);
-      if constexpr (kGroups) {
-        group[r] = p.scales + (row * p.blocks + at.first / p.group_chunks) * scale_bytes(p.scale);
-      } else {
-        scales.from[r] =
-            p.scales + row * p.blocks + (4 * int64_t(at.first) + lane % 4) * F::kScaleBytes;
-        hopper::keep(scales.from[r]);
-      }
-    }
-    codes.lane = lane;
-    codes.ring = at.ring + uint32_t(warp) * Ring::kWarpBytes + uint32_t(lane) * Ring::kPiece;
+      : p(p),
+        at(at),
+        lane(int(threadIdx.x) & 31),
+        team(int(threadIdx.x) >> 8),
+        ring(p, at.ring + (threadIdx.x >> 5) * R::kBytes, at.n0, int(threadIdx.x >> 5) & 7, lane,
+             at.first + team),
+        turn(p, at) {
     if (lane < p.share) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
@@ -403,7 +213,8 @@ struct Consumer {
   PYFMT_DEVICE void prefetch() {
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) {
-      if (at.first + i < at.last) codes.fetch(p, at.first + i, uint32_t(i) * Ring::kSlotBytes);
+      const int chunk = at.first + team + i * kTeams;
+      if (chunk < at.last) ring.fetch(p, chunk, uint32_t(i) * R::kSlot, kTeams);
       hopper::commit_copies();
     }
   }
@@ -422,157 +233,118 @@ struct Consumer {
     turn.next();
   }
 
+  // Adds what a chunk's products gave, once they are over, times its group's scale.
+  template <int kFresh>
+  PYFMT_DEVICE void add_chunk(float (&sums)[kCount], float (&fresh)[kFresh],
+                              const float (&scale)[2]) {
+    hopper::products_wait<0>();
+    hopper::pin(fresh);
+    release();
+    held = 0;
+#pragma unroll
+    for (int i = 0; i < kFresh; ++i) sums[i] = fused(scale[i >> 1 & 1], fresh[i], sums[i]);
+  }
+
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
     float fresh[kGroups ? kCount : 1];
-    float group_scale[2] = {0.0f, 0.0f};
-    if constexpr (!kGroups) scales.next(p, at.first, lane);
+    float scale[2] = {0.0f, 0.0f};  // of the chunk under way
+    uint32_t groups = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
-    uint32_t slot = 0, ahead = (kDepth - 1) * Ring::kSlotBytes;  // bytes into the ring
+    hopper::pin(sums);
+    if constexpr (kGroups) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) fresh[i] = 0.0f;
+      hopper::pin(fresh);
+    }
     int in_group = kGroups ? at.first % p.group_chunks : 0;
-    bool fresh_group = true;
 #pragma unroll 1
-    for (int c = at.first; c < at.last; ++c) {
+    for (int i = 0; i < 2 * team; ++i) turn.next();
+#pragma unroll 1
+    for (int c = at.first + team; c < at.last; c += kTeams) {
       uint32_t words[2][kBits];
       hopper::wait_copies<kDepth - 2>();
+      __syncwarp();
 #pragma unroll
-      for (int r = 0; r < 2; ++r) codes.read(slot, r, words[r]);
-      const uint32_t now[2] = {scales.raw[0], scales.raw[1]};
-      const bool special = any_special<F>(words, now);
-      if (c + kDepth - 1 < at.last) codes.fetch(p, c + kDepth - 1, ahead);
-      hopper::commit_copies();
-      ahead = slot;
-      slot = slot == (kDepth - 1) * Ring::kSlotBytes ? 0 : slot + Ring::kSlotBytes;
-      if constexpr (!kGroups) {
-        scales.next(p, c + 1, lane);
-      } else if (fresh_group) {
+      for (int r = 0; r < 2; ++r) ring.read_codes(r, words[r]);
+      uint32_t raw[2] = {0, 0};
+      float next_scale[2];
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          group_scale[r] = load_group_scale(group[r], p.scale);
-          group[r] += scale_bytes(p.scale);
-          hopper::keep(group[r]);
+      for (int r = 0; r < 2; ++r) {
+        if constexpr (kGroups) {
+          next_scale[r] = ring.read_group_scale(r, p.scale, groups);
+        } else {
+          raw[r] = ring.read_scales(r);
         }
       }
+      const bool special = any_special<F>(words, raw);
+      const int further = c + (kDepth - 1) * kTeams;
+      if (further < at.last) ring.fetch(p, further, ring.ahead, kTeams);
+      hopper::commit_copies();
+      ring.next();
 
       uint32_t a[2][4][4];
-      decode_half<F, 0>(words, now, special, a[0]);
+      decode_half<F, 0>(words, raw, special, a[0]);
       if constexpr (kGroups) {
-        half(fresh, a[0], fresh_group ? 0 : 1);
+        add_chunk(sums, fresh, scale);
+        scale[0] = next_scale[0];
+        scale[1] = next_scale[1];
+        half(fresh, a[0], 0);
       } else {
         half(sums, a[0], 1);
       }
       hopper::pin(words[0]);
       hopper::pin(words[1]);
-      decode_half<F, 1>(words, now, special, a[1]);
+      decode_half<F, 1>(words, raw, special, a[1]);
       if constexpr (kGroups) {
         half(fresh, a[1], 1);
-        fresh_group = ++in_group == p.group_chunks || c + 1 == at.last;
-        if (fresh_group) {
+        if (++in_group == p.group_chunks) {
           in_group = 0;
-          hopper::products_wait<0>();
-          hopper::pin(fresh);
-          release();
-          held = 0;
-#pragma unroll
-          for (int i = 0; i < kCount; ++i) {
-            sums[i] = fused(group_scale[i >> 1 & 1], fresh[i], sums[i]);
-          }
+          ++groups;
         }
       } else {
         half(sums, a[1], 1);
       }
+#pragma unroll
+      for (int i = 0; i < 2 * (kTeams - 1); ++i) turn.next();
     }
-    hopper::products_wait<0>();
-    if constexpr (!kGroups) hopper::pin(sums);
+    if constexpr (kGroups) {
+      add_chunk(sums, fresh, scale);
+    } else {
+      hopper::products_wait<0>();
+      hopper::pin(sums);
+    }
   }
 };
 
-// Writes four neighbours of a row of y; `here` of them exist.
-PYFMT_DEVICE void store_four(const Params& p, int64_t at, const float (&v)[4], int here) {
-  if (here == 4 && p.n % 4 == 0) {
-    if (p.dtype == DType::kFP32) {
-      reinterpret_cast<uint4*>(p.y)[at / 4] =
-          make_uint4(canonical(v[0]), canonical(v[1]), canonical(v[2]), canonical(v[3]));
-    } else if (p.dtype == DType::kBF16) {
-      reinterpret_cast<uint2*>(p.y)[at / 4] =
-          make_uint2(to_halves<DType::kBF16>(v[0], v[1]), to_halves<DType::kBF16>(v[2], v[3]));
-    } else {
-      reinterpret_cast<uint2*>(p.y)[at / 4] =
-          make_uint2(to_halves<DType::kFP16>(v[0], v[1]), to_halves<DType::kFP16>(v[2], v[3]));
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i < here) store_element(p.y, p.dtype, at + i, v[i]);
-    }
-  }
-}
-
-// Sums lie as [token][row of w] in shared memory; each part of K's block finishes some tokens, the
-// parts added in order.
-template <int kTokens>
-PYFMT_DEVICE void finish(const Params& p, const Place& at) {
-  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  const int n = at.n0 + 4 * lane, here = p.n - n < 4 ? p.n - n : 4;
-  const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
-  float bias[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
-  const int first = kTokens / p.split * at.part, last = first + kTokens / p.split;
-#pragma unroll 2
-  for (int token = first + warp; token < last; token += kConsumers) {
-    const uint32_t from = at.base + kHeader + uint32_t((token * kPitch + 4 * lane) * 4);
-    float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    for (int part = 0; part < p.split; ++part) {
-      const float4 s =
-          hopper::load_cluster16(hopper::cluster_address(from, uint32_t(part * p.share + at.sub)));
-      v[0] = part ? v[0] + s.x : s.x;
-      v[1] = part ? v[1] + s.y : s.y;
-      v[2] = part ? v[2] + s.z : s.z;
-      v[3] = part ? v[3] + s.w : s.w;
-    }
-    if (at.m0 + token >= p.m || here <= 0) continue;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = v[i] * p.up * scale + bias[i];
-    store_four(p, int64_t(at.m0 + token) * p.n + n, v, here);
-  }
-}
-
-// The fragments of one warpgroup to shared memory as [token][row of w].
-template <int kTokens>
-PYFMT_DEVICE void stage_sums(const Place& at, const float (&sums)[kTokens / 2]) {
-  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  const int row = 16 * warp + lane / 4, token = lane % 4 * 2;
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    const int there = (8 * (i / 4) + token + (i & 1)) * kPitch + row + (i & 2) * 4;
-    hopper::store_shared(at.base + kHeader + uint32_t(there * 4), as_uint(sums[i]));
-  }
-}
-
-// Registers come by warpgroups: many sums take those of a whole one that only brings x.
+// Registers come by warpgroups, out of what the block starts with (168 or 96 for each thread): many
+// sums, or many warps, take those of a whole one that only
+// brings x.
 template <class F, int kTokens>
 constexpr bool moves_registers() {
-  return kTokens * (F::kScaleBytes ? 1 : 2) >= 192;
+  return teams<F, kTokens>() > 1 || kTokens * (F::kScaleBytes ? 1 : 2) >= 192;
 }
 template <class F, int kTokens>
 constexpr int threads_of() {
-  return 32 * (kConsumers + (moves_registers<F, kTokens>() ? 4 : 1));
+  return 32 * (consumers<F, kTokens>() + (moves_registers<F, kTokens>() ? 4 : 1));
 }
 
 template <class F, int kTokens>
 PYFMT_DEVICE void run_block(const Params& p) {
+  constexpr int kConsumers = consumers<F, kTokens>();
+  constexpr bool kTwoTeams = teams<F, kTokens>() > 1;
   const Place at = Place::of<kTokens>(p);
   const bool clustered = p.share * p.split > 1;
   if (threadIdx.x == 0) {
+#pragma unroll 1
     for (int s = 0; s < p.stages; ++s) {
       hopper::barrier_init(at.base + 8u * uint32_t(s), 1);
-      hopper::barrier_init(at.base + 64u + 8u * uint32_t(s), uint32_t(kConsumers * p.share));
+      hopper::barrier_init(at.base + 64u + 8u * uint32_t(s), uint32_t(8 * p.share));
     }
     hopper::barrier_init_fence();
   }
   if (threadIdx.x >= kConsumers * 32) {
-    if constexpr (moves_registers<F, kTokens>()) hopper::fewer_registers<40>();
+    if constexpr (moves_registers<F, kTokens>()) hopper::fewer_registers<kTwoTeams ? 32 : 40>();
     if (clustered) {
       hopper::cluster_sync();
     } else {
@@ -584,7 +356,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
     if (p.split > 1) hopper::cluster_sync();
     return;
   }
-  if constexpr (moves_registers<F, kTokens>()) hopper::more_registers<232>();
+  if constexpr (moves_registers<F, kTokens>()) hopper::more_registers<kTwoTeams ? 112 : 232>();
   {
     Consumer<F, kTokens> consumer(p, at);
     consumer.prefetch();
@@ -604,7 +376,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
   } else {
     hopper::partial_sync<32 * kConsumers>();
   }
-  finish<kTokens>(p, at);
+  finish<F, kTokens>(p, at);
   if (p.split > 1) hopper::cluster_sync();
 }
 
@@ -649,7 +421,8 @@ void launch_tile(Params p, const WidePlan& plan, Stream stream) {
   config.numAttrs = 2;
   check(cudaLaunchKernelEx(&config, kernel, p), "launch");
 #else
-  launch(kernel, blocks, threads_of<F, kTokens>(), stream, p);
+  (void)stream;
+  emulation::launch_clusters(kernel, blocks, threads_of<F, kTokens>(), plan.share * plan.split, p);
 #endif
 }
 

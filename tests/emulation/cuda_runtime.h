@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA on the CPU, for tests: enough of the language to run the kernels of csrc/cuda without a GPU.
 //
-// One block of the grid runs at a time, each of its threads as a fiber that yields at barriers and
-// warp exchanges. Slow, single-threaded and deterministic; memory errors show under a sanitizer.
+// One block of the grid (or one cluster) runs at a time, each of its threads as a fiber that yields
+// at barriers and warp exchanges. Slow, single-threaded and deterministic; memory errors show under
+// a sanitizer.
 #pragma once
 
 #include <ucontext.h>
@@ -77,11 +78,23 @@ struct Fiber {
   bool done = false;
 };
 
+// A barrier of some living threads.
+struct Meeting {
+  int alive = 0, arrived = 0, generation = 0;
+
+  void step() {
+    if (!arrived || arrived != alive) return;
+    arrived = 0;
+    ++generation;
+  }
+};
+
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint32_t> exchange;
   ucontext_t scheduler;
-  int threads = 0, current = 0, alive = 0, arrived = 0, generation = 0;
+  int threads = 0, current = 0;  // of all blocks of the cluster
+  Meeting block_meeting[8], partial_meeting[8], cluster_meeting;
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
 };
@@ -103,6 +116,10 @@ inline dim3& grid_size() {
   return d;
 }
 
+inline int& cluster_rank() {
+  static int rank = 0;
+  return rank;
+}
 inline dim3& block_size() {
   static dim3 d;
   return d;
@@ -121,17 +138,19 @@ inline void entry() {
   yield();
 }
 
-inline void run_block(int threads, void (*body)(void*), void* arguments) {
+// Blocks `first` to `first + cluster - 1` of the grid.
+inline void run_blocks(int first, int cluster, int threads, void (*body)(void*), void* arguments) {
   constexpr size_t kStack = 64 * 1024;
   Block& b = block();
-  b.threads = threads;
+  const int all = threads * cluster;
+  b.threads = all;
   b.body = body;
   b.arguments = arguments;
-  b.exchange.resize(size_t(threads));
-  b.alive = threads;
-  b.arrived = 0;
-  if (b.fibers.size() < size_t(threads)) b.fibers.resize(size_t(threads));
-  for (int t = 0; t < threads; ++t) {
+  b.exchange.resize(size_t(all));
+  for (int r = 0; r < cluster; ++r) b.block_meeting[r] = {threads};
+  b.cluster_meeting = {all};
+  if (b.fibers.size() < size_t(all)) b.fibers.resize(size_t(all));
+  for (int t = 0; t < all; ++t) {
     Fiber& f = b.fibers[size_t(t)];
     if (!f.stack) f.stack.reset(new char[kStack]);
     f.done = false;
@@ -141,43 +160,60 @@ inline void run_block(int threads, void (*body)(void*), void* arguments) {
     f.context.uc_link = &b.scheduler;
     makecontext(&f.context, entry, 0);
   }
-  for (bool alive = true; alive;) {
-    alive = false;
-    for (int t = 0; t < threads; ++t) {
-      if (b.fibers[size_t(t)].done) continue;
+  while (b.cluster_meeting.alive) {
+    for (int t = 0; t < all; ++t) {
+      Fiber& f = b.fibers[size_t(t)];
+      if (f.done) continue;
       b.current = t;
-      thread_index().x = unsigned(t);
-      swapcontext(&b.scheduler, &b.fibers[size_t(t)].context);
-      if (b.fibers[size_t(t)].done) --b.alive;
-      alive = alive || !b.fibers[size_t(t)].done;
+      thread_index().x = unsigned(t % threads);
+      cluster_rank() = t / threads;
+      block_index().x = unsigned(first + t / threads);
+      swapcontext(&b.scheduler, &f.context);
+      if (f.done) --b.block_meeting[t / threads].alive, --b.cluster_meeting.alive;
     }
-    if (b.arrived && b.arrived == b.alive) {
-      b.arrived = 0;
-      ++b.generation;
+    for (int r = 0; r < cluster; ++r) {
+      b.block_meeting[r].step();
+      b.partial_meeting[r].step();
     }
+    b.cluster_meeting.step();
   }
 }
 
-// A barrier of the block's living threads, whatever else they did in the meantime.
+// Waits for the others of the block or the cluster, whatever they did in the meantime.
+inline void meet(Meeting& m) {
+  const int mine = m.generation;
+  ++m.arrived;
+  while (m.generation == mine) yield();
+}
 inline void sync_block() {
-  Block& b = block();
-  const int mine = b.generation;
-  ++b.arrived;
-  while (b.generation == mine) yield();
+  meet(block().block_meeting[cluster_rank()]);
+}
+// `threads` of a block, the same ones all the time.
+inline void sync_some(int threads) {
+  Meeting& m = block().partial_meeting[cluster_rank()];
+  m.alive = threads;
+  meet(m);
+}
+inline void sync_cluster() {
+  meet(block().cluster_meeting);
 }
 
 template <class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, const A&... args) {
+void launch_clusters(void (*kernel)(P...), int64_t blocks, int threads, int cluster,
+                     const A&... args) {
   auto bound = std::make_tuple(kernel, args...);
   const auto body = [](void* p) {
     std::apply([](auto k, const auto&... a) { k(a...); }, *static_cast<decltype(bound)*>(p));
   };
   grid_size() = dim3(unsigned(blocks));
   block_size() = dim3(unsigned(threads));
-  for (int64_t i = 0; i < blocks; ++i) {
-    block_index().x = unsigned(i);
-    run_block(threads, body, &bound);
+  for (int64_t i = 0; i < blocks; i += cluster) {
+    run_blocks(int(i), cluster, threads, body, &bound);
   }
+}
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, const A&... args) {
+  launch_clusters(kernel, blocks, threads, 1, args...);
 }
 
 template <class T>
