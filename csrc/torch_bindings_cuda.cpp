@@ -82,25 +82,6 @@ struct Rows {
   }
 };
 
-cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
-                           std::optional<Tensor>& signs) {
-  const float* data = nullptr;
-  if (signs) {
-    device.expect_here("signs", *signs);
-    options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
-                    signs->dim());
-    if (signs->scalar_type() != ScalarType::Float) {
-      signs = torch::stable::to(*signs, ScalarType::Float);
-    }
-    signs = dense(*signs);
-    data = static_cast<const float*>(signs->const_data_ptr());
-  }
-  static const float nothing = 1.0f;
-  const cpu::Rotation r =
-      options::rotation(size, length, signs && !data ? &nothing : data, signs ? signs->numel() : 0);
-  return {r.size, r.signs, r.signs_length};
-}
-
 // The caller's tensor scale: its value stays on the device, unread by the host.
 const float* tensor_scale_of(const Device& device, const Tensor& t) {
   device.expect_here("tensor_scale", t);
@@ -120,7 +101,7 @@ struct Quantization {
   Rows rows;
   cuda::QuantizeArgs args;
   bool has_tensor_scale, dynamic;
-  Tensor rotated, partials, scratch;  // kept alive until the kernels are launched
+  Tensor rotated, partials, scratch, signs_words;  // kept alive until the kernels are launched
 
   Quantization(const Tensor& x, const std::string& format, int64_t axis, const Text& scale_rule,
                const Text& recipe, const std::string& rounding, std::optional<int64_t> seed,
@@ -146,8 +127,8 @@ struct Quantization {
     args.seed = o.seed;
   }
 
-  void rotate(int64_t size, std::optional<Tensor>& signs) {
-    args.rotation = rotation_of(device, size, rows.view.columns, signs);
+  void rotate(int64_t size, const std::optional<Tensor>& signs) {
+    args.rotation = rotation_of(device, size, rows.view.columns, signs, signs_words);
     if (!cuda::needs_rotated_rows(args)) return;
     rows.flatten();
     rotated = device.empty(rows.shape, ScalarType::Float);
@@ -218,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
     // Down the columns of matrices as they lie, by tiles.
     Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
     if (rotation) {
-      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
+      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs, q.signs_words);
     }
     if (cuda::dual_serves(q.args)) {
       const Parts across = q.parts(q.across_shape());
@@ -246,8 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
   if (rotation) {
     options::expect(!q.dynamic, "tensor_scale: the two rotations of x have different ones; pass ",
                     "one to use for both");
-    rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
-    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs);
+    expect_rotation(q.device, rotation, q.rows.matrix_rows(), signs);
+    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs, q.signs_words);
   }
   if (cuda::dual_serves(q.args)) {
     const Parts along = q.parts(q.rows.shape), across = q.parts(q.across_shape());
@@ -325,7 +306,8 @@ Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axi
   const Device device(x);
   Rows rows(x, axis);
   cuda::HadamardArgs a;
-  a.rotation = rotation_of(device, size, rows.view.columns, signs);
+  Tensor words;
+  a.rotation = rotation_of(device, size, rows.view.columns, signs, words);
   rows.flatten();
   Tensor out = device.empty(rows.shape, x.scalar_type());
   a.x = rows.data();
@@ -408,7 +390,7 @@ Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
 }
 
 // Element codes, one a byte, of x / 2^(scale - 127).
-Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
+Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip, int64_t rotation) {
   const Device device(x);
   const Tensor in = dense(x);
   Tensor out = device.empty(shape_of(in), ScalarType::Byte);
@@ -420,6 +402,7 @@ Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
   a.element = get_format(element + "-b32-e8m0").element;
   a.scale = uint32_t(scale);
   a.full = clip == "full";
+  a.rotation = int(rotation);
   cuda::encode(a, device.stream);
   return out;
 }
@@ -434,7 +417,9 @@ std::string cuda_archs() {
 
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def("_cuda_archs() -> str");
-  m.def("_encode(Tensor x, str element, int scale=127, str clip='symmetric') -> Tensor");
+  m.def(
+      "_encode(Tensor x, str element, int scale=127, str clip='symmetric', int rotation=0) -> "
+      "Tensor");
 }
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {

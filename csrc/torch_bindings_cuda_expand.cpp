@@ -128,12 +128,12 @@ TwoParts fold_two(Tensor codes, Tensor scales, std::string format, bool e5m2, Te
 struct Rows {
   Device device;
   Tensor x;
-  std::optional<Tensor> signs, given;
+  Tensor signs_words;  // kept alive until the kernels are launched
   cuda::QuantizeArgs args;
 
   Rows(const Tensor& input, const std::string& format, const Text& scale_rule, const Text& recipe,
-       const std::string& clip, int64_t rotation, const std::optional<Tensor>& signs_)
-      : device(input), x(dense(input)), signs(signs_) {
+       const std::string& clip, int64_t rotation, const std::optional<Tensor>& signs)
+      : device(input), x(dense(input)) {
     const cpu::Options o =
         options::quantize(format, scale_rule, recipe, "nearest", std::nullopt, clip);
     args.format = o.format;
@@ -145,20 +145,9 @@ struct Rows {
     args.view.columns = x.size(x.dim() - 1);
     args.view.outer = args.view.columns ? x.numel() / args.view.columns : 0;
     args.view.outer_stride = args.view.columns;
-    if (!rotation) return;
-    if (signs) {
-      device.expect_here("signs", *signs);
-      options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
-                      signs->dim());
-      if (signs->scalar_type() != ScalarType::Float) {
-        signs = torch::stable::to(*signs, ScalarType::Float);
-      }
-      signs = dense(*signs);
+    if (rotation) {
+      args.rotation = rotation_of(device, rotation, args.view.columns, signs, signs_words);
     }
-    const float* data = signs ? static_cast<const float*>(signs->const_data_ptr()) : nullptr;
-    const cpu::Rotation r =
-        options::rotation(rotation, args.view.columns, data, signs ? signs->numel() : 0);
-    args.rotation = {r.size, r.signs, r.signs_length};
   }
 };
 

@@ -91,24 +91,31 @@ struct Coder {
     }
   }
 
-  // E2M1 codes of get(i) * 2^-e without saturation, for |e| <= 64: the steps of nibble_at_top on a
-  // grid 2^e times as coarse, whose exponent fields are 2 e more.
+  // E2M1 codes of RNE(get(i) * c) * 2^-e, c = 1 or float32(sqrt(1/2)), where none saturates; for
+  // multiplier = kEven or kOdd times 2^-e, e within 2^+-100.
+  //
+  // Two multiplications, to nearest and then towards zero, take each number to the side of every
+  // midpoint between codes on which it is to be rounded, so that halves may go up: kSecond was
+  // searched for the pairs. The second ends where float32's own subnormals are spaced like
+  // E2M1's, so that bits 24 to 22 hold the code, and the bits below them what is cut off.
+  static constexpr uint32_t kSecond = 0x00842125u, kEven = 0x3f77ffcau, kOdd = 0x3f2f5ca5u;
   template <class Get>
-  PYFMT_DEVICE static void encode_at(const Get& get, int e, uint32_t* out) {
+  PYFMT_DEVICE static void encode_covered(const Get& get, float multiplier, uint32_t* out) {
     static_assert(kE2M1, "for E2M1 alone");
-    const float smallest = as_float(uint32_t(e + 127) << 23);
-    const float magic = as_float(0x4a800000u | (uint32_t(6 - 2 * e) & 7u));
+    // The upper halves of two.
+    const auto pair = [&](int i, int j) {
+      const float a = multiply_down(get(i) * multiplier, as_float(kSecond));
+      const float b = multiply_down(get(j) * multiplier, as_float(kSecond));
+      const uint32_t both = pick_bytes(as_uint(a), as_uint(b), 0x7632);
+      return select_bits(both, both * 64u + 0x08000800u, 0x80008000u);
+    };
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 7; i >= 0; --i) {
-        const float a = get(8 * w + i);
-        const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), smallest);
-        const uint32_t sum = as_uint(fused(power, magic, a));
-        word = push_nibble(word, select_bits(sum * 0x10000040u, sum, 0x7fffffffu));
-      }
-      out[w] = word;
+      const uint32_t a =
+          select_bits(pair(8 * w + 1, 8 * w + 3), pair(8 * w, 8 * w + 2) >> 4, 0xf000f000u);
+      const uint32_t b =
+          select_bits(pair(8 * w + 5, 8 * w + 7), pair(8 * w + 4, 8 * w + 6) >> 4, 0xf000f000u);
+      out[w] = pick_bytes(a, b, 0x7531);
     }
   }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "coder.cuh"
+#include "rotate.cuh"
 #include "scale.cuh"
 
 namespace pyfmt {

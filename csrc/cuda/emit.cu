@@ -3,6 +3,7 @@
 // packing codes and unpacking them again.
 #include "fold.cuh"
 #include "quantize.cuh"
+#include "rotate.cuh"
 
 namespace pyfmt {
 namespace cuda {
