@@ -42,12 +42,23 @@ PYFMT_DEVICE uint32_t amax16(const float* v) {
   return as_uint(m);
 }
 
-template <class E>
-PYFMT_DEVICE void encode16(const float* v, const BlockScale& b, const Limits& limits,
+template <class E, bool kPow2>
+PYFMT_DEVICE void encode16(const float* v, const BlockScale& b, const EmitParams& p,
                            uint32_t* codes) {
-  Coder<E>::encode([&](int i) { return v[i]; }, b.multiplier, limits, codes);
+  using C = Coder<E>;
+  if constexpr (C::kE2M1) {
+    if (kPow2 && p.scale.covers && b.code - 79u <= 96u) {
+      const float multiplier = as_float(C::kEven + ((127u - b.code) << 23));
+      C::encode_covered([&](int i) { return v[i]; }, multiplier, codes);
+      return;
+    }
+    const auto saturated = [&](int i) { return min_magnitude(v[i] * b.multiplier, 6.0f); };
+    C::encode_covered(saturated, as_float(C::kEven), codes);
+  } else {
+    C::encode([&](int i) { return v[i]; }, b.multiplier, p.limits, codes);
+  }
 #pragma unroll
-  for (int i = 0; i < Coder<E>::kWords; ++i) codes[i] = b.poisoned ? 0u : codes[i];
+  for (int i = 0; i < C::kWords; ++i) codes[i] = b.poisoned ? 0u : codes[i];
 }
 
 // A unit of x to codes; returns its scale.
@@ -56,8 +67,8 @@ PYFMT_DEVICE uint32_t encode_unit(const EmitParams& p, int64_t row, int64_t unit
   float v[kUnit];
   load_rotated(p, row * p.units + unit, unit < p.units && row < p.to.rows, v);
   const BlockScale b = block_scale<true>(p.scale, {}, L::max(amax16(v), amax16(v + 16)));
-  encode16<E>(v, b, p.limits, codes);
-  encode16<E>(v + 16, b, p.limits, codes + Coder<E>::kWords);
+  encode16<E, true>(v, b, p, codes);
+  encode16<E, true>(v + 16, b, p, codes + Coder<E>::kWords);
   return b.code;
 }
 
@@ -109,7 +120,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int h = 0; h < 2; ++h) {
     const BlockScale b = block_scale<kPow2>(p.scale, r, amax[h]);
     uint32_t codes[Coder<E>::kWords];
-    encode16<E>(v + 16 * h, b, p.limits, codes);
+    encode16<E, kPow2>(v + 16 * h, b, p, codes);
     const float s = as_float(kPow2 ? codec::e8m0_decode<uint32_t>(b.code)
                                    : codec::decode_scale<uint32_t>(p.scale.kind, b.code));
     float d[16];
