@@ -64,5 +64,41 @@ class Device {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 };
 
+// ---- rotation ---------------------------------------------------------------------------------
+
+// The size and the number of signs are checked; what a kernel reads is not here.
+inline cuda::Rotation expect_rotation(const Device& device, int64_t size, int64_t length,
+                                      const std::optional<Tensor>& signs) {
+  static const float some = 1.0f;
+  if (signs) {
+    device.expect_here("signs", *signs);
+    options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
+                    signs->dim());
+  }
+  cuda::Rotation r;
+  r.size =
+      options::rotation(size, length, signs ? &some : nullptr, signs ? signs->numel() : 0).size;
+  return r;
+}
+
+// words: room for the packed signs, to be kept until the kernels are launched.
+inline cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
+                                  const std::optional<Tensor>& signs, Tensor& words) {
+  cuda::Rotation r = expect_rotation(device, size, length, signs);
+  if (!signs || signs->numel() == 0) return r;
+  cuda::SignsArgs a;
+  a.signs = signs->const_data_ptr();
+  a.length = signs->numel();
+  a.item_bytes = int(signs->element_size());
+  a.stride = signs->stride(0);
+  a.count = cuda::signs_words(a.length);
+  words = device.empty({a.count}, ScalarType::Int);
+  a.words = static_cast<uint32_t*>(words.mutable_data_ptr());
+  cuda::pack_signs(a, device.stream);
+  r.signs = a.words;
+  r.signs_words = a.count;
+  return r;
+}
+
 }  // namespace tensors
 }  // namespace pyfmt

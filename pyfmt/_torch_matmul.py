@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The matmul and linear operators: expand to float32, one dense GEMM, one final rounding.
+"""The matmul and linear operators: checks, the choice of a path, and the portable path.
 
-y = RNE(a b^T + bias), products and sums in float32, float32 bias. The bits do not depend on
-torch's settings for float32 matmuls.
+y = RNE(a b^T + bias), float32 sums and bias. The portable path expands to float32 for one dense
+GEMM, whose bits do not depend on torch's settings for float32 matmuls; the paths of GPUs are in
+`_torch_dense.py`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyfmt import _check
+from pyfmt import _check, _torch_dense
+from pyfmt import _matmul_paths as paths
+from pyfmt._torch_dense import Left, Out, Right
+from pyfmt._torch_native import native
 from pyfmt.formats import Format, get_format
 
 # A weight of more elements is expanded in panels of rows, so that memory stays bounded.
@@ -124,11 +130,16 @@ def matmul_fake(
     k: Any,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    path: str | None = None,
+    precision: str = "full",
+    batch_invariant: bool = False,
+    expanded: Sequence[Tensor] | None = None,
 ) -> Tensor:
     out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
     if a_format is not None:
         _check_rows(a, a_scales, a_format, k)  # type: ignore[arg-type]
     _check_rows(b, b_scales, b_format, k)
+    raw(paths.check, path, precision)
     return a.new_empty((*a.shape[:-1], b.shape[0]), dtype=out)
 
 
@@ -145,9 +156,14 @@ def linear_fake(
     scale_rule: str | None = None,
     recipe: str | None = None,
     clip: str = "symmetric",
+    expanded: Sequence[Tensor] | None = None,
+    path: str | None = None,
+    precision: str = "full",
+    batch_invariant: bool = False,
 ) -> Tensor:
     _check_linear(x, w_codes, bias)
     _check_rows(w_codes, w_scales, w_format, x.shape[-1])
+    raw(paths.check, path, precision)
     if activation is not None:
         fmt = raw(get_format, activation)
         raw(_check.options, fmt, scale_rule, recipe, "nearest", None, clip)
@@ -210,56 +226,81 @@ def full_precision_mm(a: Tensor, b: Tensor) -> Tensor:
         precision.leave()
 
 
-def _expand(codes: Tensor, scales: Any, tensor_scale: Any, fmt: str, shape: Any) -> Tensor:
-    y: Tensor = _OPS.dequantize.default(codes, scales, tensor_scale, fmt, shape)
-    return y
-
-
-def _gemm(
-    a: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    b_tensor_scale: Tensor | None,
-    b_format: str,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """y = a b^T + bias for a dense a of shape (*lead, K) and a quantized b of N rows."""
-    k, n = a.shape[-1], b.shape[0]
-    flat = a if a.dim() == 2 else a.reshape(a.shape[:-1].numel(), k)
-    flat = flat.float().contiguous()
+def _portable(left: Left, right: Right, out: Out) -> Tensor:
+    """y = a b^T + bias for a dense or quantized a of M rows and a quantized b of N rows."""
+    flat, n, k = _torch_dense.fp32(left).contiguous(), right.n, left.k
     # The order of a BLAS library's sums may follow addresses and strides: give it always the same.
     if flat.data_ptr() % 64:
         flat = flat.clone()
     if n * k <= PANEL_ELEMENTS:
-        y = _panel(flat, b, b_scales, b_tensor_scale, b_format, bias, dtype)
-    else:
-        rows = get_format(b_format).block_rows
-        step = max(PANEL_ELEMENTS // k // rows, 1) * rows
-        parts = []
-        for i in range(0, n, step):
-            scales = b_scales[i // rows : -(-(i + step) // rows)]
-            part_bias = None if bias is None else bias[i : i + step]
-            part = (b[i : i + step], scales, b_tensor_scale, b_format, part_bias, dtype)
-            parts.append(_panel(flat, *part))
-        y = torch.cat(parts, dim=1)
-    return y if a.dim() == 2 else y.view(*a.shape[:-1], n)
+        return _panel(flat, right, 0, n, out)
+    rows = right.format.block_rows
+    step = max(PANEL_ELEMENTS // k // rows, 1) * rows
+    parts = [_panel(flat, right, i, min(i + step, n), out) for i in range(0, n, step)]
+    return torch.cat(parts, dim=1)
 
 
-def _panel(
-    a: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    b_tensor_scale: Tensor | None,
-    b_format: str,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    w = _expand(b, b_scales, b_tensor_scale, b_format, (b.shape[0], a.shape[1]))
+def _panel(a: Tensor, right: Right, first: int, last: int, out: Out) -> Tensor:
+    codes, scales = right.rows(first, last)
+    shape = (last - first, a.shape[1])
+    w = _OPS.dequantize.default(codes, scales, right.tensor_scale, right.format.key, shape)
     y = full_precision_mm(a, w.t())
-    if bias is not None:
-        y += bias
-    return y if dtype is torch.float32 else y.to(dtype)
+    if out.bias is not None:
+        y += out.bias[first:last]
+    return y if out.dtype is torch.float32 else y.to(out.dtype)
+
+
+def _portable_rows(left: Left, right: Right, out: Out) -> Tensor:
+    return _torch_dense.chunks(left, right, out, paths.INVARIANT_ROWS["portable"], _portable)
+
+
+_RUN = {**_torch_dense.RUN, "native": native, "portable": _portable_rows}
+
+
+@lru_cache(maxsize=64)
+def _machine(index: int) -> paths.Machine:
+    return paths.Machine(
+        torch.cuda.get_device_capability(index),
+        skinny=hasattr(_OPS, "_matmul_skinny"),
+        wide=hasattr(_OPS, "_matmul_wide"),
+        native=importlib.util.find_spec("triton") is not None,
+    )
+
+
+def machine_of(device: torch.device) -> paths.Machine | None:
+    """What a device offers; None where there is only the portable path."""
+    return _machine(device.index or 0) if device.type == "cuda" else None
+
+
+# What a call of a shape and formats was checked for and given: operands are checked once a shape.
+_choices: dict[Any, str] = {}
+_CHOICES = 8192
+
+
+def _choose(call: paths.Call, device: torch.device, path: str | None) -> str:
+    machine = machine_of(device)
+    if machine is None:
+        if path not in (None, "portable"):
+            raise RuntimeError(
+                f"path: tensors on {device.type} have the portable path alone, got {path!r}; leave "
+                "it out"
+            )
+        return "portable"
+    if 0 in (call.m, call.n, call.k):
+        return "portable"
+    return raw(paths.choose, call, machine, path)
+
+
+def _remember(key: Any, name: str) -> str:
+    if len(_choices) >= _CHOICES:
+        _choices.clear()
+    _choices[key] = name
+    return name
+
+
+def kind_of(kept: Sequence[Tensor] | None) -> str:
+    """What an expanded weight is for: "fold", "exact", or "" where there is none."""
+    return "" if not kept else "fold" if len(kept) > 1 else "exact"
 
 
 def matmul(
@@ -274,12 +315,66 @@ def matmul(
     k: int,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    path: str | None = None,
+    precision: str = "full",
+    batch_invariant: bool = False,
+    expanded: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized."""
+    """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized.
+
+    expanded: what _expand_weight returned for b.
+    """
     out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
-    if a_format is not None:
-        a = _expand(a, a_scales, a_tensor_scale, a_format, (*a.shape[:-1], k))
-    return _gemm(a, b, b_scales, b_tensor_scale, b_format, bias, out)
+    lead, n, kept = a.shape[:-1], b.shape[0], kind_of(expanded)
+    a_grid = None if a_scales is None else a_scales.shape
+    key = (
+        a.shape, a.dtype, a_grid, a_format, b.shape, b_scales.shape, b_scales.dtype, b_format, k,
+        a.device, kept, path, precision, batch_invariant,
+    )  # fmt: skip
+    name = _choices.get(key)
+    m = lead.numel()
+    if name is None:
+        raw(paths.check, path, precision)
+        fmt = None
+        if a_format is not None:
+            fmt = raw(get_format, a_format)
+            _check_rows(a, a_scales, a_format, k)  # type: ignore[arg-type]
+        _check_rows(b, b_scales, b_format, k)
+        dense = str(a.dtype).removeprefix("torch.")
+        call = paths.Call(fmt, dense, get_format(b_format), m, n, k, kept, batch_invariant)
+        name = _remember(key, _choose(call, a.device, path))
+    if a_format is None:
+        left = Left(m, k, x=a if a.dim() == 2 else a.reshape(m, k))
+    else:
+        left = Left(m, k, raw(paths.facts, a_format))
+        left.codes, left.scales = a, a_scales
+        left.tensor_scale = a_tensor_scale if has_scale(a_tensor_scale) else None
+        if a.dim() != 2:
+            _flatten(left, a, a_scales)  # type: ignore[arg-type]
+    scale = b_tensor_scale if has_scale(b_tensor_scale) else None
+    right = Right(b, b_scales, scale, paths.facts(b_format), n)
+    if kept == name:
+        right.kept = list(expanded)  # type: ignore[arg-type]
+    y = _RUN[name](left, right, Out(bias, out, precision == "fast", batch_invariant))
+    return y if a.dim() == 2 else y.view(*lead, n)
+
+
+def has_scale(t: Tensor | None) -> bool:
+    """Formats without a tensor scale come with the empty one that quantize returned."""
+    return t is not None and t.numel() > 0
+
+
+def _flatten(left: Left, codes: Tensor, scales: Tensor) -> None:
+    """Codes of (*lead, bytes) as rows; square blocks are decoded, for they lie within matrices."""
+    assert left.format is not None
+    if left.format.block_rows == 1:
+        left.codes = codes.reshape(left.rows, codes.shape[-1])
+        left.scales = scales.reshape(left.rows, scales.shape[-1])
+        return
+    shape = (*codes.shape[:-1], left.k)
+    x = _OPS.dequantize.default(codes, scales, left.tensor_scale, left.format.key, shape)
+    left.x = x.reshape(left.rows, left.k)
+    left.format = left.codes = left.scales = left.tensor_scale = None
 
 
 def linear(
@@ -295,19 +390,53 @@ def linear(
     scale_rule: str | None = None,
     recipe: str | None = None,
     clip: str = "symmetric",
+    expanded: Sequence[Tensor] | None = None,
+    path: str | None = None,
+    precision: str = "full",
+    batch_invariant: bool = False,
 ) -> Tensor:
     """matmul(quantize(x, activation, rotation=...), w) + bias in x's dtype.
 
-    Without an activation format the left operand is hadamard(x), rounded to x's dtype.
+    Without an activation format the left operand is hadamard(x), rounded to x's dtype. expanded:
+    what _expand_weight returned for the weight.
     """
     _check_linear(x, w_codes, bias)
-    a = x
-    if activation is not None:
-        # In float32 fake_quantize is quantize and dequantize bit for bit, in one pass.
-        a = x.float()
+    lead, k, n = x.shape[:-1], x.shape[-1], w_codes.shape[0]
+    kept = kind_of(expanded)
+    key = (
+        x.shape, x.dtype, activation, w_codes.shape, w_scales.shape, w_scales.dtype, w_format,
+        x.device, kept, rotation, scale_rule, recipe, clip, path, precision, batch_invariant,
+    )  # fmt: skip
+    name = _choices.get(key)
+    m = lead.numel()
+    if name is None:
+        raw(paths.check, path, precision)
+        _check_rows(w_codes, w_scales, w_format, k)
+        fmt = None if activation is None else raw(get_format, activation)
+        if fmt is not None:
+            raw(_check.options, fmt, scale_rule, recipe, "nearest", None, clip)
+            if batch_invariant and fmt.tensor_scale and recipe != "single_level":
+                raise RuntimeError(
+                    f"batch_invariant: the tensor scale of {fmt.name} activations depends on the "
+                    "whole batch; pass recipe='single_level'"
+                )
         if rotation:
-            a = _OPS.hadamard.default(a, rotation, signs)
-        a = _OPS.fake_quantize.default(a, activation, -1, scale_rule, recipe, "nearest", None, clip)
-    elif rotation:
-        a = _OPS.hadamard.default(x, rotation, signs)
-    return _gemm(a, w_codes, w_scales, w_tensor_scale, w_format, bias, x.dtype)
+            raw(_check.rotation, rotation, signs, k)
+        dense = str(x.dtype).removeprefix("torch.")
+        if fmt is not None and fmt.block_rows > 1 and x.dim() != 2:
+            fmt, dense = None, "float32"
+        call = paths.Call(fmt, dense, get_format(w_format), m, n, k, kept, batch_invariant)
+        name = _remember(key, _choose(call, x.device, path))
+    facts = None if activation is None else paths.facts(activation)
+    left = Left(m, k, facts, x, None, None, None, scale_rule, recipe, clip, rotation, signs)
+    if x.dim() != 2:
+        if facts is not None and facts.block_rows > 1:
+            # Square blocks lie within matrices: they are quantized before the rows are one matrix.
+            left = Left(m, k, x=_torch_dense.fp32(left))
+        left.x = left.x.reshape(m, k)  # type: ignore[union-attr]
+    scale = w_tensor_scale if has_scale(w_tensor_scale) else None
+    right = Right(w_codes, w_scales, scale, paths.facts(w_format), n)
+    if kept == name:
+        right.kept = list(expanded)  # type: ignore[arg-type]
+    y = _RUN[name](left, right, Out(bias, x.dtype, precision == "fast", batch_invariant))
+    return y if x.dim() == 2 else y.view(*lead, n)

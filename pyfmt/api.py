@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyfmt import _arrays, _check, backends
+from pyfmt import _arrays, _check, _matmul_paths, backends
 from pyfmt.formats import Format, get_format
 from pyfmt.reference.rotate import rotate_by_matrix
 from pyfmt.tensor import QTensor
@@ -152,7 +152,15 @@ def hadamard(
 
 
 def matmul(
-    a: Any, b: QTensor, bias: Any = None, *, dtype: Any = None, backend: str | None = None
+    a: Any,
+    b: QTensor,
+    bias: Any = None,
+    *,
+    dtype: Any = None,
+    backend: str | None = None,
+    path: str | None = None,
+    precision: str = "full",
+    batch_invariant: bool = False,
 ) -> Any:
     """Multiply by a quantized matrix: y = a b^T + bias on decoded values.
 
@@ -160,7 +168,12 @@ def matmul(
     their last axis; bias: (N,). float32 accumulation, float32 bias, one rounding to `dtype`
     (a's dtype where a is dense, else float32). Returns (..., M, N).
     |err| <= c * sum|a||b| + half an output ulp against the exact sum; on the CPU rooms
-    c = K * 2^-24 (the reference room sums in float64).
+    c = K * 2^-24 (the reference room sums in float64); on a GPU c depends on the path.
+
+    On a GPU a table made by measurement chooses the path; `path` names one ("skinny", "wide",
+    "fold", "exact", "portable", "native"; see docs/matmul.md), and never falls back.
+    precision="fast" lets the fold path keep its sums in the fp8 units' narrow accumulator.
+    batch_invariant=True gives each row of a the same bits whatever the other rows are.
 
     Raises ValueError or TypeError saying what was expected, what came and what to do.
     """
@@ -173,6 +186,28 @@ def matmul(
     if dense:
         _float_array(a)
     _check.matmul_shapes(a, b, bias)
+    _matmul_paths.check(path, precision)
     given = a.dtype if dense and dtype is None else dtype
     name = "float32" if given is None else _check.float_dtype(given, "dtype")
-    return backends.choose("matmul", b.format, b.codes, backend).matmul(a, b, bias, dtype=name)
+    room = backends.choose("matmul", b.format, b.codes, backend)
+    if path is None and precision == "full" and not batch_invariant:
+        return room.matmul(a, b, bias, dtype=name)
+    if room is not backends.get("cuda"):
+        raise ValueError(
+            "path, precision and batch_invariant belong to the cuda room, and b is a "
+            f"{_arrays.where(b.codes)}; move it to a GPU or leave them out"
+        )
+    try:
+        return room.matmul_by(
+            a,
+            b,
+            bias,
+            dtype=name,
+            path=path,
+            precision=precision,
+            batch_invariant=batch_invariant,
+        )
+    except RuntimeError as error:
+        if str(error).startswith("path "):
+            raise ValueError(str(error)) from None
+        raise

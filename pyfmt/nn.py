@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
-from pyfmt import _check
+from pyfmt import _check, _matmul_paths
 from pyfmt._model import (
     Left,
     Replaced,
@@ -69,6 +69,22 @@ def _signs(signs: Any, rotation: int | None, length: int, seed: int) -> Tensor |
     return signs.to(torch.int8).repeat(length // signs.shape[0])
 
 
+# Buffers of a weight kept expanded: fp8 bytes, row scales and marks; or bfloat16.
+KEPT = ("expanded_weight", "expanded_scale", "expanded_marks")
+
+
+def _kept_kind(weight: Format, activation: Format | None) -> str:
+    """What a weight is expanded to; ValueError where it cannot be."""
+    if activation is not None and _matmul_paths.folds(activation) and _matmul_paths.folds(weight):
+        return "fold"
+    if _matmul_paths.exact_in_bf16(weight):
+        return "exact"
+    raise ValueError(
+        f"expanded: {weight.name} is not exact in bfloat16, so it cannot be kept expanded; leave "
+        "it out"
+    )
+
+
 class QuantLinear(nn.Module):
     """A linear layer with a quantized weight and, if asked, quantized activations.
 
@@ -78,6 +94,10 @@ class QuantLinear(nn.Module):
     block Hadamard size (2 to 1024) that divides in_features: the weight is rotated once, x in
     every call, and the two cancel. signs: None, "random" (drawn with `seed`) or a tensor of +-1,
     applied before the rotation. scale_rule, recipe: for those of the two formats that take them.
+    expanded: "keep" holds the weight on a GPU a second time as what dense GEMMs take (one byte an
+    element for MXFP4, MXINT4 and MXFP6 with such activations, else two), out of the state dict;
+    call `expand` after changing codes by hand. path, precision, batch_invariant: see
+    `pyfmt.matmul`.
 
     x: (*lead, in_features), bfloat16, float16 or float32; y: (*lead, out_features) in x's dtype,
     with float32 sums and bias (see `pyfmt.matmul`). Gradients reach x and bias; activation
@@ -91,6 +111,9 @@ class QuantLinear(nn.Module):
     weight_scales: Tensor
     weight_tensor_scale: Tensor | None
     signs: Tensor | None
+    expanded_weight: Tensor | None
+    expanded_scale: Tensor | None
+    expanded_marks: Tensor | None
     bias: nn.Parameter | None
 
     def __init__(
@@ -107,6 +130,10 @@ class QuantLinear(nn.Module):
         scale_rule: str | None = None,
         recipe: str | None = None,
         clip: str = "symmetric",
+        expanded: str | None = None,
+        path: str | None = None,
+        precision: str = "full",
+        batch_invariant: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -123,6 +150,11 @@ class QuantLinear(nn.Module):
         self.weight_options = (rules[0], recipes[0], clip)
         self.activation_options = (rules[1], recipes[1], clip)
         self.dtype = dtype or torch.get_default_dtype()
+        _matmul_paths.check(path, precision)
+        if expanded not in (None, "keep"):
+            raise ValueError(f"expanded: expected None or 'keep', got {expanded!r}")
+        self.keeps = _kept_kind(fmt, act) if expanded else None
+        self.way = (path, precision, batch_invariant)
 
         rows = (out_features,)
         codes = torch.zeros((*rows, row_bytes(fmt, in_features)), dtype=torch.uint8, device=device)
@@ -137,6 +169,8 @@ class QuantLinear(nn.Module):
         )
         drawn = _signs(signs, rotation, in_features, seed)
         self.register_buffer("signs", None if drawn is None else drawn.to(device))
+        for name in KEPT:
+            self.register_buffer(name, None, persistent=False)
         self.register_parameter(
             "bias",
             nn.Parameter(torch.zeros(rows, dtype=self.dtype, device=device)) if bias else None,
@@ -185,25 +219,50 @@ class QuantLinear(nn.Module):
         if layer.weight_tensor_scale is not None:
             layer.weight_tensor_scale = tensor_scale
         layer.bias = linear.bias
+        layer.expand()
         return layer.train(linear.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        scale_rule, recipe, clip = self.activation_options
-        y: Tensor = torch.ops.pyfmt.linear(
-            x,
+    def expand(self) -> None:
+        """Expand the weight anew where it is kept expanded: on a GPU, with expanded="keep"."""
+        for name in KEPT:
+            setattr(self, name, None)
+        if self.keeps is None or not self.weight_codes.is_cuda:
+            return
+        parts = torch.ops.pyfmt._expand_weight(
             self.weight_codes,
             self.weight_scales,
-            self.weight_tensor_scale,
             self.weight_format,
-            self.bias,
+            self.in_features,
+            self.keeps,
+        )
+        for name, part in zip(KEPT, parts, strict=False):
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Buffers by way of their dict: nn.Module's attributes cost a microsecond each.
+        held = self._buffers
+        scale_rule, recipe, clip = self.activation_options
+        y: Tensor = torch.ops.pyfmt.linear.default(
+            x,
+            held["weight_codes"],
+            held["weight_scales"],
+            held["weight_tensor_scale"],
+            self.weight_format,
+            self._parameters["bias"],
             self.activation_format,
             self.rotation or 0,
-            self.signs,
+            held["signs"],
             scale_rule,
             recipe,
             clip,
+            None if held["expanded_weight"] is None else self._expanded(),
+            *self.way,
         )
         return y
+
+    def _expanded(self) -> list[Tensor]:
+        held = self._buffers
+        return [part for name in KEPT if (part := held[name]) is not None]
 
     @property
     def weight(self) -> Tensor:
@@ -249,6 +308,8 @@ class QuantLinear(nn.Module):
             moved = fn(t)
             return moved if t.is_floating_point() or moved.dtype == t.dtype else t.to(moved.device)
 
+        for name in KEPT:  # made anew where the codes go
+            setattr(self, name, None)
         floats = {
             name: buffer.dtype
             for name, buffer in self._buffers.items()
@@ -262,6 +323,7 @@ class QuantLinear(nn.Module):
             for name, dtype in floats.items():
                 self._buffers[name] = self._buffers[name].view(dtype)  # type: ignore[union-attr]
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight_codes.device)).dtype
+        self.expand()
         return self
 
     # State dicts hold tensors only, so the facts travel as the bytes of a JSON text.
@@ -287,6 +349,7 @@ class QuantLinear(nn.Module):
             error_msgs.append(f"{prefix.rstrip('.') or 'QuantLinear'}: {problem}")
         else:
             super()._load_from_state_dict(state_dict, prefix, *args)
+            self.expand()
 
     def _problem(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Say why a state dict does not fit this layer, or return None."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt import _check, _torch_autograd, _torch_matmul, _torch_triton
+from pyfmt import _check, _torch_autograd, _torch_dense, _torch_matmul, _torch_triton
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
 from pyfmt.backends import cuda, triton
 from pyfmt.backends.cpu import torch_library_path
@@ -53,11 +53,17 @@ SCHEMAS = (
 
     "matmul(Tensor a, Tensor? a_scales, Tensor? a_tensor_scale, str? a_format, "
     "Tensor b, Tensor b_scales, Tensor? b_tensor_scale, str b_format, SymInt k, "
-    "Tensor? bias=None, ScalarType? dtype=None) -> Tensor",
+    "Tensor? bias=None, ScalarType? dtype=None, str? path=None, str precision='full', "
+    "bool batch_invariant=False, Tensor[]? expanded=None) -> Tensor",
 
     "linear(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, str w_format, "
     "Tensor? bias=None, str? activation=None, int rotation=0, Tensor? signs=None, "
-    "str? scale_rule=None, str? recipe=None, str clip='symmetric') -> Tensor",
+    "str? scale_rule=None, str? recipe=None, str clip='symmetric', Tensor[]? expanded=None, "
+    "str? path=None, str precision='full', bool batch_invariant=False) -> Tensor",
+)
+# What layers call beside the verbs.
+HELPERS = (
+    "_expand_weight(Tensor codes, Tensor scales, str format, SymInt k, str kind) -> Tensor[]",
 )
 # fmt: on
 
@@ -211,6 +217,18 @@ def _amax(x: Tensor, block: Any = None, axis: int = -1) -> Tensor:
     return x.new_empty((*lead, -(-length // block)), dtype=torch.float32)
 
 
+def _expand_weight(codes: Tensor, scales: Tensor, format: str, k: Any, kind: str) -> list[Tensor]:
+    n = codes.shape[0]
+    if kind == "exact":
+        return [codes.new_empty((n, k), dtype=torch.bfloat16)]
+    padded = -(-n // 16) * 16
+    return [
+        codes.new_empty((padded, scales.shape[1] * 32)),
+        codes.new_empty((padded,), dtype=torch.float32),
+        codes.new_empty((padded,)),
+    ]
+
+
 _FAKE: dict[str, Callable[..., Any]] = {
     "quantize": _quantize,
     "quantize_dual": _quantize_dual,
@@ -222,6 +240,7 @@ _FAKE: dict[str, Callable[..., Any]] = {
     "amax": _amax,
     "matmul": _torch_matmul.matmul_fake,
     "linear": _torch_matmul.linear_fake,
+    "_expand_weight": _expand_weight,
 }
 
 
@@ -277,7 +296,7 @@ def _define() -> None:
         return
     _load_kernels()
     library = torch.library.Library("pyfmt", "DEF")
-    for schema in SCHEMAS:
+    for schema in (*SCHEMAS, *HELPERS):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for verb, fake in _FAKE.items():
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
@@ -289,6 +308,7 @@ def _define() -> None:
     for device in ("CPU", "CUDA"):
         library.impl("matmul", _torch_matmul.matmul, device)
         library.impl("linear", _torch_matmul.linear, device)
+    library.impl("_expand_weight", _torch_dense.expand_weight, "CUDA")
     _torch_autograd.register(library)
     ops._library = library
 

@@ -278,6 +278,15 @@ struct Raw {
   }
 };
 
+// What is read once should not take the place of what is written and read again.
+PYFMT_DEVICE uint4 load_once(const uint4* p) {
+#if defined(__CUDA_ARCH__)
+  return __ldcs(p);
+#else
+  return *p;
+#endif
+}
+
 // One element of any dtype as float32.
 PYFMT_DEVICE float load_element(const void* x, DType dtype, int64_t i) {
   if (dtype == DType::kFP32) return static_cast<const float*>(x)[i];

@@ -86,3 +86,11 @@ def explain(verb: str, fmt: str | Format | None, x: Any) -> dict[str, str]:
         first = reason is None and "chosen" not in answer.values()
         answer[name] = "chosen" if first else reason or "able"
     return answer
+
+
+def explain_matmul(a: Any, b: Any, *, batch_invariant: bool = False) -> dict[str, str]:
+    """Return for each GEMM path of the GPU "chosen" and why, "able", or why it cannot serve.
+
+    a: a QTensor or a dense array; b: a QTensor on a GPU. Raises ValueError for one elsewhere.
+    """
+    return cuda.explain_matmul(a, b, batch_invariant)

@@ -7,6 +7,7 @@ CuPy arrays go in and out by DLPack on the same memory. Nothing here waits for t
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -270,14 +271,63 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
 
 
 def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
-    """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+    """Multiply by the path that the table chooses; see `matmul_by` and docs/matmul.md."""
+    return matmul_by(a, b, bias, dtype=dtype)
+
+
+def matmul_by(
+    a: Any,
+    b: Any,
+    bias: Any = None,
+    *,
+    dtype: Any = "float32",
+    path: str | None = None,
+    precision: str = "full",
+    batch_invariant: bool = False,
+) -> Any:
+    """Multiply by a path of choice."""
     left: tuple[Any, ...] = (_in(a), None, None, None)
     if isinstance(a, QTensor):
         left = (*_parts(a), a.format.key)
     y = _ops().matmul(
-        *left, *_parts(b), b.format.key, b.shape[b.axis], _in(bias), _arrays.torch_dtype(dtype)
-    )
+        *left, *_parts(b), b.format.key, b.shape[b.axis], _in(bias), _arrays.torch_dtype(dtype),
+        path, precision, batch_invariant,
+    )  # fmt: skip
     return _out(y, b.codes)
+
+
+def explain_matmul(a: Any, b: QTensor, batch_invariant: bool = False) -> dict[str, str]:
+    """Return for each GEMM path "chosen" with the reason, "able", or why it cannot serve."""
+    from pyfmt import _matmul_paths, _torch_matmul
+
+    _ops()
+    codes = _in(b.codes)
+    machine = _torch_matmul.machine_of(codes.device)
+    if machine is None:
+        raise ValueError(f"b: GEMM paths are those of CUDA tensors, got one on {codes.device}")
+    fmt = a.format if isinstance(a, QTensor) else None
+    dense = "" if fmt else _check.dtype_name(a.dtype)
+    rows = math.prod(a.shape[:-1])
+    n, k = b.shape
+    call = _matmul_paths.Call(fmt, dense, b.format, rows, n, k, "", batch_invariant)
+    return _matmul_paths.explain(call, machine)
+
+
+def fold_exceptions(device: Any = None) -> Any:
+    """Return how many rows did not fold since the process began, as an int64 tensor on the device.
+
+    Such rows were computed on an exact path. Nothing waits for the device until the number is
+    read, with int(...).
+    """
+    import torch
+
+    from pyfmt import _torch_dense
+
+    _ops()
+    index = torch.device("cuda" if device is None else device).index
+    place = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    total = _torch_dense.total_of(place)
+    return torch.zeros((), dtype=torch.int64) if total is None else total.clone()
 
 
 def _parts(q: QTensor) -> tuple[Any, Any, Any]:

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // CUDA on the CPU, for tests: enough of the language to run the kernels of csrc/cuda without a GPU.
 //
-// One block of the grid runs at a time, each of its threads as a fiber that yields at barriers and
-// warp exchanges. Slow, single-threaded and deterministic; memory errors show under a sanitizer.
+// One block of the grid (or one cluster) runs at a time, each of its threads as a fiber that yields
+// at barriers and warp exchanges. Slow, single-threaded and deterministic; memory errors show under
+// a sanitizer.
 #pragma once
 
 #include <ucontext.h>
@@ -39,6 +40,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline uint2 make_uint2(unsigned x, unsigned y) {
   return {x, y};
 }
@@ -49,7 +53,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 inline const char* cudaGetErrorString(int) {
   return "emulated";
 }
@@ -75,11 +79,23 @@ struct Fiber {
   bool done = false;
 };
 
+// A barrier of some living threads.
+struct Meeting {
+  int alive = 0, arrived = 0, generation = 0;
+
+  void step() {
+    if (!arrived || arrived != alive) return;
+    arrived = 0;
+    ++generation;
+  }
+};
+
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<uint32_t> exchange;
   ucontext_t scheduler;
-  int threads = 0, current = 0;
+  int threads = 0, current = 0;  // of all blocks of the cluster
+  Meeting block_meeting[8], partial_meeting[8], cluster_meeting;
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
 };
@@ -101,6 +117,10 @@ inline dim3& grid_size() {
   return d;
 }
 
+inline int& cluster_rank() {
+  static int rank = 0;
+  return rank;
+}
 inline dim3& block_size() {
   static dim3 d;
   return d;
@@ -119,15 +139,19 @@ inline void entry() {
   yield();
 }
 
-inline void run_block(int threads, void (*body)(void*), void* arguments) {
+// Blocks `first` to `first + cluster - 1` of the grid.
+inline void run_blocks(int first, int cluster, int threads, void (*body)(void*), void* arguments) {
   constexpr size_t kStack = 64 * 1024;
   Block& b = block();
-  b.threads = threads;
+  const int all = threads * cluster;
+  b.threads = all;
   b.body = body;
   b.arguments = arguments;
-  b.exchange.resize(size_t(threads));
-  if (b.fibers.size() < size_t(threads)) b.fibers.resize(size_t(threads));
-  for (int t = 0; t < threads; ++t) {
+  b.exchange.resize(size_t(all));
+  for (int r = 0; r < cluster; ++r) b.block_meeting[r] = {threads};
+  b.cluster_meeting = {all};
+  if (b.fibers.size() < size_t(all)) b.fibers.resize(size_t(all));
+  for (int t = 0; t < all; ++t) {
     Fiber& f = b.fibers[size_t(t)];
     if (!f.stack) f.stack.reset(new char[kStack]);
     f.done = false;
@@ -137,30 +161,60 @@ inline void run_block(int threads, void (*body)(void*), void* arguments) {
     f.context.uc_link = &b.scheduler;
     makecontext(&f.context, entry, 0);
   }
-  for (bool alive = true; alive;) {
-    alive = false;
-    for (int t = 0; t < threads; ++t) {
-      if (b.fibers[size_t(t)].done) continue;
+  while (b.cluster_meeting.alive) {
+    for (int t = 0; t < all; ++t) {
+      Fiber& f = b.fibers[size_t(t)];
+      if (f.done) continue;
       b.current = t;
-      thread_index().x = unsigned(t);
-      swapcontext(&b.scheduler, &b.fibers[size_t(t)].context);
-      alive = alive || !b.fibers[size_t(t)].done;
+      thread_index().x = unsigned(t % threads);
+      cluster_rank() = t / threads;
+      block_index().x = unsigned(first + t / threads);
+      swapcontext(&b.scheduler, &f.context);
+      if (f.done) --b.block_meeting[t / threads].alive, --b.cluster_meeting.alive;
     }
+    for (int r = 0; r < cluster; ++r) {
+      b.block_meeting[r].step();
+      b.partial_meeting[r].step();
+    }
+    b.cluster_meeting.step();
   }
 }
 
+// Waits for the others of the block or the cluster, whatever they did in the meantime.
+inline void meet(Meeting& m) {
+  const int mine = m.generation;
+  ++m.arrived;
+  while (m.generation == mine) yield();
+}
+inline void sync_block() {
+  meet(block().block_meeting[cluster_rank()]);
+}
+// `threads` of a block, the same ones all the time.
+inline void sync_some(int threads) {
+  Meeting& m = block().partial_meeting[cluster_rank()];
+  m.alive = threads;
+  meet(m);
+}
+inline void sync_cluster() {
+  meet(block().cluster_meeting);
+}
+
 template <class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, const A&... args) {
+void launch_clusters(void (*kernel)(P...), int64_t blocks, int threads, int cluster,
+                     const A&... args) {
   auto bound = std::make_tuple(kernel, args...);
   const auto body = [](void* p) {
     std::apply([](auto k, const auto&... a) { k(a...); }, *static_cast<decltype(bound)*>(p));
   };
   grid_size() = dim3(unsigned(blocks));
   block_size() = dim3(unsigned(threads));
-  for (int64_t i = 0; i < blocks; ++i) {
-    block_index().x = unsigned(i);
-    run_block(threads, body, &bound);
+  for (int64_t i = 0; i < blocks; i += cluster) {
+    run_blocks(int(i), cluster, threads, body, &bound);
   }
+}
+template <class... P, class... A>
+void launch(void (*kernel)(P...), int64_t blocks, int threads, const A&... args) {
+  launch_clusters(kernel, blocks, threads, 1, args...);
 }
 
 template <class T>
@@ -176,6 +230,18 @@ T shuffle_xor(T value, int far) {
   return other;
 }
 
+// Whether any lane of the warp says so.
+inline bool any(bool mine) {
+  Block& b = block();
+  const int me = b.current, first = me & ~31;
+  b.exchange[size_t(me)] = mine;
+  yield();
+  bool found = false;
+  for (int i = first; i < first + 32 && i < b.threads; ++i) found = found || b.exchange[size_t(i)];
+  yield();
+  return found;
+}
+
 }  // namespace emulation
 
 #define threadIdx (::emulation::thread_index())
@@ -184,7 +250,7 @@ T shuffle_xor(T value, int far) {
 #define blockDim (::emulation::block_size())
 
 inline void __syncthreads() {
-  ::emulation::yield();
+  ::emulation::sync_block();
 }
 inline void __syncwarp() {
   ::emulation::yield();
@@ -192,6 +258,25 @@ inline void __syncwarp() {
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int far) {
   return ::emulation::shuffle_xor(value, far);
+}
+
+template <class T>
+T atomicAdd(T* place, T value) {
+  const T before = *place;
+  *place = before + value;
+  return before;
+}
+inline int cudaMemsetAsync(void* place, int value, size_t bytes, cudaStream_t) {
+  std::memset(place, value, bytes);
+  return cudaSuccess;
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, int far) {
+  const int lane = ::emulation::block().current % 32;
+  return ::emulation::shuffle_xor(value, lane >= far ? lane ^ (lane - far) : 0);
+}
+inline bool __any_sync(unsigned, bool mine) {
+  return ::emulation::any(mine);
 }
 
 inline int min(int a, int b) {

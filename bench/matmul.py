@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time matmul and linear on a GPU against cuBLAS bfloat16 of the same run.
+
+    python bench/matmul.py [--part dense decode sweep table errors calls] [--json PATH]
+
+All cases of a line are replays of CUDA graphs in turn, bfloat16 before each. Operands are fresh
+random data; the baseline multiplies the tensors that were quantized. Up to 64 rows the weights
+rotate among copies larger than the cache. Every path is checked against float64 first, and nothing
+is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row scales, and gemlite where
+it is installed. --part table times every path that can serve, for the table of paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from graphs import in_turn, machine
+
+import pyfmt
+import pyfmt.nn
+from pyfmt import _matmul_paths as paths
+from pyfmt import _torch_matmul
+
+OPS = torch.ops.pyfmt
+SHAPES = ((8192, 8192), (28672, 8192), (4096, 14336))
+FOLDING = ("mxfp4", "mxint4", "mxfp6_e3m2", "mxfp6_e2m3")
+EXACT = ("mxint8", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "nvint4")
+CACHE = 160 << 20
+LINES: list[dict[str, Any]] = []
+
+
+def randn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def show(part: str, shape: tuple[int, ...], found: dict[str, tuple[float, float, float]]) -> None:
+    """Print and keep the lines of cases timed in turn; the first is the baseline."""
+    m, n, k = shape
+    base = next(iter(found.values()))[0]
+    for name, (median, p20, p80) in found.items():
+        rate = 2 * m * n * k / median
+        LINES.append(
+            {
+                "part": part, "name": name, "shape": shape, "median": median, "p20": p20,
+                "p80": p80, "flops_per_s": rate, "of_bf16": base / median,
+            }
+        )  # fmt: skip
+        print(
+            f"{part:7} {m:5} x {n:5} x {k:5}  {name:34} {median * 1e6:9.1f} us "
+            f"({p20 * 1e6:.1f} to {p80 * 1e6:.1f})  {rate / 1e12:7.1f} TFLOP/s  "
+            f"{base / median:5.2f}x"
+        )
+
+
+class Weights:
+    """A weight in copies, dense and quantized, and the calls on it."""
+
+    def __init__(self, n: int, k: int, copies: int = 1) -> None:
+        self.n, self.k = n, k
+        self.dense = [randn(n, k) for _ in range(copies)]
+        self.found: dict[str, list[Any]] = {}
+
+    def of(self, fmt: str) -> list[Any]:
+        if fmt not in self.found:
+            self.found[fmt] = [pyfmt.quantize(w, fmt) for w in self.dense]
+        return self.found[fmt]
+
+    def bf16(self, x: torch.Tensor) -> Callable[[int], Any]:
+        return lambda i: torch.mm(x, self.dense[i % len(self.dense)].t())
+
+    def matmul(self, x: torch.Tensor, fmt: str, **options: Any) -> Callable[[int], Any]:
+        """Both operands quantized before."""
+        qa, ws = pyfmt.quantize(x, fmt), self.of(fmt)
+        left = (qa.codes, qa.scales, qa.tensor_scale, fmt)
+        dtype = torch.bfloat16
+        return lambda i: OPS.matmul(
+            *left, *parts(ws[i % len(ws)]), fmt, self.k, None, dtype, **options
+        )
+
+    def linear(
+        self, x: torch.Tensor, fmt: str, activation: str | None, rotation: int = 0, **options: Any
+    ) -> Callable[[int], Any]:
+        ws = self.of(fmt)
+        return lambda i: OPS.linear(
+            x, *parts(ws[i % len(ws)]), fmt, None, activation, rotation, **options
+        )
+
+    def kept(self, fmt: str, kind: str) -> list[torch.Tensor]:
+        q = self.of(fmt)[0]
+        return OPS._expand_weight(q.codes, q.scales, fmt, self.k, kind)
+
+
+def parts(q: Any) -> tuple[Any, Any, Any]:
+    return q.codes, q.scales, q.tensor_scale
+
+
+def fp8_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any]:
+    """torch._scaled_mm on what torch would quantize by rows; its quantization is not timed."""
+
+    def rows(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = t.float().abs().amax(1, keepdim=True) / 448
+        return (t.float() / scale).to(torch.float8_e4m3fn), scale
+
+    a, a_scale = rows(x)
+    ws = [rows(t) for t in w.dense]
+    return lambda i: torch._scaled_mm(
+        a, ws[i % len(ws)][0].t(), a_scale, ws[i % len(ws)][1].t(), out_dtype=torch.bfloat16
+    )
+
+
+def gemlite_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any] | None:
+    """gemlite's W4A16 in groups of 128, or None where it is not installed."""
+    try:
+        from gemlite.core import DType, GemLiteLinear
+    except ImportError:
+        return None
+    layers = []
+    for t in w.dense:
+        groups = t.float().view(-1, 128)
+        scale = groups.abs().amax(1, keepdim=True) / 7
+        codes = (groups / scale).round().clamp(-7, 7) + 8
+        layer = GemLiteLinear(
+            4, group_size=128, in_features=w.k, out_features=w.n, input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )  # fmt: skip
+        zeros = torch.full_like(scale, 8)
+        layer.pack(codes.to(torch.uint8).view(w.n, w.k), scale.bfloat16(), zeros.bfloat16(), None)
+        layers.append(layer)
+    return lambda i: layers[i % len(layers)](x)
+
+
+# ---- parts ------------------------------------------------------------------------------------
+
+
+def dense(seconds: float) -> None:
+    """Many rows: prequantized, online, kept, fast; fold and exact formats."""
+    for n, k in SHAPES:
+        w = Weights(n, k)
+        for m in (8192, 4096, 1024, 256):
+            x = randn(m, k)
+            cases = {"cuBLAS bf16": w.bf16(x)}
+            formats = FOLDING if (n, k) == SHAPES[0] else FOLDING[:1]
+            for fmt in formats if m != 4096 else ():
+                kept = w.kept(fmt, "fold")
+                cases[f"{fmt} x {fmt}"] = w.matmul(x, fmt)
+                cases[f"{fmt} x kept"] = w.matmul(x, fmt, expanded=kept)
+                cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
+                cases[f"rotate 32, {fmt} x kept"] = w.linear(x, fmt, fmt, 32, expanded=kept)
+                if fmt == "mxfp4":
+                    cases["mxfp4 x mxfp4 fast"] = w.matmul(x, fmt, precision="fast")
+            for fmt in EXACT if m >= 4096 and (n, k) == SHAPES[0] else ():
+                cases[f"{fmt} x {fmt}"] = w.matmul(x, fmt)
+                cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
+            cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
+            show("dense", (m, n, k), in_turn(cases, seconds=seconds))
+            del cases
+        del w
+        torch.cuda.empty_cache()
+
+
+DECODE = ("mxfp4", "nvfp4", "mxint4", "nvint4", "int4", "mxfp6_e2m3", "mxint6", "mxint8", "int8")
+
+
+def decode(seconds: float) -> None:
+    """Few rows, weights rotated among copies: weight-only, and 4-bit activations online."""
+    for n, k in ((8192, 8192), (28672, 8192)):
+        copies = max(2, math.ceil(CACHE / (n * k // 2)) + 1)
+        w = Weights(n, k, copies)
+        for m in (1, 4, 16, 32, 64):
+            x = randn(m, k)
+            cases = {"cuBLAS bf16": w.bf16(x)}
+            for fmt in DECODE if n == 8192 else DECODE[:2]:
+                cases[f"dense x {fmt}"] = w.linear(x, fmt, None)
+            for fmt in ("mxfp4", "nvfp4"):
+                cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
+            cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
+            rival = gemlite_rival(x, w)
+            if rival is not None:
+                cases["rival: gemlite int4 g128"] = rival
+            show("decode", (m, n, k), in_turn(cases, seconds=seconds, rotate=copies))
+        del w
+        torch.cuda.empty_cache()
+
+
+ROWS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+
+
+def sweep(seconds: float) -> None:
+    """Every format at every number of rows, by the table's choice."""
+    n, k = SHAPES[0]
+    w = Weights(n, k, 4)
+    for m in ROWS:
+        x = randn(m, k)
+        cases = {"cuBLAS bf16": w.bf16(x)}
+        for fmt in pyfmt.FORMATS:
+            cases[f"dense x {fmt}"] = w.linear(x, fmt, None)
+            cases[f"{fmt} x {fmt}"] = w.linear(x, fmt, fmt)
+        rotate = 4 if m <= 64 else 1
+        show("sweep", (m, n, k), in_turn(cases, seconds=seconds, rotate=rotate, least=3))
+
+
+def table(seconds: float) -> None:
+    """Every path that can serve a call, for the table of paths."""
+    device = _torch_matmul.machine_of(torch.device("cuda", 0))
+    assert device is not None
+    pairs = [(None, "mxfp4"), ("mxfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp6_e2m3"), (None, "mxint8")]
+    pairs += [("mxint8", "mxint8"), (None, "nvfp4"), ("nvfp4", "nvfp4"), (None, "int4")]
+    pairs += [(None, "int8"), (None, "mxfp6_e2m3")]
+    for n, k in ((8192, 8192), (4096, 4096)):
+        w = Weights(n, k, 4)
+        for m in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048):
+            x = randn(m, k)
+            cases = {"cuBLAS bf16": w.bf16(x)}
+            for left, right in pairs:
+                fmt = None if left is None else pyfmt.get_format(left)
+                call = paths.Call(fmt, "bfloat16", pyfmt.get_format(right), m, n, k)
+                for path, words in paths.explain(call, device).items():
+                    able = words == "able" or words.startswith("chosen")
+                    if able and not (path == "portable" and m > 64):
+                        name = f"{left or 'dense'} x {right} {path}"
+                        cases[name] = w.linear(x, right, left, path=path)
+                if fmt is not None and paths.folds(fmt) and m <= 256:
+                    kept = w.kept(right, "fold")
+                    cases[f"{left} x kept {right}"] = w.linear(
+                        x, right, left, expanded=kept, path="fold"
+                    )
+            show("table", (m, n, k), in_turn(cases, seconds=seconds, rotate=4, least=3))
+        del w
+
+
+def check() -> None:
+    """Compare every path that can serve with float64; raises where one is wrong."""
+    device = _torch_matmul.machine_of(torch.device("cuda", 0))
+    assert device is not None
+    for m, n, k in ((5, 272, 1024), (160, 272, 1024), (2100, 272, 1024)):
+        a, w = randn(m, k), randn(n, k)
+        for left, right in [(f, f) for f in pyfmt.FORMATS] + [(None, f) for f in pyfmt.FORMATS]:
+            fmt = None if left is None else pyfmt.get_format(left)
+            call = paths.Call(fmt, "bfloat16", pyfmt.get_format(right), m, n, k)
+            qw = pyfmt.quantize(w, right)
+            qa = a if fmt is None else pyfmt.quantize(a, fmt)
+            decoded = a.double() if fmt is None else qa.dequantize().double()
+            exact = decoded @ qw.dequantize().double().t()
+            weight = decoded.abs() @ qw.dequantize().double().abs().t()
+            for path, words in paths.explain(call, device).items():
+                if words == "able" or words.startswith("chosen"):
+                    y = pyfmt.matmul(qa, qw, dtype=torch.bfloat16, path=path).double()
+                    c = 2.0**-6 if path == "fold" else k * 2.0**-24
+                    off = (y - exact).abs() > c * weight + 2.0**-8 * exact.abs()
+                    if off.any():
+                        raise SystemExit(f"wrong: {left} x {right} by {path} at M = {m}")
+
+
+def errors(_: float) -> None:
+    """|err| / sum|a||b| of each path in float32 over kinds of operands."""
+    k = 8192
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def gaussian(rows: int) -> torch.Tensor:
+        return torch.randn(rows, k, device="cuda", generator=generator)
+
+    def wide(rows: int) -> torch.Tensor:
+        powers = torch.randint(-11, 12, (rows, k // 32), device="cuda", generator=generator)
+        return gaussian(rows) * torch.exp2(powers.float()).repeat_interleave(32, 1)
+
+    def outlier(rows: int) -> torch.Tensor:
+        x = gaussian(rows)
+        x[:, ::1021] *= 1000
+        return x
+
+    def adversarial(rows: int) -> torch.Tensor:
+        # One block in four holds one large number alone; against ones on the other side (below).
+        x = torch.full((rows, k), 1.5 * 2.0**-12, device="cuda")
+        x.view(rows, -1, 128)[..., :32] = 0
+        x[:, ::128] = 1
+        return x
+
+    kinds = {"gaussian": gaussian, "outlier": outlier, "all-positive": lambda r: gaussian(r).abs()}
+    kinds |= {"wide-spread": wide, "adversarial": adversarial}
+    cases = [("mxfp4", "mxfp4", "fold", "full"), ("mxfp4", "mxfp4", "fold", "fast")]
+    cases += [("mxfp6_e3m2", "mxfp6_e3m2", "fold", "full"), ("mxfp4", "mxfp4", "exact", "full")]
+    cases += [("mxint8", "mxint8", "exact", "full"), ("nvfp4", "nvfp4", "exact", "full")]
+    cases += [(None, "mxfp4", p, "full") for p in ("skinny", "wide", "exact", "portable")]
+    for kind, make in kinds.items():
+        for left, right, path, precision in cases:
+            m = 16 if path == "skinny" else 256
+            a, w = make(m), make(512)
+            if kind == "adversarial":
+                w = torch.ones_like(w)
+            qw = pyfmt.quantize(w, right)
+            qa = a.bfloat16() if left is None else pyfmt.quantize(a, left)
+            decoded = qa.double() if left is None else qa.dequantize().double()
+            values = qw.dequantize().double()
+            try:
+                y = pyfmt.matmul(qa, qw, dtype=torch.float32, path=path, precision=precision)
+            except ValueError:
+                continue
+            again = pyfmt.matmul(qa, qw, dtype=torch.float32, path=path, precision=precision)
+            if not torch.equal(y, again):
+                raise SystemExit(f"{path}: other bits the second time")
+            weight = decoded.abs() @ values.abs().t()
+            c = float(((y.double() - decoded @ values.t()).abs() / weight).max())
+            name = f"{left or 'dense'} x {right} {path}" + (" fast" if precision == "fast" else "")
+            LINES.append({"part": "errors", "name": name, "operands": kind, "c": c})
+            print(f"errors  {name:34} {kind:14} {c:.2e}")
+
+
+def calls(_: float) -> None:
+    """Microseconds of the host for a whole eager call, small enough that the device never waits."""
+    x = randn(4, 256)
+    lin = torch.nn.Linear(256, 256, bias=False, device="cuda", dtype=torch.bfloat16)
+    found: dict[str, Callable[[], Any]] = {"nn.Linear bf16": lambda: lin(x)}
+    for weight, activation, rotation in (
+        ("mxfp4", None, None), ("nvfp4", None, None), ("mxfp4", "mxfp4", 32), ("mxint8", None, None)
+    ):  # fmt: skip
+        q = pyfmt.nn.QuantLinear.from_linear(lin, weight, activation, rotation)
+        name = f"QuantLinear {weight}" + (f", rotate 32, {activation}" if activation else "")
+        found[name] = lambda q=q: q(x)
+    with torch.inference_mode():
+        for name, call in found.items():
+            best = math.inf
+            for _ in range(5):
+                for _ in range(20):
+                    call()
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(300):
+                    call()
+                best = min(best, (time.perf_counter() - start) / 300)
+            torch.cuda.synchronize()
+            LINES.append({"part": "calls", "name": name, "median": best})
+            print(f"calls   {name:40} {best * 1e6:6.1f} us")
+
+
+PARTS = {f.__name__: f for f in (errors, calls, dense, decode, sweep, table)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS)[:5])
+    parser.add_argument("--seconds", type=float, default=0.3, help="time for each line's cases")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    facts = machine()
+    print(json.dumps(facts))
+    check()
+    with torch.no_grad():
+        for part in options.part:
+            PARTS[part](options.seconds)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": facts, "lines": LINES}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed codes to folded rows.
+#include "fold.cuh"
+
+namespace pyfmt {
+namespace cuda {
+
+namespace {
+
+template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
+__global__ void __launch_bounds__(kThreads)
+    fold_codes_rows(const __grid_constant__ FoldCodesArgs p) {
+  __shared__ uint4 shared[Stage<32>::kShared];
+  __shared__ uint32_t of_warp[kWarps];
+  fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(p, blockIdx.x, shared, of_warp);
+}
+
+// Activations and weights at once: the activations are E5M2 where that holds the element.
+template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
+__global__ void __launch_bounds__(kThreads)
+    fold_two_rows(const __grid_constant__ FoldCodesArgs a, const __grid_constant__ FoldCodesArgs w,
+                  int64_t a_blocks) {
+  __shared__ uint4 shared[Stage<32>::kShared];
+  __shared__ uint32_t of_warp[kWarps];
+  const Mixed b(blockIdx.x, a_blocks, gridDim.x);
+  if (b.is_first) {
+    fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(a, b.index, shared, of_warp);
+  } else {
+    fold_codes_row<E, false, kUnits, kBlock, kAgain>(w, b.index, shared, of_warp);
+  }
+}
+
+struct FoldKernels {
+  ElementSpec element;
+  bool e5m2;
+  void (*one[4])(FoldCodesArgs);  // by units_kind
+  void (*two[4])(FoldCodesArgs, FoldCodesArgs, int64_t);
+};
+
+template <class E, bool kE5M2>
+FoldKernels fold_kernels() {
+  return {E::spec,
+          kE5M2,
+          {fold_codes_rows<E, kE5M2, 2, false, false>, fold_codes_rows<E, kE5M2, 8, false, false>,
+           fold_codes_rows<E, kE5M2, 2, true, false>, fold_codes_rows<E, kE5M2, 4, true, true>},
+          {fold_two_rows<E, kE5M2, 2, false, false>, fold_two_rows<E, kE5M2, 8, false, false>,
+           fold_two_rows<E, kE5M2, 2, true, false>, fold_two_rows<E, kE5M2, 4, true, true>}};
+}
+
+const FoldKernels* find_fold(const FormatSpec& f, bool e5m2) {
+  static const FoldKernels kTable[] = {
+      fold_kernels<e2m1_element, false>(),   fold_kernels<e2m1_element, true>(),
+      fold_kernels<int4q2_element, false>(), fold_kernels<int4q2_element, true>(),
+      fold_kernels<e3m2_element, false>(),   fold_kernels<e3m2_element, true>(),
+      fold_kernels<e2m3_element, false>(),
+  };
+  if (f.block_rows != 1 || f.block_columns != kUnit || f.scale != Scale::kE8M0) return nullptr;
+  for (const FoldKernels& k : kTable) {
+    if (k.element == f.element && k.e5m2 == e5m2) return &k;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+bool folds(const FormatSpec& f, bool e5m2) {
+  return find_fold(f, e5m2) != nullptr;
+}
+
+void fold_codes(const FoldCodesArgs& a, Stream stream) {
+  const FoldKernels& k = *find_fold(a.format, a.to.e5m2);
+  launch(k.one[units_kind(a.to.columns)], blocks_of(a.to), kThreads, stream, a);
+}
+
+void fold_two(const FoldCodesArgs& a, const FoldCodesArgs& w, Stream stream) {
+  const FoldKernels& k = *find_fold(a.format, a.to.e5m2);
+  const int64_t a_blocks = blocks_of(a.to);
+  launch(k.two[units_kind(a.to.columns)], a_blocks + blocks_of(w.to), kThreads, stream, a, w,
+         a_blocks);
+}
+
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the dense GEMM paths stand on: rows as fp8 numbers with one power of two for each row
+// ("folded"), rows as exact bf16 numbers, what repairs rows that do not fold, and the epilogue.
+#pragma once
+
+#include "args.h"
+
+namespace pyfmt {
+namespace cuda {
+
+// Rows as fp8: value(row, k) = fp8(row, k) * scale(row), exactly. A row whose blocks' exponents
+// spread over more than the fp8 type holds has scale 0 and zeros, and is marked.
+struct Folded {
+  uint8_t* fp8 = nullptr;     // (padded rows, padded columns); rows beyond the end are zeros
+  float* scale = nullptr;     // of each padded row, a power of two
+  uint8_t* marks = nullptr;   // of each padded row: 1 where it does not fold
+  uint16_t* spare = nullptr;  // the rows that do not fold as exact bf16, or null
+  unsigned long long* total = nullptr;  // how many there were in all calls, or null
+  int64_t rows = 0, padded_rows = 0, columns = 0;
+  bool e5m2 = false;
+};
+
+// Whether an element of a format with blocks of 32 and E8M0 scales folds into an fp8 type.
+bool folds(const FormatSpec&, bool e5m2);
+// The longest row that fold_values takes.
+constexpr int64_t kLongestFold = 32768;
+
+struct FoldCodesArgs {
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  FormatSpec format;
+  Folded to;
+};
+void fold_codes(const FoldCodesArgs&, Stream);
+// Two matrices of one format in one launch, their blocks of threads mixed.
+void fold_two(const FoldCodesArgs&, const FoldCodesArgs&, Stream);
+
+// Rotate, quantize and fold in one: the values are those of fold_codes(quantize(x)). args.x: bf16,
+// rows end to end, whole units, 16-byte aligned.
+void fold_values(const QuantizeArgs& args, const Folded& to, Stream);
+bool fold_values_serves(const QuantizeArgs&);
+
+// Rotate, quantize and decode in one: exact bf16 of element * scale. The tensor scale is not in it:
+// it is stored in args.tensor_scale_out, times *`factor` where that is given.
+void round_values(const QuantizeArgs& args, const float* factor, Stream);
+bool round_values_serves(const QuantizeArgs&);
+
+// The rows and columns of y = a w^T + bias that stand for rows which do not fold, summed in
+// float32 from exact values. w's exact values come from its codes.
+struct RepairArgs {
+  void* y = nullptr;
+  DType dtype = DType::kBF16;
+  int64_t rows = 0, columns = 0, stride = 0, k = 0;  // k: padded
+  Folded a, w;
+  const uint8_t* w_codes = nullptr;
+  const uint8_t* w_scales = nullptr;
+  FormatSpec w_format;
+  const void* bias = nullptr;
+  DType bias_dtype = DType::kFP32;
+};
+void repair(const RepairArgs&, Stream);
+
+// out = RNE(y * *factors[0] * *factors[1] * row_scale * column_scale + bias); absent ones are 1.
+struct FinishArgs {
+  const float* y = nullptr;
+  int64_t rows = 0, columns = 0, stride = 0;
+  const float* factors[2] = {nullptr, nullptr};
+  const float* row_scale = nullptr;
+  const float* column_scale = nullptr;
+  const void* bias = nullptr;
+  DType bias_dtype = DType::kFP32;
+  void* out = nullptr;
+  DType dtype = DType::kFP32;
+};
+void finish(const FinishArgs&, Stream);
+
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,376 @@
+// SPDX-License-Identifier: Apache-2.0
+// What compute capability 9.0 brought, one small function each: bulk copies, barriers in shared
+// memory, clusters (wgmma.cuh has the matrix products). Each has a host text of the same meaning,
+// so that kernels built on them run in tests/emulation.
+//
+// Source: NVIDIA, PTX ISA 8.x, "mbarrier", "cp.async", "cp.async.bulk"; shared memory is addressed
+// by 32-bit offsets throughout.
+#pragma once
+
+#include <type_traits>
+
+#include "device.cuh"
+
+// The instructions exist for sm_90a only; elsewhere kernels that need them compile to nothing and
+// the host refuses to launch them.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PYFMT_SM90A 1
+#endif
+
+namespace pyfmt {
+namespace cuda {
+namespace hopper {
+
+constexpr int kMostShared = 232448;  // bytes of one block
+
+#if !defined(__CUDA_ARCH__)
+struct EmulatedBarrier {
+  uint8_t phase, count, pending, unused;
+  int32_t bytes;
+};
+#if defined(__CUDACC__)
+// Named by the host texts below, which nvcc reads but never compiles.
+__host__ __device__ char* emulated_at(uint32_t at);
+__host__ __device__ void emulated_yield();
+__host__ __device__ void emulated_sync(int threads);
+__host__ __device__ void emulated_cluster_sync();
+__host__ __device__ uint32_t emulated_rank();
+#else
+// A place in the shared memory of this block, or, by its cluster_address, of another.
+inline char* emulated_at(uint32_t at) {
+  alignas(1024) static char bytes[8][kMostShared / 1024 * 1024 + 1024];
+  const int rank = at >> 24 ? int(at >> 24) - 1 : ::emulation::cluster_rank();
+  return bytes[rank] + (at & 0xffffffu);
+}
+inline void emulated_yield() {
+  ::emulation::yield();
+}
+inline void emulated_sync(int threads) {
+  ::emulation::sync_some(threads);
+}
+inline void emulated_cluster_sync() {
+  ::emulation::sync_cluster();
+}
+inline uint32_t emulated_rank() {
+  return uint32_t(::emulation::cluster_rank());
+}
+#endif
+PYFMT_HD EmulatedBarrier& emulated_barrier(uint32_t bar) {
+  return *reinterpret_cast<EmulatedBarrier*>(emulated_at(bar));
+}
+PYFMT_HD void emulated_step(EmulatedBarrier& b) {
+  if (b.pending || b.bytes) return;
+  b.phase ^= 1;
+  b.pending = b.count;
+}
+#endif
+
+// ---- shared memory ----------------------------------------------------------------------------
+
+// Where a block's dynamic shared memory starts; aligned to 1024.
+PYFMT_DEVICE uint32_t shared_start() {
+#if defined(__CUDA_ARCH__)
+  extern __shared__ __align__(1024) char dynamic_shared[];
+  return uint32_t(__cvta_generic_to_shared(dynamic_shared));
+#else
+  return 0;
+#endif
+}
+
+PYFMT_DEVICE uint4 load_shared16(uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(at)
+               : "memory");
+  return v;
+#else
+  return *reinterpret_cast<const uint4*>(emulated_at(at));
+#endif
+}
+
+PYFMT_DEVICE uint2 load_shared8(uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  uint2 v;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(at) : "memory");
+  return v;
+#else
+  return *reinterpret_cast<const uint2*>(emulated_at(at));
+#endif
+}
+
+// 1, 2 or 4 bytes.
+template <int kBytes>
+PYFMT_DEVICE uint32_t load_shared_small(uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  uint32_t v;
+  if constexpr (kBytes == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  if constexpr (kBytes == 2) asm volatile("ld.shared.u16 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  if constexpr (kBytes == 4) asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(at) : "memory");
+  return v;
+#else
+  uint32_t v = 0;
+  memcpy(&v, emulated_at(at), kBytes);
+  return v;
+#endif
+}
+
+PYFMT_DEVICE void store_shared(uint32_t at, uint32_t v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+#else
+  memcpy(emulated_at(at), &v, 4);
+#endif
+}
+
+PYFMT_DEVICE void store_shared_byte(uint32_t at, uint32_t v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.u8 [%0], %1;" ::"r"(at), "r"(v) : "memory");
+#else
+  *emulated_at(at) = char(v);
+#endif
+}
+
+// Four floats at a cluster_address.
+PYFMT_DEVICE float4 load_cluster16(uint32_t there) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there)
+               : "memory");
+  return v;
+#elif defined(__CUDA_ARCH__)
+  return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#else
+  return *reinterpret_cast<const float4*>(emulated_at(there));
+#endif
+}
+
+// ---- copies -----------------------------------------------------------------------------------
+
+// kBytes (4, 8 or 16) from global to shared memory by this thread.
+template <int kBytes>
+PYFMT_DEVICE void copy_async(uint32_t to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(to), "l"(from),
+                 "n"(kBytes)
+                 : "memory");
+  }
+#else
+  memcpy(emulated_at(to), from, kBytes);
+#endif
+}
+
+// The same; only `valid` bytes are read, the rest become zeros.
+template <int kBytes>
+PYFMT_DEVICE void copy_some_async(uint32_t to, const void* from, int valid) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(to), "l"(from),
+               "r"(valid), "n"(kBytes)
+               : "memory");
+#else
+  memset(emulated_at(to), 0, kBytes);
+  memcpy(emulated_at(to), from, size_t(valid));
+#endif
+}
+
+PYFMT_DEVICE void commit_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most kPending groups of this thread's copies are under way.
+template <int kPending>
+PYFMT_DEVICE void wait_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- barriers ---------------------------------------------------------------------------------
+
+PYFMT_DEVICE void barrier_init(uint32_t bar, uint32_t arrivals) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
+#else
+  emulated_barrier(bar) = {0, uint8_t(arrivals), uint8_t(arrivals), 0, 0};
+#endif
+}
+
+// Makes initialized barriers seen by bulk copies and by the rest of the cluster.
+PYFMT_DEVICE void barrier_init_fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Arrives once and adds `bytes` to what copies are to bring in this phase.
+PYFMT_DEVICE void barrier_expect(uint32_t bar, uint32_t bytes) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
+               : "memory");
+#else
+  EmulatedBarrier& b = emulated_barrier(bar);
+  b.bytes += int32_t(bytes);
+  --b.pending;
+  emulated_step(b);
+#endif
+}
+
+// The address by which the cluster knows a place in the shared memory of its block `rank`.
+PYFMT_DEVICE uint32_t cluster_address(uint32_t at, uint32_t rank) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  return there;
+#else
+  return at | (rank + 1) << 24;
+#endif
+}
+
+// Arrives at a barrier of the cluster, by its cluster_address.
+PYFMT_DEVICE void barrier_arrive(uint32_t there) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
+#elif !defined(__CUDA_ARCH__)
+  EmulatedBarrier& b = emulated_barrier(there);
+  --b.pending;
+  emulated_step(b);
+#endif
+}
+
+// Waits until the phase of this parity is over.
+PYFMT_DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
+#if defined(__CUDA_ARCH__)
+  uint32_t done = 0;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(bar), "r"(parity)
+        : "memory");
+  } while (!done);
+#else
+  while (emulated_barrier(bar).phase == parity) emulated_yield();
+#endif
+}
+
+// Copies `bytes` (a multiple of 16) to the same place in each block of the cluster in `mask`, whose
+// barriers count them. One thread; multicast: more than one block in the mask.
+PYFMT_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t bar,
+                            uint32_t mask, bool multicast) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  if (multicast) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(bar), "h"(uint16_t(mask))
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(bar)
+        : "memory");
+  }
+#elif !defined(__CUDA_ARCH__)
+  for (uint32_t rank = 0; rank < 8; ++rank) {
+    if (multicast ? !(mask >> rank & 1) : rank != emulated_rank()) continue;
+    const uint32_t there = (rank + 1) << 24;
+    memcpy(emulated_at(to | there), from, bytes);
+    EmulatedBarrier& b = emulated_barrier(bar | there);
+    b.bytes -= int32_t(bytes);
+    emulated_step(b);
+  }
+#endif
+}
+
+// ---- clusters, dependent launches -------------------------------------------------------------
+
+PYFMT_DEVICE uint32_t cluster_rank() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  uint32_t r;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  return r;
+#elif defined(__CUDA_ARCH__)
+  return 0;
+#else
+  return emulated_rank();
+#endif
+}
+
+PYFMT_DEVICE void cluster_sync() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#elif !defined(__CUDA_ARCH__)
+  emulated_cluster_sync();
+#endif
+}
+
+// The first kThreads threads of the block only; the others do not take part.
+template <int kThreads>
+PYFMT_DEVICE void partial_sync() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+#else
+  emulated_sync(kThreads);
+#endif
+}
+
+// Hands registers of this warpgroup over to others, or takes them.
+template <int kRegisters>
+PYFMT_DEVICE void fewer_registers() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+PYFMT_DEVICE void more_registers() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// Lets the next kernel of the stream start; it waits for this one's results by itself.
+PYFMT_DEVICE void start_dependents() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits for the results of the kernel before this one.
+PYFMT_DEVICE void wait_for_previous() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- registers --------------------------------------------------------------------------------
+
+// Makes the compiler keep a value instead of working it out anew.
+PYFMT_DEVICE void keep(const uint8_t*& p) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(p));
+#endif
+}
+
+PYFMT_DEVICE void keep(uint32_t& x) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(x));
+#endif
+}
+
+}  // namespace hopper
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Few tokens by a packed weight, read once: y (m, n) = x (m, k) times W (n, k) transposed.
+#pragma once
+
+#include <cstdint>
+
+#include "args.h"
+
+namespace pyfmt {
+namespace cuda {
+
+struct SkinnyArgs {
+  const void* x = nullptr;  // rows of k contiguous elements, x_stride elements apart
+  DType x_dtype = DType::kBF16;
+  int64_t x_stride = 0, m = 0, n = 0, k = 0;
+  const uint8_t* codes = nullptr;  // (n, row_bytes(k))
+  const void* scales = nullptr;    // (n, blocks(k))
+  const float* tensor_scale = nullptr;
+  FormatSpec format;
+  const void* bias = nullptr;  // (n,)
+  DType bias_dtype = DType::kFP32;
+  void* out = nullptr;  // (m, n) contiguous
+  DType out_dtype = DType::kBF16;
+  // For measurements: blocks of a cluster, parts of k and tiles of rows in a block; 0: chosen.
+  int cluster = 0, k_warps = 0, row_warps = 0;
+  bool overlap = true;  // start before the launch ahead ends
+};
+
+// Whether this kernel knows the weight's format: the rows of formats.py with blocks along k, and
+// int4 and int8 with float scales for groups of any multiple of 32, or for whole rows.
+bool skinny_serves(const FormatSpec&);
+void matmul_skinny(const SkinnyArgs&, Stream);
+
+}  // namespace cuda
+}  // namespace pyfmt

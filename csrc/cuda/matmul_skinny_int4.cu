@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// Few tokens by int4 weights with a float scale for each group.
+#include "matmul_skinny.cuh"
+
+namespace pyfmt {
+namespace cuda {
+
+SkinnyKernel skinny_int4(const FormatSpec& f, int columns, Inputs inputs) {
+  if (f.element == elements::int4 && f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3) {
+    if (f.block_columns % 128 == 0) {
+      return skinny_kernel<Weights<int4_element, Scale::kBF16, Grouping::kSteps>>(columns, inputs);
+    }
+    return skinny_kernel<Weights<int4_element, Scale::kBF16, Grouping::k32>>(columns, inputs);
+  }
+  return {};
+}
+
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// y = x w^T for middle-sized M on Hopper: packed weights are decoded into registers, as the first
+// operand of warpgroup products whose second is a tile of activations in shared memory.
+//
+// y[m, n] = RNE(tensor_scale * sum_k x[m, k] * element[n, k] * scale[n, k / block] + bias[n])
+//
+// element * scale is a bfloat16, so products are exact; groups of integers, whose scales have as
+// many bits, have each group's float32 sum multiplied by its scale. The order of all sums follows
+// from the shapes alone: same inputs, same bits.
+#pragma once
+
+#include "args.h"
+
+namespace pyfmt {
+namespace cuda {
+
+struct WidePlan {
+  int tokens = 0;  // rows of x of one tile: 64, 128, 192 or 256
+  int share = 1;   // neighbouring tiles of w in a cluster, which share what is read of x
+  int split = 1;   // parts of K in a cluster
+};
+
+struct MatmulWideArgs {
+  const void* x = nullptr;  // (m, k) bfloat16, contiguous
+  int64_t m = 0, n = 0, k = 0;
+  const uint8_t* codes = nullptr;  // (n, row_bytes)
+  const void* scales = nullptr;    // (n, blocks)
+  const float* tensor_scale = nullptr;
+  const float* bias = nullptr;  // (n)
+  FormatSpec format;
+  void* y = nullptr;  // (m, n) contiguous
+  DType dtype = DType::kBF16;
+  void* workspace = nullptr;
+  WidePlan plan;  // tokens 0: chosen here
+};
+
+// Why this path cannot serve a format on the current device; null where it can.
+const char* matmul_wide_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
+// The plan that would be chosen for `a`.
+WidePlan matmul_wide_plan(const MatmulWideArgs& a);
+// Bytes of scratch that `a` (with its plan) needs, 128-byte aligned.
+int64_t matmul_wide_workspace(const MatmulWideArgs& a);
+void matmul_wide(const MatmulWideArgs& a, Stream stream);
+
+}  // namespace cuda
+}  // namespace pyfmt

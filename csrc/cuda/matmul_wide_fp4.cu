@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// matmul_wide.h for e2m1.
+#include "matmul_wide.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+
+Launch fp4_launch(const FormatSpec& f) {
+  if (is_mx(f, elements::e2m1)) return launch_format<Weights<e2m1_element, Scale::kE8M0>>;
+  if (is_nv(f, elements::e2m1)) return launch_format<Weights<e2m1_element, Scale::kE4M3>>;
+  return nullptr;
+}
+
+bool compiled() {
+#if defined(__CUDACC__)
+  using F = Weights<e2m1_element, Scale::kE8M0>;
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, matmul_wide_kernel<F, 64>), "kernel");
+  return attributes.maxThreadsPerBlock >= threads_of<F, 64>();
+#else
+  return true;
+#endif
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// matmul_wide.h for e2m3 and e3m2.
+#include "matmul_wide.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+
+Launch fp6_launch(const FormatSpec& f) {
+  if (is_mx(f, elements::e2m3)) return launch_format<Weights<e2m3_element, Scale::kE8M0>>;
+  if (is_mx(f, elements::e3m2)) return launch_format<Weights<e3m2_element, Scale::kE8M0>>;
+  return nullptr;
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt

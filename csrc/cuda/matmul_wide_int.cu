@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// matmul_wide.h for integers with an E4M3 scale, and groups of integers.
+#include "matmul_wide.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+
+Launch int_launch(const FormatSpec& f) {
+  if (is_nv(f, elements::int4)) return launch_format<Weights<int4_element, Scale::kE4M3>>;
+  if (has_groups(f, elements::int4)) return launch_format<Weights<int4_element, Scale::kBF16>>;
+  if (has_groups(f, elements::int8)) return launch_format<Weights<int8_element, Scale::kBF16>>;
+  return nullptr;
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products of a warpgroup on Hopper's tensor cores, with a host text for tests/emulation.
+//
+// Source: NVIDIA, PTX ISA 8.x, "Asynchronous Warpgroup Level Matrix Instructions".
+#pragma once
+
+#include "hopper.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace hopper {
+
+// A tile of bf16 rows of 64 (128 bytes) in shared memory, 16-byte pieces q of row r at q ^ (r & 7).
+// `tile`: where it lies, aligned to 1024, through tile_code; step: 16 columns each.
+PYFMT_DEVICE uint32_t tile_code(uint32_t at) {
+  return at >> 4 | 1u << 16;
+}
+PYFMT_DEVICE uint64_t tile_descriptor(uint32_t tile, int step) {
+  constexpr uint32_t kRowsOf8 = 1024 >> 4, kSwizzle128 = 1u << 30;
+  return uint64_t(kRowsOf8 | kSwizzle128) << 32 | (tile + 2u * uint32_t(step));
+}
+
+// Registers written before are seen by the products that follow.
+PYFMT_DEVICE void products_fence() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+PYFMT_DEVICE void products_commit() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kPending>
+PYFMT_DEVICE void products_wait() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Keeps the compiler from moving a use of these registers across.
+template <int kCount>
+PYFMT_DEVICE void pin(float (&v)[kCount]) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(v[i])::"memory");
+#endif
+}
+template <int kCount>
+PYFMT_DEVICE void pin(uint32_t (&v)[kCount]) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(v[i])::"memory");
+#endif
+}
+
+// d (64 x kN, float32) += a (64 x 16, bf16, in registers) * b^T (kN x 16, bf16, a tile); or = where
+// `add` is 0. Fragments: lane 4 g + t of warp w holds rows 16 w + g and + 8; of a, columns 2t, 2t +
+// 1 of both rows and then 2t + 8, 2t + 9; of d, columns 8 j + 2t, + 1 of both rows, for each j.
+template <int kN>
+struct Product;
+
+#if !defined(__CUDACC__)
+inline float emulated_tile_at(uint64_t b, int row, int column) {
+  const uint32_t start = uint32_t(b & 0x3fff) << 4, eight = uint32_t(b >> 32 & 0x3fff) << 4;
+  uint32_t at = start + uint32_t(row / 8) * eight + uint32_t(row % 8) * 128 + uint32_t(column) * 2;
+  at ^= (at >> 7 & 7) << 4;
+  uint16_t half;
+  memcpy(&half, emulated_at(at), 2);
+  return as_float(uint32_t(half) << 16);
+}
+
+template <int kN>
+void emulated_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int add) {
+  static uint32_t all[8 * 1024][4];
+  const int me = ::emulation::block().current, quad = me & ~3, t = me & 3;
+  memcpy(all[me], a, 16);
+  ::emulation::yield();
+  for (int row = 0; row < 2; ++row) {
+    float w[16];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t pair = all[quad + (k % 8) / 2][row + 2 * (k / 8)];
+      w[k] = as_float(k & 1 ? pair & 0xffff0000u : pair << 16);
+    }
+    for (int j = 0; j < kN / 8; ++j) {
+      for (int c = 0; c < 2; ++c) {
+        float sum = add ? d[4 * j + 2 * row + c] : 0.0f;
+        for (int k = 0; k < 16; ++k) sum += w[k] * emulated_tile_at(b, 8 * j + 2 * t + c, k);
+        d[4 * j + 2 * row + c] = sum;
+      }
+    }
+  }
+  ::emulation::yield();
+}
+#endif
+
+#define PYFMT_S8(a, b, c, d, e, f, g, h) \
+  "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
+#define PYFMT_S32_0                                          \
+  PYFMT_S8(0, 1, 2, 3, 4, 5, 6, 7)                           \
+  ", " PYFMT_S8(8, 9, 10, 11, 12, 13, 14, 15) ", " PYFMT_S8( \
+      16, 17, 18, 19, 20, 21, 22, 23) ", " PYFMT_S8(24, 25, 26, 27, 28, 29, 30, 31)
+#define PYFMT_S32_1                                            \
+  PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39)                     \
+  ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47) ", " PYFMT_S8( \
+      48, 49, 50, 51, 52, 53, 54, 55) ", " PYFMT_S8(56, 57, 58, 59, 60, 61, 62, 63)
+#define PYFMT_S32_2                                            \
+  PYFMT_S8(64, 65, 66, 67, 68, 69, 70, 71)                     \
+  ", " PYFMT_S8(72, 73, 74, 75, 76, 77, 78, 79) ", " PYFMT_S8( \
+      80, 81, 82, 83, 84, 85, 86, 87) ", " PYFMT_S8(88, 89, 90, 91, 92, 93, 94, 95)
+#define PYFMT_S32_3                                                                            \
+  PYFMT_S8(96, 97, 98, 99, 100, 101, 102, 103)                                                 \
+  ", " PYFMT_S8(104, 105, 106, 107, 108, 109, 110, 111) ", " PYFMT_S8(                         \
+      112, 113, 114, 115, 116, 117, 118, 119) ", " PYFMT_S8(120, 121, 122, 123, 124, 125, 126, \
+                                                            127)
+
+#define PYFMT_R4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define PYFMT_R16(i) PYFMT_R4(i), PYFMT_R4(i + 4), PYFMT_R4(i + 8), PYFMT_R4(i + 12)
+#define PYFMT_R32(i) PYFMT_R16(i), PYFMT_R16(i + 16)
+
+#if defined(__CUDACC__)
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+#define PYFMT_PRODUCT_ASM(n, places, a0, a1, a2, a3, desc, flag, ...)                          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                      \
+               ", 0;\n"                                                                        \
+               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" places "}, {%" #a0 \
+               ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #desc ", p, 1, 1, 0;\n}"                   \
+               : __VA_ARGS__                                                                   \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+#else
+#define PYFMT_PRODUCT_ASM(n, places, a0, a1, a2, a3, desc, flag, ...) (void)a, (void)b, (void)add
+#endif
+#define PYFMT_PRODUCT(n, places, a0, a1, a2, a3, desc, flag, ...)                          \
+  template <>                                                                              \
+  struct Product<n> {                                                                      \
+    PYFMT_DEVICE static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, \
+                                    int add) {                                             \
+      PYFMT_PRODUCT_ASM(n, places, a0, a1, a2, a3, desc, flag, __VA_ARGS__);               \
+    }                                                                                      \
+  };
+#else
+#define PYFMT_PRODUCT(n, ...)                                                            \
+  template <>                                                                            \
+  struct Product<n> {                                                                    \
+    static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int add) { \
+      emulated_product<n>(d, a, b, add);                                                 \
+    }                                                                                    \
+  };
+#endif
+
+PYFMT_PRODUCT(64, PYFMT_S32_0, 32, 33, 34, 35, 36, 37, PYFMT_R32(0))
+PYFMT_PRODUCT(128, PYFMT_S32_0 ", " PYFMT_S32_1, 64, 65, 66, 67, 68, 69, PYFMT_R32(0),
+              PYFMT_R32(32))
+PYFMT_PRODUCT(192, PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2, 96, 97, 98, 99, 100, 101,
+              PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64))
+PYFMT_PRODUCT(256, PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129, 130,
+              131, 132, 133, PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64), PYFMT_R32(96))
+
+}  // namespace hopper
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0
+// The parts of the dense GEMM paths, for pyfmt/_torch_matmul.py: folded and rounded rows, repair of
+// rows that do not fold, and the epilogue.
+#include <tuple>
+
+#include "cuda/expand.h"
+#include "torch_device.h"
+
+namespace pyfmt {
+namespace {
+
+using namespace tensors;
+
+// What a folded matrix is: fp8 (padded rows, padded columns) as bytes, a scale and a mark for each
+// row (1 where it does not fold), and those rows as bf16 (empty where not asked for).
+using Parts = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+cuda::Folded view_of(const Tensor& fp8, const Tensor& scale, const Tensor& marks,
+                     const Tensor& spare, int64_t rows, bool e5m2) {
+  options::expect(fp8.dim() == 2 && scale.numel() == fp8.size(0) && marks.numel() == fp8.size(0),
+                  "folded: expected what _fold returned");
+  cuda::Folded f;
+  f.fp8 = static_cast<uint8_t*>(fp8.mutable_data_ptr());
+  f.scale = static_cast<float*>(scale.mutable_data_ptr());
+  f.marks = static_cast<uint8_t*>(marks.mutable_data_ptr());
+  if (spare.numel()) f.spare = static_cast<uint16_t*>(spare.mutable_data_ptr());
+  f.rows = rows;
+  f.padded_rows = fp8.size(0);
+  f.columns = fp8.size(1);
+  f.e5m2 = e5m2;
+  return f;
+}
+
+struct Fold {
+  Tensor fp8, scale, marks, spare;
+  cuda::Folded to;
+
+  Fold(const Device& device, int64_t rows, int64_t columns, bool e5m2, bool keep_spare,
+       const std::optional<Tensor>& total)
+      : fp8(device.empty({round_up(rows, 16), columns}, ScalarType::Byte)),
+        scale(device.empty({round_up(rows, 16)}, ScalarType::Float)),
+        marks(device.empty({round_up(rows, 16)}, ScalarType::Byte)),
+        spare(device.empty({keep_spare ? rows : 0, columns}, ScalarType::BFloat16)),
+        to(view_of(fp8, scale, marks, spare, rows, e5m2)) {
+    if (!total) return;
+    options::expect(total->scalar_type() == ScalarType::Long && total->numel() == 1,
+                    "total: expected one int64 number");
+    to.total = static_cast<unsigned long long*>(total->mutable_data_ptr());
+  }
+  Parts parts() const { return {fp8, scale, marks, spare}; }
+};
+
+void expect_folds(const FormatSpec& f, const std::string& format, bool e5m2) {
+  options::expect(cuda::folds(f, e5m2), "format: ", format, " does not fold into ",
+                  e5m2 ? "float8_e5m2" : "float8_e4m3fn");
+}
+
+// Packed codes and where they are folded to.
+struct Codes {
+  FormatSpec format;
+  Tensor packed, grid;
+  int64_t rows, columns;
+
+  Codes(const Device& device, const Tensor& codes, const Tensor& scales, const std::string& name)
+      : format(get_format(name)), packed(dense(codes)), grid(dense(scales)) {
+    expect_bytes("codes", codes);
+    expect_bytes("scales", scales);
+    device.expect_here("codes", codes);
+    device.expect_here("scales", scales);
+    const int64_t blocks = grid.size(grid.dim() - 1);
+    rows = blocks ? grid.numel() / blocks : 0;
+    columns = 32 * blocks;
+    options::expect(packed.numel() == rows * blocks * format.bits() * 4, "codes: expected ",
+                    rows * blocks * format.bits() * 4, " bytes for scales of shape ",
+                    text_of(shape_of(scales)), ", got ", packed.numel());
+  }
+  cuda::FoldCodesArgs args(const cuda::Folded& to) const {
+    cuda::FoldCodesArgs a;
+    a.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+    a.scales = static_cast<const uint8_t*>(grid.const_data_ptr());
+    a.format = format;
+    a.to = to;
+    return a;
+  }
+};
+
+Parts fold(Tensor codes, Tensor scales, std::string format, bool e5m2, bool spare,
+           std::optional<Tensor> total) {
+  const Device device(codes);
+  const Codes c(device, codes, scales, format);
+  expect_folds(c.format, format, e5m2);
+  const Fold to(device, c.rows, c.columns, e5m2, spare, total);
+  cuda::fold_codes(c.args(to.to), device.stream);
+  return to.parts();
+}
+
+// The left and the right operand of a product.
+using TwoParts = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+TwoParts both(const Fold& a, const Fold& w) {
+  return {a.fp8, a.scale, a.marks, a.spare, w.fp8, w.scale, w.marks};
+}
+
+TwoParts fold_two(Tensor codes, Tensor scales, std::string format, bool e5m2, Tensor w_codes,
+                  Tensor w_scales, std::string w_format, std::optional<Tensor> total) {
+  const Device device(codes);
+  const Codes a(device, codes, scales, format), w(device, w_codes, w_scales, w_format);
+  expect_folds(a.format, format, e5m2);
+  expect_folds(w.format, w_format, false);
+  options::expect(a.columns == w.columns, "w_codes: expected rows of ", a.columns,
+                  " elements like those of codes, got ", w.columns);
+  const Fold left(device, a.rows, a.columns, e5m2, true, total);
+  const Fold right(device, w.rows, w.columns, false, false, total);
+  if (a.format.element == w.format.element) {
+    cuda::fold_two(a.args(left.to), w.args(right.to), device.stream);
+  } else {
+    cuda::fold_codes(a.args(left.to), device.stream);
+    cuda::fold_codes(w.args(right.to), device.stream);
+  }
+  return both(left, right);
+}
+
+// The arguments of a quantization of x's rows, which must lie end to end.
+struct Rows {
+  Device device;
+  Tensor x;
+  Tensor signs_words;  // kept alive until the kernels are launched
+  cuda::QuantizeArgs args;
+
+  Rows(const Tensor& input, const std::string& format, const Text& scale_rule, const Text& recipe,
+       const std::string& clip, int64_t rotation, const std::optional<Tensor>& signs)
+      : device(input), x(dense(input)) {
+    const cpu::Options o =
+        options::quantize(format, scale_rule, recipe, "nearest", std::nullopt, clip);
+    args.format = o.format;
+    args.rule = o.rule;
+    args.recipe = o.recipe;
+    args.full = o.full;
+    args.x = x.const_data_ptr();
+    args.dtype = dtype_of("x", x.scalar_type());
+    args.view.columns = x.size(x.dim() - 1);
+    args.view.outer = args.view.columns ? x.numel() / args.view.columns : 0;
+    args.view.outer_stride = args.view.columns;
+    if (rotation) {
+      args.rotation = rotation_of(device, rotation, args.view.columns, signs, signs_words);
+    }
+  }
+};
+
+Parts fold_values(Tensor x, std::string format, Text scale_rule, std::string clip, int64_t rotation,
+                  std::optional<Tensor> signs, bool e5m2, std::optional<Tensor> total) {
+  const Rows rows(x, format, scale_rule, std::nullopt, clip, rotation, signs);
+  expect_folds(rows.args.format, format, e5m2);
+  options::expect(cuda::fold_values_serves(rows.args),
+                  "x: expected bfloat16 rows of whole blocks; quantize it first");
+  Fold to(rows.device, rows.args.view.outer, rows.args.view.columns, e5m2, true, total);
+  cuda::fold_values(rows.args, to.to, rows.device.stream);
+  return to.parts();
+}
+
+// bf16 of element * scale, and the tensor scale (times `factor`), which is not in it; the second is
+// empty for formats and recipes without a tensor scale.
+std::tuple<Tensor, Tensor> round_values(Tensor x, std::string format, Text scale_rule, Text recipe,
+                                        std::string clip, int64_t rotation,
+                                        std::optional<Tensor> signs, std::optional<Tensor> factor) {
+  Rows rows(x, format, scale_rule, recipe, clip, rotation, signs);
+  cuda::QuantizeArgs& a = rows.args;
+  options::expect(cuda::round_values_serves(a),
+                  "x: expected bfloat16 rows of whole blocks of a format whose values are bfloat16 "
+                  "numbers; use fake_quantize");
+  const bool two_level = a.format.scale == Scale::kE4M3;
+  Tensor out = rows.device.empty(shape_of(x), ScalarType::BFloat16);
+  Tensor stored = rows.device.empty(two_level ? Shape{} : Shape{0}, ScalarType::Float);
+  Tensor partials = rows.device.empty({two_level ? cuda::kPartials : 0}, ScalarType::Float);
+  a.out = out.mutable_data_ptr();
+  a.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
+  a.partials = static_cast<float*>(partials.mutable_data_ptr());
+  const float* times = nullptr;
+  if (factor) {
+    rows.device.expect_here("factor", *factor);
+    options::expect(factor->scalar_type() == ScalarType::Float && factor->numel() == 1,
+                    "factor: expected one float32 number");
+    times = static_cast<const float*>(factor->const_data_ptr());
+  }
+  cuda::round_values(a, times, rows.device.stream);
+  return {out, stored};
+}
+
+DType bias_into(const Device& device, const std::optional<Tensor>& bias, int64_t columns,
+                const void** data) {
+  if (!bias) return DType::kFP32;
+  device.expect_here("bias", *bias);
+  options::expect(bias->dim() == 1 && bias->size(0) == columns && bias->is_contiguous(),
+                  "bias: expected ", columns, " numbers end to end");
+  *data = bias->const_data_ptr();
+  return dtype_of("bias", bias->scalar_type());
+}
+
+// y (M, N), written by a GEMM of folded operands, mended in place where rows did not fold.
+void repair(Tensor y, Tensor a8, Tensor a_scale, Tensor a_marks, Tensor a_spare, bool a_e5m2,
+            Tensor w8, Tensor w_scale, Tensor w_marks, bool w_e5m2, Tensor w_codes, Tensor w_scales,
+            std::string w_format, std::optional<Tensor> bias) {
+  const Device device(y);
+  cuda::RepairArgs r;
+  r.rows = y.size(0);
+  r.columns = y.size(1);
+  options::expect(y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0),
+                  "y: expected rows of neighbouring elements");
+  options::expect(a_spare.numel() == r.rows * a8.size(1),
+                  "a_spare: expected the rows of a as bfloat16");
+  options::expect(a8.size(1) == w8.size(1), "a8: expected rows as long as those of w8");
+  for (const Tensor* t : {&a8, &a_scale, &a_marks, &w8, &w_scale, &w_marks, &w_codes, &w_scales}) {
+    device.expect_here("operand", *t);
+  }
+  r.y = y.mutable_data_ptr();
+  r.dtype = dtype_of("y", y.scalar_type());
+  r.stride = y.stride(0);
+  r.k = a8.size(1);
+  r.a = view_of(a8, a_scale, a_marks, a_spare, r.rows, a_e5m2);
+  r.w = view_of(w8, w_scale, w_marks, Tensor(a_spare), r.columns, w_e5m2);
+  r.w.spare = nullptr;
+  r.w_format = get_format(w_format);
+  expect_folds(r.w_format, w_format, w_e5m2);
+  const Tensor packed = dense(w_codes), grid = dense(w_scales);
+  options::expect(packed.numel() == r.columns * r.k * r.w_format.bits() / 8 &&
+                      grid.numel() == r.columns * r.k / 32,
+                  "w_codes: expected the codes and scales that w8 was made of");
+  r.w_codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  r.w_scales = static_cast<const uint8_t*>(grid.const_data_ptr());
+  r.bias_dtype = bias_into(device, bias, r.columns, &r.bias);
+  cuda::repair(r, device.stream);
+}
+
+Tensor finish(Tensor y, int64_t columns, std::optional<Tensor> factor,
+              std::optional<Tensor> factor2, std::optional<Tensor> row_scale,
+              std::optional<Tensor> column_scale, std::optional<Tensor> bias, ScalarType dtype) {
+  const Device device(y);
+  options::expect(
+      y.dim() == 2 && (y.stride(1) == 1 || y.numel() == 0) && y.scalar_type() == ScalarType::Float,
+      "y: expected a float32 matrix with rows of neighbouring elements");
+  cuda::FinishArgs f;
+  f.y = static_cast<const float*>(y.const_data_ptr());
+  f.rows = y.size(0);
+  f.columns = columns;
+  f.stride = y.stride(0);
+  options::expect(columns <= y.size(1), "columns: expected at most ", y.size(1), ", got ", columns);
+  const std::optional<Tensor>* scalars[] = {&factor, &factor2};
+  for (int i = 0; i < 2; ++i) {
+    if (!*scalars[i] || (*scalars[i])->numel() == 0) continue;
+    device.expect_here("factor", **scalars[i]);
+    f.factors[i] = static_cast<const float*>((*scalars[i])->const_data_ptr());
+  }
+  if (row_scale) f.row_scale = static_cast<const float*>(row_scale->const_data_ptr());
+  if (column_scale) f.column_scale = static_cast<const float*>(column_scale->const_data_ptr());
+  f.bias_dtype = bias_into(device, bias, columns, &f.bias);
+  f.dtype = dtype_of("dtype", dtype);
+  Tensor out = device.empty({f.rows, columns}, dtype);
+  f.out = out.mutable_data_ptr();
+  cuda::finish(f, device.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace pyfmt
+
+PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
+  m.def(
+      "_fold(Tensor codes, Tensor scales, str format, bool e5m2, bool spare, Tensor(a!)? total) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_fold_two(Tensor codes, Tensor scales, str format, bool e5m2, Tensor w_codes, "
+      "Tensor w_scales, str w_format, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
+  m.def(
+      "_fold_values(Tensor x, str format, str? scale_rule, str clip, int rotation, Tensor? signs, "
+      "bool e5m2, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_round_values(Tensor x, str format, str? scale_rule, str? recipe, str clip, int rotation, "
+      "Tensor? signs, Tensor? factor) -> (Tensor, Tensor)");
+  m.def(
+      "_repair(Tensor(a!) y, Tensor a8, Tensor a_scale, Tensor a_marks, Tensor a_spare, "
+      "bool a_e5m2, Tensor w8, Tensor w_scale, Tensor w_marks, bool w_e5m2, Tensor w_codes, "
+      "Tensor w_scales, str w_format, Tensor? bias) -> ()");
+  m.def(
+      "_finish(Tensor y, int columns, Tensor? factor, Tensor? factor2, Tensor? row_scale, "
+      "Tensor? column_scale, Tensor? bias, ScalarType dtype) -> Tensor");
+}
+
+PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
+  m.impl("_fold", TORCH_BOX(&pyfmt::fold));
+  m.impl("_fold_two", TORCH_BOX(&pyfmt::fold_two));
+  m.impl("_fold_values", TORCH_BOX(&pyfmt::fold_values));
+  m.impl("_round_values", TORCH_BOX(&pyfmt::round_values));
+  m.impl("_repair", TORCH_BOX(&pyfmt::repair));
+  m.impl("_finish", TORCH_BOX(&pyfmt::finish));
+}

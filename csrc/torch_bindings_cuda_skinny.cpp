@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.pyfmt._matmul_skinny: few dense tokens by a packed weight, for the ops that choose it.
+#include "cuda/matmul_skinny.h"
+#include "torch_device.h"
+
+namespace pyfmt {
+namespace {
+
+using namespace tensors;
+
+Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
+                     std::optional<Tensor> w_tensor_scale, std::string w_format, int64_t k,
+                     std::optional<Tensor> bias, ScalarType dtype, bool,
+                     std::optional<std::vector<int64_t>> plan) {
+  const FormatSpec f = get_format(w_format);
+  options::expect(cuda::skinny_serves(f), "w_format: the kernel for few tokens does not serve ",
+                  w_format, "; expected a row of pyfmt.FORMATS or int4 or int8 with float scales ",
+                  "for groups of a multiple of 32");
+  options::expect(x.dim() == 2 && x.size(1) == k, "x: expected shape (tokens, ", k, "), got ",
+                  text_of(shape_of(x)));
+  options::expect(k >= 1 && k < (int64_t(1) << 28), "k: expected 1 to 2^28 - 1, got ", k);
+  options::expect(x.size(0) < (int64_t(1) << 20), "x: expected fewer than 2^20 tokens, got ",
+                  x.size(0));
+  expect_bytes("w_codes", w_codes);
+  const int64_t n = w_codes.dim() == 2 ? w_codes.size(0) : -1;
+  const Shape codes_want{n, f.row_bytes(k)}, scales_want{n, f.blocks(k)};
+  const Shape codes_have = shape_of(w_codes), scales_have = shape_of(w_scales);
+  options::expect(codes_have == codes_want, "w_codes: expected shape (rows, ", f.row_bytes(k),
+                  ") for ", w_format, " of ", k, " columns, got ", text_of(codes_have));
+  options::expect(scales_have == scales_want, "w_scales: expected shape ", text_of(scales_want),
+                  " for ", w_format, ", got ", text_of(scales_have));
+  options::expect(w_scales.scalar_type() == scale_type(f.scale), "w_scales: expected dtype ",
+                  name_of(scale_type(f.scale)), " for ", w_format, ", got ",
+                  name_of(w_scales.scalar_type()));
+  const Device device(x);
+  device.expect_here("w_codes", w_codes);
+  device.expect_here("w_scales", w_scales);
+  const Tensor rows = k > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x;
+  const Tensor codes = dense(w_codes), scales = dense(w_scales);
+  Tensor out = device.empty({x.size(0), n}, dtype);
+
+  cuda::SkinnyArgs a;
+  a.x = rows.const_data_ptr();
+  a.x_dtype = dtype_of("x", x.scalar_type());
+  a.x_stride = rows.stride(0);
+  a.m = x.size(0);
+  a.n = n;
+  a.k = k;
+  a.codes = static_cast<const uint8_t*>(codes.const_data_ptr());
+  a.scales = scales.const_data_ptr();
+  a.format = f;
+  if (w_tensor_scale && w_tensor_scale->numel() != 0) {
+    const Tensor& t = *w_tensor_scale;
+    options::expect(f.tensor_scale, "w_tensor_scale: ", w_format, " has none; pass None");
+    device.expect_here("w_tensor_scale", t);
+    options::expect(t.scalar_type() == ScalarType::Float && t.numel() == 1,
+                    "w_tensor_scale: expected one float32 number, got ", t.numel(), " of dtype ",
+                    name_of(t.scalar_type()));
+    a.tensor_scale = static_cast<const float*>(t.const_data_ptr());
+  }
+  std::optional<Tensor> flat_bias;
+  if (bias) {
+    device.expect_here("bias", *bias);
+    options::expect(bias->dim() == 1 && bias->size(0) == n, "bias: expected shape (", n, ",), got ",
+                    text_of(shape_of(*bias)));
+    flat_bias.emplace(dense(*bias));
+    a.bias = flat_bias->const_data_ptr();
+    a.bias_dtype = dtype_of("bias", bias->scalar_type());
+  }
+  a.out = out.mutable_data_ptr();
+  a.out_dtype = dtype_of("dtype", dtype);
+  if (plan) {
+    options::expect(plan->size() == 4, "plan: expected four numbers, got ", int64_t(plan->size()));
+    a.cluster = int((*plan)[0]);
+    a.k_warps = int((*plan)[1]);
+    a.row_warps = int((*plan)[2]);
+    a.overlap = (*plan)[3] != 0;
+  }
+  cuda::matmul_skinny(a, device.stream);
+  return out;
+}
+
+}  // namespace
+}  // namespace pyfmt
+
+PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
+  // plan: for measurements; blocks of a cluster, parts of k and row tiles in a block, whether to
+  // start before the launch ahead ends.
+  m.def(
+      "_matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, "
+      "str w_format, int k, Tensor? bias, ScalarType dtype, bool batch_invariant=False, "
+      "int[]? plan=None) -> Tensor");
+}
+
+PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
+  m.impl("_matmul_skinny", TORCH_BOX(&pyfmt::matmul_skinny));
+}

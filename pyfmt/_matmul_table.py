@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which GEMM path serves up to how many rows: data, from bench/matmul.py on one H200.
+
+Rows are read from the front; the first path whose limit is not exceeded and that can serve the call
+is taken. A limit is a number of rows of a, or a pair: for weights of up to SMALL elements, and for
+larger ones. None: any number.
+
+Keys: what the operands allow ("fold": both fold into fp8; "bf16": both are exact in bfloat16;
+"any"), the bits of a weight's code, and "kept" for a weight that is kept expanded for `fold`.
+"""
+
+from __future__ import annotations
+
+SMALL = 1 << 26
+
+Limit = int | tuple[int, int] | None
+
+TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
+    "fold-4": (("native", None), ("skinny", 64), ("wide", 192), ("fold", None)),
+    "fold-6": (("native", None), ("skinny", 64), ("wide", 192), ("fold", None)),
+    "fold-4 kept": (("skinny", 48), ("fold", None)),
+    "fold-6 kept": (("skinny", 48), ("fold", None)),
+    "bf16-4": (("skinny", 64), ("wide", 1024), ("exact", None)),
+    "bf16-6": (("skinny", 64), ("wide", 1024), ("exact", None)),
+    "bf16-8": (("skinny", 64), ("wide", 1024), ("exact", None)),
+    "any": (("skinny", 64), ("wide", None)),
+}

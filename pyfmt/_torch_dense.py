@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GEMM paths of CUDA tensors, one function each; which one serves is _matmul_paths' choice.
+
+Every function takes a Left (what stands on the left, quantized or to be), a Right (the quantized
+weight) and an Out (bias, dtype, how), and returns (M, N).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfmt import _matmul_paths as paths
+from pyfmt._matmul_paths import Facts
+from pyfmt.formats import get_format
+
+# The bytes that an expanded weight may take; a larger one is expanded in panels of rows.
+PANEL_BYTES = 1 << 28
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@dataclass(slots=True)
+class Left:
+    """The left operand, M rows: dense (`x` alone), codes and scales, or x still to be quantized.
+
+    format: of the codes, or what x is to be quantized to; None for a dense x.
+    """
+
+    rows: int
+    k: int
+    format: Facts | None = None
+    x: Tensor | None = None
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+    tensor_scale: Tensor | None = None
+    scale_rule: str | None = None
+    recipe: str | None = None
+    clip: str = "symmetric"
+    rotation: int = 0
+    signs: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.x is None else self.x.dtype
+
+
+@dataclass(slots=True)
+class Right:
+    """The weight (N, K); kept: what _expand_weight returned, or None."""
+
+    codes: Tensor
+    scales: Tensor
+    tensor_scale: Tensor | None
+    format: Facts
+    n: int
+    kept: list[Tensor] | None = None
+
+    def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        if first == 0 and last >= self.n:
+            return self.codes, self.scales
+        step = self.format.block_rows
+        return self.codes[first:last], self.scales[first // step : -(-last // step)]
+
+
+@dataclass(slots=True)
+class Out:
+    bias: Tensor | None
+    dtype: torch.dtype
+    fast: bool = False
+    batch_invariant: bool = False
+
+
+class Parts:
+    """The operators that the paths stand on; tests put emulated ones in their place."""
+
+    ops: Any = torch.ops.pyfmt
+
+
+def _panels(right: Right, row_bytes: int) -> list[tuple[int, int]]:
+    step = max(PANEL_BYTES // max(row_bytes, 1) // 128, 1) * 128
+    step = -(-step // right.format.block_rows) * right.format.block_rows
+    return [(i, min(i + step, right.n)) for i in range(0, max(right.n, 1), step)]
+
+
+# ---- rows that did not fold are counted -------------------------------------------------------
+
+_totals: dict[int, Tensor] = {}
+
+
+def total_of(device: torch.device) -> Tensor | None:
+    """The device's count of rows that did not fold; None where a graph captures its first use."""
+    index = device.index or 0
+    total = _totals.get(index)
+    if total is None:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        total = _totals[index] = torch.zeros((), dtype=torch.int64, device=device)
+    return total
+
+
+# ---- the left operand -------------------------------------------------------------------------
+
+
+def quantized(left: Left) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and tensor scale of a left operand with a format."""
+    if left.codes is not None:
+        assert left.scales is not None
+        return left.codes, left.scales, left.tensor_scale
+    assert left.format is not None and left.x is not None
+    codes, scales, stored = Parts.ops.quantize.default(
+        left.x, left.format.key, -1, left.scale_rule, left.recipe, "nearest", None, left.clip,
+        None, left.rotation, left.signs,
+    )  # fmt: skip
+    return codes, scales, stored if stored.numel() else None
+
+
+def _whole_rows(left: Left) -> bool:
+    """Whether the kernels that read x take it: bfloat16 in whole blocks."""
+    x = left.x
+    assert left.format is not None
+    whole = left.format.whole
+    return (
+        x is not None
+        and x.dtype == torch.bfloat16
+        and whole > 0
+        and left.k % whole == 0
+        and left.k > 0
+        and left.rows > 0
+        and x.data_ptr() % 16 == 0
+    )
+
+
+def _rotated(left: Left) -> Tensor:
+    """A dense left operand, rotated if asked."""
+    assert left.x is not None
+    if not left.rotation:
+        return left.x
+    y: Tensor = Parts.ops.hadamard.default(left.x, left.rotation, left.signs)
+    return y
+
+
+def _bf16(left: Left, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Exact bfloat16 of element * scale, and the tensor scale (times `factor`) left out of it."""
+    if left.format is None:
+        return _rotated(left), factor
+    if left.codes is None and _whole_rows(left):
+        y, stored = Parts.ops._round_values.default(
+            left.x, left.format.key, left.scale_rule, left.recipe, left.clip, left.rotation,
+            left.signs, factor,
+        )  # fmt: skip
+        return y, stored if _two_level(left) else factor
+    codes, scales, stored = quantized(left)
+    y = Parts.ops.dequantize.default(
+        codes, scales, None, left.format.key, (left.rows, left.k), -1, torch.bfloat16
+    )
+    if stored is None or factor is None:
+        return y, factor if stored is None else stored
+    return y, stored * factor
+
+
+def fp32(left: Left) -> Tensor:
+    """The decoded left operand in float32."""
+    if left.format is None:
+        return _rotated(left).float()
+    if left.codes is None:
+        # In float32 fake_quantize is quantize and dequantize bit for bit, in one pass.
+        assert left.x is not None
+        x = left.x.float()
+        if left.rotation:
+            x = Parts.ops.hadamard.default(x, left.rotation, left.signs)
+        rest = (left.scale_rule, left.recipe, "nearest", None, left.clip)
+        y: Tensor = Parts.ops.fake_quantize.default(x, left.format.key, -1, *rest)
+        return y
+    y = Parts.ops.dequantize.default(
+        left.codes, left.scales, left.tensor_scale, left.format.key, (left.rows, left.k)
+    )
+    return y
+
+
+# ---- the paths --------------------------------------------------------------------------------
+
+
+def chunks(left: Left, right: Right, out: Out, rows: int, kernel: Callable[..., Tensor]) -> Tensor:
+    """Call a kernel on M rows at once, or on chunks of always the same number, padded by zeros."""
+    if not out.batch_invariant:
+        return kernel(left, right, out)
+    if left.format is not None and left.codes is None:
+        codes, scales, stored = quantized(left)
+        left = Left(left.rows, left.k, left.format, None, codes, scales, stored)
+    parts = []
+    for first in range(0, left.rows, rows):
+        last = min(first + rows, left.rows)
+        part = Left(rows, left.k, left.format)
+        part.tensor_scale, part.rotation, part.signs = left.tensor_scale, left.rotation, left.signs
+        for name in ("x", "codes", "scales"):
+            whole = getattr(left, name)
+            if whole is not None:
+                piece = whole[first:last]
+                if last - first < rows:
+                    padding = piece.new_zeros((rows - (last - first), piece.shape[1]))
+                    piece = torch.cat([piece, padding])
+                setattr(part, name, piece)
+        parts.append(kernel(part, right, out)[: last - first])
+    if not parts:
+        return left_device(left).new_empty((0, right.n), dtype=out.dtype)
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+
+
+def left_device(left: Left) -> Tensor:
+    """A tensor on the left operand's device."""
+    tensor = left.codes if left.x is None else left.x
+    assert tensor is not None
+    return tensor
+
+
+def _two_level(left: Left) -> bool:
+    """Whether the left operand has, or will have, a tensor scale."""
+    if left.codes is not None:
+        return left.tensor_scale is not None
+    return (
+        left.format is not None
+        and left.format.format.tensor_scale
+        and left.recipe != "single_level"
+    )
+
+
+def skinny(left: Left, right: Right, out: Out) -> Tensor:
+    if out.batch_invariant and left.rows > 64:
+        return chunks(left, right, out, 64, _skinny)
+    return _skinny(left, right, out)
+
+
+def _skinny(left: Left, right: Right, out: Out) -> Tensor:
+    scale = right.tensor_scale
+    if left.format is None:
+        x = _rotated(left)
+    elif left.format.exact and not (_two_level(left) and scale is None):
+        x, scale = _bf16(left, scale)
+    else:
+        x = fp32(left)
+    y: Tensor = Parts.ops._matmul_skinny.default(
+        x, right.codes, right.scales, scale, right.format.key, left.k, out.bias, out.dtype,
+        out.batch_invariant,
+    )  # fmt: skip
+    return y
+
+
+def wide(left: Left, right: Right, out: Out) -> Tensor:
+    x, scale = _bf16(left, right.tensor_scale)
+    if scale is not None and right.tensor_scale is None:
+        # The left operand's tensor scale has no place in the kernel: it is for the epilogue.
+        y: Tensor = Parts.ops._matmul_wide.default(
+            x, right.codes, right.scales, None, right.format.key, left.k, None, torch.float32
+        )
+        y = Parts.ops._finish.default(y, right.n, scale, None, None, None, out.bias, out.dtype)
+        return y
+    y = Parts.ops._matmul_wide.default(
+        x, right.codes, right.scales, scale, right.format.key, left.k, out.bias, out.dtype
+    )
+    return y
+
+
+def _fold_both(
+    left: Left, e5m2: bool, codes: Tensor | None, scales: Tensor | None, fmt: str, total: Any
+) -> tuple[Any, Any]:
+    """The left operand folded, and where codes are given those of the weight, in one launch.
+
+    One kernel that rotates, quantizes and folds serves a kept weight and few rows; elsewhere codes
+    that are packed between are the faster way, for all loads of a row are then under way at once.
+    """
+    assert left.format is not None
+    alone = codes is None and left.codes is None and left.rows <= 1024
+    if alone and left.k <= paths.LONGEST_FOLD and _whole_rows(left):
+        given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
+        return Parts.ops._fold_values.default(*given, e5m2, total), None
+    own = (*quantized(left)[:2], left.format.key, e5m2)
+    if codes is None:
+        return Parts.ops._fold.default(*own, True, total), None
+    found = Parts.ops._fold_two.default(*own, codes, scales, fmt, total)
+    return found[:4], found[4:]
+
+
+def fold(left: Left, right: Right, out: Out) -> Tensor:
+    assert left.format is not None
+    e5m2 = left.format.e5m2
+    total = total_of(right.codes.device)
+    key = right.format.key
+    panels = (
+        _panels(right, right.format.format.padded(left.k)) if not right.kept else [(0, right.n)]
+    )
+    mine: Any = None
+    parts = []
+    for first, last in panels:
+        codes, scales = right.rows(first, last)
+        if mine is None and right.kept:
+            mine, _ = _fold_both(left, e5m2, None, None, key, total)
+        elif mine is None:
+            mine, weight = _fold_both(left, e5m2, codes, scales, key, total)
+        else:
+            weight = Parts.ops._fold.default(codes, scales, key, False, False, total)[:3]
+        a8, a_scale, a_marks, a_spare = mine
+        w8, w_scale, w_marks = right.kept or weight
+        a = a8[: left.rows].view(E5M2 if e5m2 else E4M3)
+        column = a_scale[: left.rows, None]
+        bias = None if out.bias is None else out.bias[first:last]
+        y = _fp8_gemm(a, column, w8.view(E4M3), w_scale[None], bias, last - first, out)
+        Parts.ops._repair.default(
+            y, a8, a_scale, a_marks, a_spare, e5m2, w8, w_scale, w_marks, False, codes, scales,
+            key, bias,
+        )  # fmt: skip
+        parts.append(y)
+    y = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return y.contiguous()
+
+
+def _fp8_gemm(
+    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, n: int, out: Out
+) -> Tensor:
+    """RNE((a w^T) * a_scale * w_scale + bias); sums are moved to float32 every 128 products."""
+    mm = torch._scaled_mm
+    whole = w.shape[0] == n
+    library_bias = bias is not None and whole and bias.dtype == out.dtype == torch.bfloat16
+    if bias is None or library_bias:
+        y = mm(a, w.t(), a_scale, w_scale, bias=bias, out_dtype=out.dtype, use_fast_accum=out.fast)
+        return y if whole else y[:, :n]
+    y = mm(a, w.t(), a_scale, w_scale, out_dtype=torch.float32, use_fast_accum=out.fast)
+    finished: Tensor = Parts.ops._finish.default(y, n, None, None, None, None, bias, out.dtype)
+    return finished
+
+
+def exact(left: Left, right: Right, out: Out) -> Tensor:
+    return chunks(left, right, out, paths.INVARIANT_ROWS["exact"], _exact)
+
+
+def _exact(left: Left, right: Right, out: Out) -> Tensor:
+    a, factor = _bf16(left)
+    parts = []
+    for first, last in [(0, right.n)] if right.kept else _panels(right, 2 * left.k):
+        if right.kept:
+            w = right.kept[0]
+        else:
+            codes, scales = right.rows(first, last)
+            w = Parts.ops.dequantize.default(
+                codes, scales, None, right.format.key, (last - first, left.k), -1, torch.bfloat16
+            )
+        bias = None if out.bias is None else out.bias[first:last]
+        parts.append(_bf16_gemm(a, w, factor, right.tensor_scale, bias, out.dtype))
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+class _WholeReductions:
+    """While anybody is inside, cuBLAS may not add partial sums in bfloat16."""
+
+    lock = threading.Lock()
+    users = 0
+    saved: Any = None
+
+    @classmethod
+    def enter(cls) -> bool:
+        """False where nothing is to be restored."""
+        flags = torch.backends.cuda.matmul
+        with cls.lock:
+            if cls.users == 0:
+                if not flags.allow_bf16_reduced_precision_reduction:
+                    return False
+                cls.saved = flags.allow_bf16_reduced_precision_reduction
+                flags.allow_bf16_reduced_precision_reduction = False
+            cls.users += 1
+            return True
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.users -= 1
+            if cls.users == 0:
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = cls.saved
+
+
+@lru_cache(maxsize=1)
+def _has_scaled_gemm() -> bool:
+    return bool(Parts.ops._has_scaled_gemm())
+
+
+_zeros: dict[torch.device, Tensor] = {}
+
+
+def _zero(device: torch.device) -> Tensor:
+    """A float32 zero on a device; a graph that captures its first use has one of its own."""
+    zero = _zeros.get(device)
+    if zero is None:
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            _zeros[device] = zero
+    return zero
+
+
+def _bf16_gemm(
+    a: Tensor,
+    w: Tensor,
+    factor: Tensor | None,
+    factor2: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """RNE((a w^T) * factor * factor2 + bias) with float32 sums of bfloat16 products."""
+    plain = factor is None and factor2 is None
+    if plain and dtype == torch.bfloat16 and (bias is None or bias.dtype == dtype):
+        entered = _WholeReductions.enter()
+        try:
+            if bias is None:
+                return torch.mm(a, w.t())
+            return torch.addmm(bias, a, w.t())
+        finally:
+            if entered:
+                _WholeReductions.leave()
+    factors = [f for f in (factor, factor2) if f is not None]
+    even = w.shape[0] % 8 == 0 and w.shape[1] % 8 == 0
+    if a.is_cuda and factors and bias is None and even and _has_scaled_gemm():
+        whole = factors[0] if len(factors) == 1 else factors[0] * factors[1]
+        y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, _zero(a.device), dtype)
+        return y
+    if a.is_cuda:
+        y = torch.mm(a, w.t(), out_dtype=torch.float32)
+    else:
+        y = torch.mm(a.float(), w.t().float())
+    if plain and bias is None and dtype == torch.float32:
+        return y
+    finished: Tensor = Parts.ops._finish.default(
+        y, w.shape[0], factor, factor2, None, None, bias, dtype
+    )
+    return finished
+
+
+def expand_weight(codes: Tensor, scales: Tensor, format: str, k: int, kind: str) -> list[Tensor]:
+    """A weight expanded once: for "fold" bytes, row scales and the rows that do not fold; for
+    "exact" the bfloat16 matrix."""
+    fmt = get_format(format)
+    if kind == "fold":
+        if not paths.folds(fmt):
+            raise RuntimeError(f"kind: {format} does not fold into fp8; pass 'exact'")
+        total = total_of(codes.device)
+        return list(Parts.ops._fold.default(codes, scales, format, False, False, total))[:3]
+    if kind != "exact":
+        raise RuntimeError(f"kind: expected 'fold' or 'exact', got {kind!r}")
+    if not paths.exact_in_bf16(fmt):
+        raise RuntimeError(f"kind: {format} is not exact in bfloat16; leave it packed")
+    shape = (codes.shape[0], k)
+    return [Parts.ops.dequantize.default(codes, scales, None, format, shape, -1, torch.bfloat16)]
+
+
+RUN: dict[str, Callable[[Left, Right, Out], Tensor]] = {
+    "skinny": skinny,
+    "wide": wide,
+    "fold": fold,
+    "exact": exact,
+}

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of the kernel for few tokens, shared by the emulated and the device tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyfmt import reference
+from pyfmt.formats import Format, get_format
+from tests.rooms import to_numpy, to_torch
+
+# |error| <= C * sum |x| |w| + half a step of the output: 2^-23 a tensor-core step, of which a
+# result adds one for sixteen elements of k, truncated and not rounded.
+C = 2.0**-16
+
+
+class Skinny:
+    """The op on one device, its operands in NumPy."""
+
+    def __init__(self, ops: Any, device: str) -> None:
+        self.ops, self.device = ops, device
+
+    def tensor(self, x: np.ndarray) -> torch.Tensor:
+        return to_torch(x).to(self.device)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        codes: np.ndarray | torch.Tensor,
+        scales: np.ndarray | torch.Tensor,
+        tensor_scale: Any,
+        fmt: Format,
+        *,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        plan: list[int] | None = None,
+    ) -> torch.Tensor:
+        def there(t: Any) -> torch.Tensor:
+            return t if isinstance(t, torch.Tensor) else self.tensor(t)
+
+        one = None if tensor_scale is None else self.tensor(np.array(tensor_scale, np.float32))
+        bias = None if bias is None else bias.to(self.device)
+        return self.ops._matmul_skinny(
+            x.to(self.device), there(codes), there(scales), one, fmt.key, x.shape[1], bias, dtype,
+            False, plan,
+        )  # fmt: skip
+
+
+def random_codes(fmt: Format, n: int, k: int, seed: int) -> np.ndarray:
+    """Codes of every value, infinities and NaN among them, padded with zeros."""
+    codes = np.random.default_rng(seed).integers(0, 1 << fmt.bits, (n, fmt.padded(k)), np.uint8)
+    codes[:, k:] = 0
+    return np.asarray(reference.pack(codes, fmt.bits))
+
+
+def weights(
+    fmt: Format, n: int, k: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
+    """A quantized Gaussian weight, and its decoded values in float64."""
+    w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    codes, scales, tensor_scale = reference.quantize(w, fmt)
+    return codes, scales, tensor_scale, decoded(codes, scales, tensor_scale, fmt, (n, k))
+
+
+def decoded(codes: Any, scales: Any, tensor_scale: Any, fmt: Format, shape: Any) -> np.ndarray:
+    plain = reference.dequantize(codes, scales, None, fmt, shape, dtype=np.dtype(np.float32))
+    whole = np.asarray(plain).astype(np.float64)
+    return whole if tensor_scale is None else whole * np.float64(tensor_scale)
+
+
+def tokens(m: int, k: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    x = np.random.default_rng(seed).standard_normal((m, k)).astype(np.float32)
+    return torch.from_numpy(x).to(dtype)
+
+
+def worst_error(y: torch.Tensor, x: torch.Tensor, w: np.ndarray) -> float:
+    """The largest |y - x w^T| over sum |x| |w|, less half a step of y's dtype."""
+    a = x.double().cpu().numpy()
+    exact, size = a @ w.T, np.abs(a) @ np.abs(w.T)
+    half = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[y.dtype]
+    error = np.abs(y.double().cpu().numpy() - exact) - half * np.abs(exact) - 1e-40
+    return float((error / np.maximum(size, 1e-300)).max(initial=0.0))
+
+
+def within_bound(op: Skinny, name: str, m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    fmt = get_format(name)
+    *parts, w = weights(fmt, n, k)
+    x = tokens(m, k, dtype)
+    y = op(x, *parts, fmt)
+    assert y.shape == (m, n) and y.dtype == torch.float32
+    error = worst_error(y, x, w)
+    assert error <= C, f"{name} {m}x{n}x{k} {dtype}: {error:.3g} of sum |x||w|, allowed {C:.3g}"
+
+
+def decodes_like_the_reference(op: Skinny, name: str, n: int, k: int, device_dtype: Any) -> None:
+    """One-hot tokens read the weight back: every code, every kind of scale, bit for bit."""
+    fmt = get_format(name)
+    codes = random_codes(fmt, n, k, 3)
+    rng = np.random.default_rng(5)
+    shape = (n, fmt.blocks(k))
+    scales: np.ndarray
+    if fmt.scale == "e8m0":
+        # fp8 elements at the smallest scales reach below the smallest bfloat16.
+        scales = rng.integers(10, 256, shape, np.uint8)
+        scales[::3] = rng.integers(118, 130, scales[::3].shape, np.uint8)
+    elif fmt.scale == "e4m3":
+        scales = rng.integers(0, 128, shape, np.uint8)
+    else:
+        import ml_dtypes
+
+        kind = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}[fmt.scale]
+        scales = rng.standard_normal(shape).astype(np.float32).astype(kind)
+    tensor_scale = 0.25 if fmt.tensor_scale else None
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = decoded(codes, scales, tensor_scale, fmt, (n, k)).astype(np.float32)
+    for first in range(0, k, 64):
+        count = min(64, k - first)
+        x = torch.zeros(count, k, dtype=device_dtype)
+        x[torch.arange(count), first + torch.arange(count)] = 1.0
+        got = to_numpy(op(x, codes, scales, tensor_scale, fmt).cpu())
+        with np.errstate(invalid="ignore"):
+            # An infinity or NaN anywhere in a row meets the zeros of x.
+            rest = np.where(np.isfinite(want), 0, np.nan)
+            spoilt = np.isnan(np.nansum(rest * 0, axis=1) + rest.sum(axis=1))
+        same = (got == want[:, first : first + count].T) | spoilt[None, :]
+        assert same.all(), mismatch(name, got, want, first, same)
+        assert np.isnan(got[:, spoilt]).sum() >= np.isnan(want[spoilt]).any(1).sum() * count
+        if spoilt.any():
+            nans = np.isnan(want).any(axis=1)
+            assert np.isnan(got[:, nans]).all(), f"{name}: a NaN weight must spoil its row"
+
+
+def mismatch(name: str, got: np.ndarray, want: np.ndarray, first: int, same: np.ndarray) -> str:
+    token, row = np.argwhere(~same)[0]
+    return (
+        f"{name}: {(~same).sum()} differ; first at row {row}, element {first + token}: "
+        f"got {got[token, row]!r}, expected {want[row, first + token]!r}"
+    )
+
+
+def exact_integers(op: Skinny, name: str, m: int, n: int, k: int, **given: Any) -> None:
+    """Small integers: every partial sum is exact, so every bit is known."""
+    fmt = get_format(name)
+    rng = np.random.default_rng(7)
+    *parts, w = weights(fmt, n, k, 11)
+    if fmt.tensor_scale:
+        codes, scales, _ = parts
+        scales = np.full_like(scales, 0x38)  # 1.0
+        parts = [codes, scales, 2.0]
+        w = decoded(codes, scales, 2.0, fmt, (n, k))
+    elif fmt.scale == "e8m0":
+        parts[1] = (rng.integers(125, 129, parts[1].shape)).astype(np.uint8)
+        w = decoded(*parts, fmt, (n, k))
+    else:
+        parts[1] = np.ones_like(parts[1])
+        w = decoded(*parts, fmt, (n, k))
+    x = torch.from_numpy(rng.integers(-2, 3, (m, k)).astype(np.float32)).to(torch.bfloat16)
+    bias = torch.from_numpy(rng.integers(-64, 65, n).astype(np.float32))
+    got = op(x, *parts, fmt, bias=bias, **given).double().cpu().numpy()
+    want = x.double().numpy() @ w.T + bias.double().numpy()
+    same = got == want
+    assert same.all(), mismatch(f"{name} {m}x{n}x{k} {given}", got, want.T, 0, same)
+
+
+def splits_exactly(op: Skinny, dtype: torch.dtype) -> None:
+    """fp16 and fp32 activations lose no bit: one weight of 1 at a time."""
+    fmt = get_format("mxint8")
+    k = 64
+    codes = np.zeros((k, k), np.uint8)
+    np.fill_diagonal(codes, 64)
+    scales = np.full((k, 2), 127, np.uint8)
+    bits = torch.from_numpy(np.random.default_rng(3).integers(0, 2**32, (9, k), np.uint32).view(np.int32))
+    x = bits.view(torch.float32) if dtype == torch.float32 else bits.view(dtype)[:, :k].contiguous()
+    x = torch.where(torch.isfinite(x.float()) & (x.float().abs() > 2.0**-100), x, torch.ones_like(x))
+    got = op(x, codes, scales, None, fmt).cpu()
+    assert torch.equal(got, x.float()), "a split activation lost bits"
+
+
+def non_finite_activations(op: Skinny, dtype: torch.dtype) -> None:
+    fmt = get_format("mxfp4")
+    *parts, w = weights(fmt, 40, 128)
+    x = tokens(5, 128, dtype)
+    x[1, 3], x[2, 70], x[3, 4], x[3, 9] = np.nan, np.inf, np.inf, -np.inf
+    got = op(x, *parts, fmt).double().cpu().numpy()
+    with np.errstate(invalid="ignore"):
+        want = x.double().numpy() @ w.T
+        if dtype != torch.bfloat16:
+            want[2] = np.where(w[:, 70] == 0, np.nan, np.sign(w[:, 70]) * np.inf)
+    assert np.isnan(got[1]).all() and np.isfinite(got[[0, 4]]).all()
+    assert np.array_equal(np.isnan(got), np.isnan(want))
+    assert np.array_equal(got[2][~np.isnan(got[2])], want[2][~np.isnan(want[2])])
+
+
+def same_in_every_batch(op: Skinny, name: str, n: int, k: int, sizes: tuple[int, ...]) -> None:
+    """A token's bits do not depend on how many others there are."""
+    fmt = get_format(name)
+    *parts, _ = weights(fmt, n, k)
+    x = tokens(max(sizes), k, torch.bfloat16)
+    whole = op(x, *parts, fmt)
+    assert torch.equal(whole, op(x, *parts, fmt)), "two runs differ"
+    for m in sizes:
+        assert torch.equal(op(x[:m], *parts, fmt), whole[:m]), f"{name}: batch of {m} differs"

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel for middle-sized M: its text run on the CPU, and itself where a GPU is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from pyfmt import reference  # noqa: E402
+from pyfmt.formats import FORMATS, Format, get_format  # noqa: E402
+from tests.cuda_rooms import emulated_ops  # noqa: E402
+from tests.grids import BF16  # noqa: E402
+from tests.rooms import to_torch  # noqa: E402
+
+GROUPS = ["int4-b256-fp16", "int8-brow-fp32", "int4-brow-bf16"]
+SERVED = [*FORMATS, *GROUPS]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def bound(columns: int) -> float:
+    """The constant c of |err| <= c * sum |a||b|: a step of 16 columns truncates its sum once."""
+    return float(2.0**-21 + columns * 2.0**-28)
+
+
+class Weights:
+    """Quantized random weights and what they decode to, the tensor scale kept apart."""
+
+    def __init__(self, name: str, rows: int, columns: int, seed: int = 0) -> None:
+        self.name, self.fmt = name, get_format(name)
+        w = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+        self.codes, self.scales, tensor_scale = reference.quantize(w, self.fmt)
+        self.tensor_scale = None if tensor_scale is None else float(tensor_scale)
+        self.columns = columns
+
+    @property
+    def decoded(self) -> np.ndarray:
+        shape = (len(self.codes), self.columns)
+        w = reference.dequantize(self.codes, self.scales, None, self.fmt, shape, dtype=np.float32)
+        return np.asarray(w, np.float64)
+
+    def times(
+        self,
+        ops: Any,
+        x: np.ndarray,
+        bias: np.ndarray | None = None,
+        dtype: str = "fp32",
+        plan: tuple[int, int, int] = (0, 0, 0),
+        device: str = "cpu",
+    ) -> np.ndarray:
+        def there(a: np.ndarray) -> Any:
+            return to_torch(np.ascontiguousarray(a)).to(device)
+
+        scale = None
+        if self.tensor_scale is not None:
+            scale = torch.tensor(self.tensor_scale, device=device)
+        parts = there(x.astype(BF16)), there(self.codes), there(self.scales), scale, self.name
+        b = None if bias is None else there(bias)
+        y = ops._matmul_wide(*parts, self.columns, b, DTYPES[dtype], *plan)
+        assert y.dtype == DTYPES[dtype] and y.shape == (len(x), len(self.codes))
+        return np.asarray(y.float().cpu().numpy())
+
+
+def check_single_columns(ops: Any, w: Weights, rows: int, **options: Any) -> None:
+    """Rows of x with one 1 each show the decoded weights, bit for bit."""
+    columns = np.random.default_rng(1).integers(0, w.columns, rows)
+    x = np.zeros((rows, w.columns), np.float32)
+    x[np.arange(rows), columns] = 1
+    want = w.decoded.T[columns].astype(np.float32) * np.float32(w.tensor_scale or 1)
+    got = w.times(ops, x, **options)
+    wrong = np.argwhere(~((got == want) | (np.isnan(got) & np.isnan(want))))
+    assert not len(wrong), f"{w.name}: first of {len(wrong)} at (m, n) = {wrong[0]}"
+
+
+def check_sums(ops: Any, w: Weights, rows: int, dtype: str = "fp32", **options: Any) -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((rows, w.columns)).astype(BF16).astype(np.float64)
+    bias = rng.standard_normal(len(w.codes)).astype(np.float32)
+    scale = w.tensor_scale or 1
+    want = x @ w.decoded.T * scale + bias
+    most = bound(w.columns) * (np.abs(x) @ np.abs(w.decoded).T * scale + np.abs(bias))
+    ulp = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-23}[dtype]
+    got = w.times(ops, x, bias, dtype, **options)
+    wrong = np.argwhere(~(np.abs(got - want) <= most + ulp * np.abs(want) + 2.0**-24))
+    assert not len(wrong), f"{w.name}: first of {len(wrong)} at (m, n) = {wrong[0]}"
+    assert np.array_equal(got, w.times(ops, x, bias, dtype, **options))
+
+
+# ---- the kernel's text on the CPU ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    return emulated_ops()
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_format(ops: Any, name: str) -> None:
+    for m, n, k in ((5, 40, 128), (70, 17, 416)):
+        w = Weights(name, n, k)
+        check_single_columns(ops, w, m)
+        check_sums(ops, w, m)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4"])
+def test_ragged_shapes(ops: Any, name: str) -> None:
+    for m, n, k in ((1, 1, 1), (3, 5, 33), (9, 131, 200), (65, 2, 1000), (2, 64, 2100)):
+        check_sums(ops, Weights(name, n, k), m)
+
+
+@pytest.mark.parametrize("tile", [64, 128, 192, 256])
+def test_every_tile(ops: Any, tile: int) -> None:
+    for name in ("mxfp8_e4m3", "int8"):
+        if tile <= 128 or name != "int8":
+            check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
+
+
+@pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2), (1, 4)])
+def test_clusters(ops: Any, share: int, split: int) -> None:
+    for name, tile in (("mxfp4", 64), ("int4", 64), ("nvfp4", 128), ("mxint8", 128)):
+        check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output_dtypes(ops: Any, dtype: str) -> None:
+    for n in (128, 131):
+        check_sums(ops, Weights("mxfp4", n, 96), 4, dtype)
+
+
+@pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
+def test_every_scale_and_code(ops: Any, name: str) -> None:
+    fmt: Format = FORMATS[name]
+    bits = fmt.element.bits
+    w = Weights(name, 256, 256)
+    codes = (np.arange(256)[None, :] + np.arange(256)[:, None]) % 2**bits
+    if fmt.element.special != "none":  # NaN and infinity are left to the next test
+        codes[codes % 128 > fmt.element.max_code] = 0
+    stream = (codes[..., None] >> np.arange(bits)) & 1
+    w.codes = np.packbits(stream.reshape(256, -1).astype(np.uint8), axis=1, bitorder="little")
+    w.scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 8)).copy()
+    # A bfloat16 holds what a float32 does, but for the smallest magnitudes and NaN.
+    want = w.decoded.T.astype(np.float32).astype(BF16).astype(np.float32)
+    got = w.times(ops, np.eye(256, dtype=np.float32))
+    # NaN or infinity times zero is NaN: only rows of w without any can be compared.
+    finite = np.isfinite(want).all(0)
+    assert finite.sum() > 230
+    assert np.array_equal(got[:, finite], want[:, finite])
+    assert np.isnan(got[:, np.isnan(want).any(0)]).all()
+
+
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "mxfp8_e5m2"])
+def test_codes_that_are_no_numbers(ops: Any, name: str) -> None:
+    w = Weights(name, 256, 64)
+    w.codes = w.codes.copy()
+    w.codes[:, 40] = np.arange(256)
+    x = np.zeros((1, 64), np.float32)
+    x[0, 40] = 1
+    want = w.decoded[:, 40].astype(np.float32)
+    assert np.isnan(want).any()
+    assert np.array_equal(w.times(ops, x)[0], want, equal_nan=True)
+
+
+def test_a_poisoned_block_spoils_its_row(ops: Any) -> None:
+    for name in ("mxfp4", "nvfp4", "int8", "mxint6"):
+        w = Weights(name, 40, 256)
+        w.scales = w.scales.copy()
+        nan = {"e8m0": 0xFF, "e4m3": 0x7F}.get(w.fmt.scale)
+        w.scales[7, 1] = np.array(np.nan, w.scales.dtype) if nan is None else nan
+        got = w.times(ops, np.ones((3, 256), np.float32))
+        assert np.isnan(got[:, 7]).all() and np.isfinite(np.delete(got, 7, 1)).all()
+
+
+def test_what_it_refuses(ops: Any) -> None:
+    like = torch.empty(1)
+    for name in SERVED:
+        assert ops._matmul_wide_serves(like, name, 64, 64, 64) == ""
+    for name in ("int4-b32-bf16", "e2m1-b16-e8m0", "ue4m3-b32-e8m0", "e2m1-b16x16-e4m3-ts"):
+        assert ops._matmul_wide_serves(like, name, 64, 64, 64)
+        with pytest.raises(RuntimeError, match="matmul path wide"):
+            Weights(name, 16, 32).times(ops, np.ones((1, 32), np.float32))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def device_ops() -> Any:
+    import pyfmt.ops  # noqa: F401
+
+    ops = torch.ops.pyfmt
+    reason = ops._matmul_wide_serves(torch.empty(1, device="cuda"), "mxfp4", 64, 64, 64)
+    if reason:
+        pytest.skip(reason)
+    return ops
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SERVED)
+def test_on_the_device(device_ops: Any, name: str) -> None:
+    for m, n, k in ((5, 40, 128), (70, 300, 1040), (300, 130, 2001)):
+        w = Weights(name, n, k)
+        check_single_columns(device_ops, w, m, device="cuda")
+        check_sums(device_ops, w, m, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxint8", "int4"])
+def test_plans_on_the_device(device_ops: Any, name: str) -> None:
+    w = Weights(name, 700, 2048)
+    for tile in (64, 128) if name == "int4" else (64, 128, 192, 256):
+        for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (1, 4), (4, 2)):
+            plan = (tile, share, split)
+            check_single_columns(device_ops, w, 200, plan=plan, device="cuda")
+            check_sums(device_ops, w, 200, "bf16", plan=plan, device="cuda")
