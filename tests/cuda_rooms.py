@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pyfmt import reference
 from pyfmt.formats import get_format
@@ -63,39 +64,59 @@ def device_room() -> DeviceRoom:
 
 def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
     """quantize_dual, and quantize along the axis before the last, against the reference."""
-    import torch
-
     fmt = get_format(name)
-    for shape in ((32, 32), (128, 64), (160, 224), (2, 64, 96), (40, 64), (0, 32)):
+    shapes = ((32, 32), (128, 64), (160, 224), (2, 64, 96), (40, 64), (0, 32), (256, 384))
+    for shape in shapes:
         x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
         if x.size:
             x.flat[7], x.flat[-3] = np.nan, -np.inf
-        given = [{}, {"rotation": 32}, {"rotation": 8, "signs": np.sign(0.5 - np.arange(8) % 3)}]
-        given += [{"rounding": "stochastic", "seed": 5}] if shape == (40, 64) else []
+        signs = np.sign(0.5 - np.arange(8) % 3).astype(np.float32)
+        given: list[dict[str, Any]] = [{}, {"rotation": 32}, {"rotation": 8, "signs": signs}]
+        if shape == (160, 224):
+            given += [{"scale_rule": r} for r in ("floor", "even")] if fmt.scale == "e8m0" else []
+            given += [{"clip": "full"}, {"rotation": 2, "clip": "full"}]
+            if fmt.tensor_scale:
+                ts = np.float32(0.01)
+                given += [{"tensor_scale": ts}, {"tensor_scale": ts, "rotation": 16}]
+                given += [{"recipe": r, "rotation": 4} for r in fmt.recipes]
+        if shape == (40, 64):
+            given += [{"rounding": "stochastic", "seed": 5}]
         for options in given:
             if options.get("rotation") and shape[-2] % options["rotation"]:
                 continue
-            ours: dict[str, Any] = dict(options)
-            if options.get("rotation") and fmt.tensor_scale:
-                options["tensor_scale"] = np.float32(0.01)
-                ours["tensor_scale"] = to_device(np.array(0.01, np.float32))
-            if "signs" in options:
-                options["signs"] = np.asarray(options["signs"], np.float32)
-                ours["signs"] = to_device(options["signs"])
+            ours = {
+                k: to_device(np.asarray(v)) if k in ("signs", "tensor_scale") else v
+                for k, v in options.items()
+            }
             along = reference.quantize(x, fmt, **options)
             across = reference.quantize(x, fmt, axis=-2, **options)
-            want = [*along[:2], *across[:2]]
             got = ops.quantize_dual(to_device(x), name, **ours)
             alone = ops.quantize(to_device(x), name, -2, **ours)
-            for g, w in zip([*got[:4], *alone[:2]], [*want, *across[:2]], strict=True):
-                g = to_numpy(g.cpu())
-                assert g.shape == w.shape and g.tobytes() == w.tobytes(), (
-                    f"{name} {shape} {options}"
-                )
-            for stored in (got[4], alone[2]):
-                assert (stored.numel() == 0) == (along[2] is None)
-                if along[2] is not None:
-                    assert torch.equal(stored.cpu(), torch.tensor(float(along[2])))
+            for which, part, want in (
+                ("along", got[:3], along),
+                ("across", got[3:], across),
+                ("across alone", alone, across),
+            ):
+                _same_parts(f"{name} {dtype} {shape} {options} {which}", part, want)
+
+
+def _same_parts(what: str, got: Any, want: Any) -> None:
+    """Codes, scales and the tensor scale (an empty tensor for none), with the first difference."""
+    for part, g, w in zip(("codes", "scales", "tensor scale"), got, want, strict=True):
+        ours = to_numpy(g.cpu())
+        wanted = np.zeros(0, np.float32) if w is None else np.asarray(w)
+        assert ours.shape == wanted.shape, f"{what}: {part} of {ours.shape}, not {wanted.shape}"
+        a, b = (
+            np.ascontiguousarray(y).reshape(-1).view(f"uint{8 * y.dtype.itemsize}")
+            for y in (ours, wanted)
+        )
+        bad = np.flatnonzero(a != b)
+        if len(bad):
+            at = np.unravel_index(bad[0], ours.shape)
+            pytest.fail(
+                f"{what}: {len(bad)} of {a.size} {part} differ, the first at {at}: "
+                f"{a[bad[0]]:#x}, expected {b[bad[0]]:#x}"
+            )
 
 
 # ---- emulation --------------------------------------------------------------------------------

@@ -56,8 +56,9 @@ struct Coder {
   static constexpr uint32_t kIntBase = 0x4b000000u - uint32_t(spec.frac) * (1u << 23);
   static constexpr uint32_t kIntTop = 1u << (kBits - 1);
 
-  // Codes of get(i) * m for i = 0..15 (i is known at compile time), finite or infinite.
-  template <class Get>
+  // Codes of get(i) * m for i = 0..15 (i is known at compile time), finite or infinite. kWithin: m
+  // is a power of two that leaves none beyond the largest.
+  template <bool kWithin = false, class Get>
   PYFMT_DEVICE static void encode(const Get& get, float m, const Limits& limits, uint32_t* out) {
     if constexpr (kBits == 4) {
 #pragma unroll
@@ -65,7 +66,7 @@ struct Coder {
         uint32_t word = 0;
 #pragma unroll
         for (int i = 7; i >= 0; --i)
-          word = push_nibble(word, nibble_at_top(get(8 * w + i) * m, limits));
+          word = push_nibble(word, nibble_at_top<kWithin>(get(8 * w + i), m, limits));
         out[w] = word;
       }
     } else {
@@ -75,12 +76,14 @@ struct Coder {
       for (int w = 0; w < 4; ++w) {
         const float a = get(4 * w), b = get(4 * w + 1), c = get(4 * w + 2), d = get(4 * w + 3);
         if constexpr (kInt) {
-          const uint32_t low = pick_bytes(integer(a * m, limits), integer(b * m, limits), 0x0040);
-          const uint32_t high = pick_bytes(integer(c * m, limits), integer(d * m, limits), 0x0040);
+          const uint32_t low =
+              pick_bytes(integer<kWithin>(a, m, limits), integer<kWithin>(b, m, limits), 0x0040);
+          const uint32_t high =
+              pick_bytes(integer<kWithin>(c, m, limits), integer<kWithin>(d, m, limits), 0x0040);
           bytes[w] = pick_bytes(low, high, 0x5410);
         } else {
-          const uint32_t low = fp8_pair(a * fp8_m, b * fp8_m);
-          bytes[w] = pick_bytes(low, fp8_pair(c * fp8_m, d * fp8_m), 0x5410);
+          const uint32_t low = fp8_pair<kWithin>(a * fp8_m, b * fp8_m);
+          bytes[w] = pick_bytes(low, fp8_pair<kWithin>(c * fp8_m, d * fp8_m), 0x5410);
           if constexpr (kNarrow) {
             // The sign goes from bit 7 to bit 5; squeeze6 ignores what stays behind.
             bytes[w] = select_bits(bytes[w] >> 2, bytes[w], 0x20202020u);
@@ -172,29 +175,33 @@ struct Coder {
   }
 
  private:
-  // The code in bits 31 to 28.
-  PYFMT_DEVICE static uint32_t nibble_at_top(float y, const Limits& limits) {
+  // The code of x * m in bits 31 to 28.
+  template <bool kWithin>
+  PYFMT_DEVICE static uint32_t nibble_at_top(float x, float m, const Limits& limits) {
     if constexpr (kInt) {
-      return integer(y, limits) << 28;
+      return integer<kWithin>(x, m, limits) << 28;
     } else {
       // To 2^max(e_y, 0), with y's sign, times 2^22 and six steps: the sum has one mantissa bit
       // less than a step's worth of room, so the adder rounds y to nearest even in steps of half
       // the power, and the sum's low bits hold 6 + steps. Its exponent field's low bits are
       // e + 149, and 2 * 149 + 6 is a multiple of 8: (steps + 6) + 2 * field gives the code.
-      const float a = min_magnitude(y, 6.0f);
+      const float a = kWithin ? x * m : min_magnitude(x * m, 6.0f);
       const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), 1.0f);
       const uint32_t sum = as_uint(fused(power, as_float(0x4a800006u), a));
       return select_bits(sum * 0x10000040u, sum, 0x7fffffffu);
     }
   }
 
-  // The two's complement code in the low bits, other bits above it.
-  PYFMT_DEVICE static uint32_t integer(float y, const Limits& limits) {
-    return as_uint(fmaxf(fminf(y, limits.high), limits.low) + as_float(kIntMagic));
+  // The two's complement code of x * m in the low bits, other bits above it.
+  template <bool kWithin>
+  PYFMT_DEVICE static uint32_t integer(float x, float m, const Limits& limits) {
+    if constexpr (kWithin) return as_uint(fused(x, m, as_float(kIntMagic)));
+    return as_uint(fmaxf(fminf(x * m, limits.high), limits.low) + as_float(kIntMagic));
   }
 
+  template <bool kWithin>
   PYFMT_DEVICE static uint32_t fp8_pair(float a, float b) {
-    if constexpr (kNarrow) {
+    if constexpr (kNarrow && !kWithin) {
       a = min_magnitude(a, as_float(kFp8Limit));
       b = min_magnitude(b, as_float(kFp8Limit));
     }

@@ -180,32 +180,50 @@ void quantize(const QuantizeArgs& a, Stream stream) {
 
 bool dual_serves(const QuantizeArgs& a) {
   const FormatSpec& f = a.format;
-  const bool block = f.block_rows == 1 && (f.block_columns == 16 || f.block_columns == 32);
-  const bool whole = a.view.columns % kUnit == 0 && a.matrix_rows % kUnit == 0;
-  // A rotation along the other axis has another tensor scale.
-  const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && !dynamic(a));
-  return block && whole && rotation && find_kernels(f) && !a.stochastic && a.view.count() &&
-         a.view.flat() && aligned16(a.x);
+  const int64_t block = f.block_columns, unit = block > kUnit ? block : kUnit;
+  const bool blocks = f.block_rows == 1 && power_of_two(block) && block >= 16 &&
+                      block <= (a.dtype == DType::kFP32 ? 64 : 128);
+  const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && block <= kUnit);
+  return blocks && a.view.columns % unit == 0 && a.matrix_rows % unit == 0 && rotation &&
+         find_kernels(f) && !a.stochastic && a.view.count() && a.view.flat() && aligned16(a.x);
 }
 
 void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
-  const QuantizeParams common = common_params(a, start_amax(a, stream));
   DualParams p;
+  const bool turned = a.rotation.size && across.partials;
+  const QuantizeParams common = common_params(a, a.codes || !turned ? start_amax(a, stream) : 0);
   p.x = a.x;
   p.rows = a.matrix_rows;
   p.columns = a.view.columns;
-  p.row_tiles = (p.rows + kTileRows - 1) / kTileRows;
-  p.column_tiles = (p.columns + kTileColumns - 1) / kTileColumns;
+  const int tile = tile_columns(a.dtype);
+  p.row_tiles = uint32_t((p.rows + kTileRows - 1) / kTileRows);
+  p.column_tiles = uint32_t((p.columns + tile - 1) / tile);
   p.codes = a.codes;
   p.scales = a.scales;
   p.codes_t = across.codes;
   p.scales_t = across.scales;
-  p.scale = common.scale;
+  p.scale = p.scale_t = common.scale;
+  p.scale_t.tensor_scale_out = across.tensor_scale_out;
+  if (turned) {
+    AmaxArgs amax;
+    amax.x = a.x;
+    amax.dtype = a.dtype;
+    amax.view = a.view;
+    amax.matrix_rows = a.matrix_rows;
+    amax.partials = across.partials;
+    amax.rotation = a.rotation;
+    p.scale_t.partials = across.partials;
+    p.scale_t.partial_count = amax_partials_across(amax, stream);
+    if (!a.codes) p.scale = p.scale_t;
+  }
   p.limits = common.limits;
   p.rotation = common.rotation;
   p.halves = common.halves;
+  p.lanes = common.lanes;
+  p.lane_shift = common.lane_shift;
   const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
-  launch(find_kernels(a.format)->dual[int(a.dtype)], tiles, kThreads, stream, p);
+  launch(find_kernels(a.format)->dual[int(a.dtype)][a.rotation.size != 0], tiles, kThreads, stream,
+         p);
 }
 
 }  // namespace cuda

@@ -411,9 +411,9 @@ __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
-  Kernel flat[3][3];            // by dtype and task
-  Kernel rows[2];               // nearest, stochastic
-  void (*dual[3])(DualParams);  // by dtype
+  Kernel flat[3][3];               // by dtype and task
+  Kernel rows[2];                  // nearest, stochastic
+  void (*dual[3][2])(DualParams);  // by dtype, without and with a rotation
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -422,7 +422,8 @@ void fill_flat(QuantizeKernels* k) {
   k->flat[int(kIn)][int(Task::kRotateQuantize)] =
       quantize_flat<E, kPow2, kIn, Task::kRotateQuantize>;
   k->flat[int(kIn)][int(Task::kFakeQuantize)] = quantize_flat<E, kPow2, kIn, Task::kFakeQuantize>;
-  k->dual[int(kIn)] = quantize_dual<E, kPow2, kIn>;
+  k->dual[int(kIn)][0] = quantize_dual<E, kPow2, kIn, false>;
+  k->dual[int(kIn)][1] = quantize_dual<E, kPow2, kIn, true>;
 }
 
 template <class E, bool kPow2>
