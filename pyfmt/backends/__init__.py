@@ -21,6 +21,7 @@ NAMES = tuple(_ROOMS)
 
 VERBS = (
     "quantize",
+    "quantize_dual",
     "dequantize",
     "fake_quantize",
     "hadamard",
