@@ -143,7 +143,8 @@ def quantize_dual(
     _check.options(fmt, scale_rule, recipe, rounding, seed, clip)
     for axis in (-1, -2):
         _rotated(x, rotation, signs, axis)
-    parts = backends.choose("quantize_dual", fmt, x, backend).quantize_dual(
+    room = backends.choose("quantize_dual", fmt, x, backend)
+    codes, scales, stored, codes_t, scales_t, stored_t = room.quantize_dual(
         x,
         fmt,
         scale_rule=scale_rule,
@@ -156,9 +157,10 @@ def quantize_dual(
         signs=signs,
     )
     shape = tuple(x.shape)
+    last = len(shape) - 1
     return (
-        QTensor(*parts[:3], fmt, shape, len(shape) - 1),
-        QTensor(*parts[3:], fmt, shape, len(shape) - 2),
+        QTensor(codes, scales, stored, fmt, shape, last),
+        QTensor(codes_t, scales_t, stored_t, fmt, shape, last - 1),
     )
 
 

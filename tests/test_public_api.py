@@ -128,7 +128,7 @@ def test_quantize_dual_is_quantize_along_both_axes(give: Any, name: str) -> None
 def test_quantize_dual_says_what_it_wants(give: Any) -> None:
     with pytest.raises(ValueError, match="x: expected at least two dimensions, got 1"):
         pyfmt.quantize_dual(give(noise(1, 32)[0]), "mxfp4")
-    with pytest.raises(ValueError, match="size|multiple"):
+    with pytest.raises(ValueError, match=r"size|multiple"):
         pyfmt.quantize_dual(give(noise(24, 32)), "mxfp4", rotation=32)
     with pytest.raises(ValueError, match="signs: they belong to a rotation"):
         pyfmt.quantize_dual(give(noise(32, 32)), "mxfp4", signs=give(np.ones(32, np.float32)))
