@@ -174,6 +174,20 @@ struct Coder {
     }
   }
 
+  // Sixteen codes, one a byte, closed up.
+  PYFMT_DEVICE static void join(const uint32_t* bytes, uint32_t* out) {
+    if constexpr (kBits == 8) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) out[w] = bytes[w];
+    } else {
+      const uint32_t a = squeeze6(bytes[0]), b = squeeze6(bytes[1]), c = squeeze6(bytes[2]),
+                     d = squeeze6(bytes[3]);
+      out[0] = a | b << 24;
+      out[1] = b >> 8 | c << 16;
+      out[2] = c >> 16 | d << 8;
+    }
+  }
+
  private:
   // The code of x * m in bits 31 to 28.
   template <bool kWithin>
@@ -228,19 +242,6 @@ struct Coder {
     if constexpr (kNarrow) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = out[i] * as_float(kFp8Unscale);
-    }
-  }
-
-  PYFMT_DEVICE static void join(const uint32_t* bytes, uint32_t* out) {
-    if constexpr (kBits == 8) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) out[w] = bytes[w];
-    } else {
-      const uint32_t a = squeeze6(bytes[0]), b = squeeze6(bytes[1]), c = squeeze6(bytes[2]),
-                     d = squeeze6(bytes[3]);
-      out[0] = a | b << 24;
-      out[1] = b >> 8 | c << 16;
-      out[2] = c >> 16 | d << 8;
     }
   }
 

@@ -109,15 +109,6 @@ PYFMT_DEVICE float fused(float a, float b, float c) {
 #endif
 }
 
-// a + b rounded towards minus infinity, for 0 <= a < 2^22 and b = 2^23.
-PYFMT_DEVICE float add_down(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rd(a, b);
-#else
-  return __builtin_floorf(a) + b;
-#endif
-}
-
 // Two float32 to two fp8 codes, a in the low byte: RNE, saturating. No NaN.
 template <bool kE5M2>
 PYFMT_DEVICE uint32_t to_fp8(float a, float b) {
@@ -247,6 +238,11 @@ struct Raw {
     } else {
       return half_at<kIn>(w[i / 2], i & 1);
     }
+  }
+  // Element 16 becomes the first.
+  PYFMT_DEVICE void skip16() {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) w[i] = w[kWords / 2 + i];
   }
   // The largest magnitude of 16 elements as float32 bits; infinity's or more for non-finite ones.
   PYFMT_DEVICE uint32_t amax16(int half) const {

@@ -73,7 +73,8 @@ Path choose(const QuantizeArgs& a) {
   if (!find_kernels(f) || !power_of_two(block) || block < 16 || block > 1024) return Path::kAny;
   if (rows == 1) {
     const bool whole = a.view.count() % kUnit == 0 && a.view.columns % block == 0;
-    if (whole && !a.stochastic && a.view.flat() && aligned16(a.x)) return Path::kFlat;
+    const bool alone = !a.rotation.size && !a.out;
+    if (whole && (!a.stochastic || alone) && a.view.flat() && aligned16(a.x)) return Path::kFlat;
   } else if ((rows != 16 && rows != 32) || block > kUnit || a.rotation.size > kUnit) {
     return Path::kAny;
   }
@@ -93,6 +94,7 @@ QuantizeParams common_params(const QuantizeArgs& a, int partial_count) {
   }
   p.limits = limits(a.format.element, a.full);
   p.rotation = rotation_params(a.rotation);
+  p.keys = random_keys(a.seed);
   p.halves = a.format.block_columns == 16 ? 2 : 1;
   while (kUnit * p.lanes < a.format.block_columns) {
     p.lanes *= 2;
@@ -109,7 +111,9 @@ void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {
                                       : Task::kQuantize;
   // An empty tensor has a tensor scale all the same.
   const int64_t blocks = p.units || !a.tensor_scale_out ? blocks_for(p.units) : 1;
-  launch(find_kernels(a.format)->flat[int(a.dtype)][int(task)], blocks, kThreads, stream, p);
+  const QuantizeKernels* k = find_kernels(a.format);
+  launch(a.stochastic ? k->stochastic[int(a.dtype)] : k->flat[int(a.dtype)][int(task)], blocks,
+         kThreads, stream, p);
 }
 
 void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
@@ -127,7 +131,6 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.matrix_strips = (p.matrix_rows + p.block_rows - 1) / p.block_rows;
   p.strips = p.rows / p.matrix_rows * p.matrix_strips;
   p.aligned = aligned16(a.x) && p.row_stride * dtype_bytes(a.dtype) % 16 == 0;
-  p.seed = a.seed;
   const int64_t at_once = 32 / p.block_rows;
   const int64_t threads = p.block_rows == 1
                               ? p.rows * p.units_per_row
