@@ -259,6 +259,10 @@ struct Quantization {
     }
     cuda::quantize_dual(args, across, device.stream);
   }
+  void run_fake_across() {
+    start();
+    cuda::fake_quantize_across(args, device.stream);
+  }
   Shape across_shape() const {
     const int64_t last = rows.last;
     return move_axis(rows.shape, last - 1, last);
@@ -272,6 +276,11 @@ struct Quantization {
   }
 };
 
+// Whether an axis runs down the columns of matrices as they lie, which kernels take by tiles.
+bool before_last(const Tensor& x, int64_t axis) {
+  return x.dim() >= 2 && (axis == -2 || axis == x.dim() - 2) && x.is_contiguous();
+}
+
 // ---- the verbs --------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
@@ -279,8 +288,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
                                             std::optional<int64_t> seed, std::string clip,
                                             std::optional<Tensor> tensor_scale, int64_t rotation,
                                             std::optional<Tensor> signs) {
-  if (x.dim() >= 2 && (axis == -2 || axis == x.dim() - 2) && x.is_contiguous()) {
-    // Down the columns of matrices as they lie, by tiles.
+  if (before_last(x, axis)) {
     Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
     if (rotation) {
       q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
@@ -329,6 +337,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
 Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
                      std::string rounding, std::optional<int64_t> seed, std::string clip,
                      std::optional<Tensor> tensor_scale) {
+  if (before_last(x, axis)) {
+    Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+    Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
+    q.args.out = out.mutable_data_ptr();
+    if (cuda::dual_serves(q.args)) {
+      q.run_fake_across();
+      return out;
+    }
+  }
   Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
   q.args.out = out.mutable_data_ptr();

@@ -20,7 +20,8 @@ import pytest
 from pyfmt import reference
 from pyfmt.formats import get_format
 from tests import grids
-from tests.rooms import Room, to_numpy, to_torch
+from tests.mismatch import same_floats
+from tests.rooms import Room, same_quantized, to_numpy, to_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "emulation"
@@ -79,8 +80,8 @@ def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) 
                 ts = np.float32(0.01)
                 given += [{"tensor_scale": ts}, {"tensor_scale": ts, "rotation": 16}]
                 given += [{"recipe": r, "rotation": 4} for r in fmt.recipes]
-        if shape == (40, 64):
-            given += [{"rounding": "stochastic", "seed": 5}]
+        if shape in ((40, 64), (160, 224), (2, 64, 96)):
+            given += [{"rounding": "stochastic", "seed": 2**40 + 5, "clip": "full"}]
         for options in given:
             if options.get("rotation") and shape[-2] % options["rotation"]:
                 continue
@@ -98,6 +99,41 @@ def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) 
                 ("across alone", alone, across),
             ):
                 _same_parts(f"{name} {dtype} {shape} {options} {which}", part, want)
+
+
+def fake_across_equals_reference(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
+    """fake_quantize along the axis before the last, of whole and ragged matrices."""
+    fmt = get_format(name)
+    for shape in ((32, 32), (160, 224), (2, 64, 96), (40, 33), (256, 384)):
+        x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
+        x.flat[7], x.flat[-3] = np.nan, -np.inf
+        for options in grids.options_of(fmt) if shape == (160, 224) else [{}]:
+            ours = {
+                k: to_device(np.asarray(v)) if k == "tensor_scale" else v
+                for k, v in options.items()
+            }
+            got = ops.fake_quantize(to_device(x), name, -2, **ours)
+            want = reference.fake_quantize(x, fmt, axis=-2, **options)
+            same_floats(f"{name} {dtype} {shape} {options}", to_numpy(got.cpu()), want, x)
+
+
+def squares_equal_reference(room: Room, name: str, dtype: np.dtype) -> None:
+    """Square blocks of whole and ragged matrices."""
+    fmt = get_format(name)
+    for shape in ((32, 32), (70, 96), (3, 40, 160), (129, 256), (1, 64), (33, 40)):
+        x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
+        x.flat[7], x.flat[-3] = np.nan, -np.inf
+        for options in grids.options_of(fmt) if shape == (70, 96) else [{}]:
+            same_quantized([room], x, fmt, **options)
+
+
+SQUARES = [
+    "e2m1-b32x32-e8m0",
+    "e2m1-b16x16-e4m3-ts",
+    "e4m3fn-b32x32-e8m0",
+    "e2m3-b16x32-e8m0",
+    "int8-b32x16-bf16",
+]
 
 
 def _same_parts(what: str, got: Any, want: Any) -> None:

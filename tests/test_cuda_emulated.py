@@ -17,7 +17,15 @@ from pyfmt import reference
 from pyfmt.backends import cuda
 from pyfmt.formats import FORMATS, Format, get_element, get_format
 from tests import grids, test_layout, test_quantize, test_rotate
-from tests.cuda_rooms import ROOT, dual_equals_two_calls, emulated_ops, emulated_room
+from tests.cuda_rooms import (
+    ROOT,
+    SQUARES,
+    dual_equals_two_calls,
+    emulated_ops,
+    emulated_room,
+    fake_across_equals_reference,
+    squares_equal_reference,
+)
 from tests.grids import BF16, DTYPES
 from tests.rooms import Room, same_everywhere, same_quantized, to_torch
 
@@ -108,6 +116,20 @@ def test_dual_is_both_directions(name: str, dtype: str) -> None:
     dual_equals_two_calls(emulated_ops(), to_torch, name, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4", "int8-b64-fp16"]
+)
+def test_fake_quantize_down_the_columns(name: str, dtype: str) -> None:
+    fake_across_equals_reference(emulated_ops(), to_torch, name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SQUARES)
+def test_square_blocks(room: Room, name: str, dtype: str) -> None:
+    squares_equal_reference(room, name, DTYPES[dtype])
+
+
 @pytest.mark.parametrize("name", ["int8-brow-bf16", "int4-brow-fp16", "int8-brow-fp32"])
 def test_whole_rows_of_every_length(room: Room, name: str) -> None:
     for columns in (32, 96, 1024, 8192, 8224, 16384, 16416):
@@ -176,8 +198,11 @@ def reports() -> dict[str, tuple[int, int]]:
 @needs_library
 @pytest.mark.skipif(not Path(ROOT / "build" / "objects").exists(), reason="built elsewhere")
 def test_hot_kernels_do_not_spill() -> None:
-    hot = {name: use for name, use in reports().items() if "_flat" in name}
-    assert hot, "no resource report: was the library built with another architecture?"
-    for name, (registers, spilled) in hot.items():
-        assert spilled == 0, f"{name} spills {spilled} bytes"
-        assert registers <= 72, f"{name} takes {registers} registers"
+    found = reports()
+    assert found, "no resource report: was the library built with another architecture?"
+    words = ("_flat", "_dual", "_square", "_across", "_wide", "_rows")
+    for name, (registers, spilled) in found.items():
+        if any(word in name for word in words):
+            assert spilled == 0, f"{name} spills {spilled} bytes"
+        if "_flat" in name:
+            assert registers <= 72, f"{name} takes {registers} registers"

@@ -82,6 +82,8 @@ struct Across {
 // Whether one kernel serves both directions; where not, quantize a transposed copy.
 bool dual_serves(const QuantizeArgs&);
 void quantize_dual(const QuantizeArgs&, const Across&, Stream);
+// fake_quantize along the columns, where dual_serves says so.
+void fake_quantize_across(const QuantizeArgs&, Stream);
 
 struct DequantizeArgs {
   const uint8_t* codes = nullptr;

@@ -8,6 +8,7 @@
 
 #include "pairs.cuh"
 #include "scale.cuh"
+#include "stochastic.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -24,7 +25,10 @@ struct DualParams {
   int halves = 1;           // blocks in a unit: 2 where they are of 16
   int lanes = 1;            // units in a block: up to 4
   int lane_shift = 0;       // log2 of that
+  RandomKeys keys;          // of stochastic rounding
 };
+
+enum class Way { kPlain, kRotated, kStochastic };
 
 // A tile has 256 bytes a row.
 constexpr int kTileRows = 128, kTileBytes = 256, kStrips = kTileRows / kUnit;
@@ -53,8 +57,8 @@ PYFMT_DEVICE void wait_for_copies() {
 }
 
 // The scales of a unit, once its halves' maxima are known.
-template <bool kPow2>
-PYFMT_DEVICE void scales_of(const DualParams& p, const codec::RecipeConstants& r,
+template <bool kPow2, class Params>
+PYFMT_DEVICE void scales_of(const Params& p, const codec::RecipeConstants& r,
                             const uint32_t (&amax)[2], BlockScale (&b)[2]) {
   b[0] = block_scale<kPow2>(p.scale, r, p.halves == 1 ? L::max(amax[0], amax[1]) : amax[0]);
   b[1] = b[0];
@@ -132,6 +136,18 @@ PYFMT_DEVICE void encode_columns(const uint32_t (&x)[kUnit], const BlockScale (&
   }
 }
 
+// Sixteen codes behind those that were there: the first words move out.
+template <class E, int kTotal = 2 * Coder<E>::kWords, class Get>
+PYFMT_DEVICE void append_stochastic(const DualParams& p, const Get& get, float multiplier,
+                                    int64_t index, uint32_t* codes) {
+  constexpr int kWords = Coder<E>::kWords;
+  uint32_t random[16];
+  random_sixteen(p.keys, uint64_t(index), random);
+#pragma unroll
+  for (int i = 0; i < kTotal - kWords; ++i) codes[i] = codes[i + kWords];
+  Dither<E>::encode(get, multiplier, random, p.limits, codes + kTotal - kWords);
+}
+
 // A warp's units of a tile's rows, `units` a row, to memory where unit (0, 0) starts at `out`.
 // Units wider than one access go through shared memory, so that the stores are of whole rows.
 template <int kBytes, int kUnits>
@@ -177,14 +193,15 @@ PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t u
 }
 
 // Blocks an SM: what the registers allow without spills.
-template <class E, bool kPow2, DType kIn, bool kRotate>
-constexpr int dual_blocks = kRotate                        ? 2
+template <class E, bool kPow2, DType kIn, Way kWay>
+constexpr int dual_blocks = kWay == Way::kRotated          ? 2
+                            : kWay == Way::kStochastic     ? 3
                             : kTwoAtOnce<E, kPow2, kIn>    ? 5
                             : kPow2 || kIn == DType::kFP32 ? 4
                                                            : 3;
 
-template <class E, bool kPow2, DType kIn, bool kRotate>
-__global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
+template <class E, bool kPow2, DType kIn, Way kWay>
+__global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
     quantize_dual(const __grid_constant__ DualParams p) {
   using C = Coder<E>;
   constexpr int kSize = dtype_bytes(kIn), kWords = 2 * C::kWords, kBytes = 4 * kWords;
@@ -193,6 +210,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
   // over the banks; scales behind.
   constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kPitch = kStrips * kBytes + kChunk;
   constexpr int kScalesAt = kColumns * kPitch;
+  constexpr bool kRotate = kWay == Way::kRotated, kStochastic = kWay == Way::kStochastic;
   constexpr bool kPairs = kSize == 2 && !kRotate;
   constexpr int kSides = kSize == 2 ? 2 : 1;
   static_assert(kScalesAt + kColumns * kStrips * 8 <= kTileRows * kTileBytes, "results fit");
@@ -250,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
         raw.w[4 * i + 2] = four.z;
         raw.w[4 * i + 3] = four.w;
       }
-      uint32_t amax[2], codes[kWords];
+      uint32_t amax[2], codes[kWords] = {};
       BlockScale b[2];
       float v[kRotate ? kUnit : 1];
       if constexpr (kRotate) {
@@ -267,7 +285,17 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
         amax[0] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
       }
       scales_of<kPow2>(p, r, amax, b);
-      if constexpr (kRotate) {
+      if constexpr (kStochastic) {
+        const int64_t index = start + row * p.columns + unit * kUnit;
+        float multiplier = b[0].multiplier;
+#pragma unroll 1
+        for (int h = 0; h < 2; ++h) {
+          append_stochastic<E>(
+              p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
+          raw.skip16();
+          multiplier = b[1].multiplier;
+        }
+      } else if constexpr (kRotate) {
         const auto get = [&](int i) { return v[i]; };
         if (within) {
           encode_unit<E, true>(get, b, p.limits, codes);
@@ -321,7 +349,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
     }
   };
   const uint8_t* const top = bytes + strip * kUnit * kTileBytes;
-  uint32_t codes[kSides][kWords], amax[kSides][2];
+  uint32_t codes[kSides][kWords] = {}, amax[kSides][2];
   BlockScale b[kSides][2];
   if constexpr (kPairs) {
     uint32_t x[kUnit], m[2] = {0, 0};
@@ -339,7 +367,29 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
     share(amax);
 #pragma unroll
     for (int s = 0; s < 2; ++s) scales_of<kPow2>(p, r_t, amax[s], b[s]);
-    if (within) {
+    if constexpr (kStochastic) {
+      const int64_t index = ((matrix * p.columns + first_column + column_of(place_of(0))) * p.rows +
+                             first_row + strip * kUnit);
+      // A column's half at a time, in one place: the first columns' upper rows, the second's, ...
+      uint32_t all[2 * kWords] = {};
+#pragma unroll 1
+      for (int done = 0; done < 4; ++done) {
+        const int s = done & 1, h = done >> 1;
+        const uint32_t which = s ? 0x3244u : 0x1044u;
+        const auto get = [&](int i) { return half_at<kIn>(pick_bytes(x[i], 0, which), 1); };
+        const float m = s ? (h ? b[1][1].multiplier : b[1][0].multiplier)
+                          : (h ? b[0][1].multiplier : b[0][0].multiplier);
+        append_stochastic<E, 4 * C::kWords>(p, get, m, index + s * p.rows + 16 * h, all);
+        if (s) {
+#pragma unroll
+          for (int i = 0; i < 16; ++i) x[i] = x[16 + i];
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * C::kWords; ++i) {
+        codes[i / C::kWords % 2][i / C::kWords / 2 * C::kWords + i % C::kWords] = all[i];
+      }
+    } else if (within) {
       encode_columns<E, kPow2, true, kIn>(x, b, p.limits, codes);
     } else {
       encode_columns<E, kPow2, false, kIn>(x, b, p.limits, codes);
@@ -363,7 +413,19 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kRotate>)
       if constexpr (!kRotate) share(amax);  // then there is one side
       scales_of<kPow2>(p, r_t, amax[s], b[s]);
       const auto get = [&](int i) { return v[i]; };
-      if (within) {
+      if constexpr (kStochastic) {
+        const int64_t index =
+            (matrix * p.columns + first_column + column_of(place_of(s))) * p.rows + first_row +
+            strip * kUnit;
+        float multiplier = b[s][0].multiplier;
+#pragma unroll 1
+        for (int h = 0; h < 2; ++h) {
+          append_stochastic<E>(p, get, multiplier, index + 16 * h, codes[s]);
+#pragma unroll
+          for (int i = 0; i < 16; ++i) v[i] = v[16 + i];
+          multiplier = b[s][1].multiplier;
+        }
+      } else if (within) {
         encode_unit<E, true>(get, b[s], p.limits, codes[s]);
       } else {
         encode_unit<E, false>(get, b[s], p.limits, codes[s]);

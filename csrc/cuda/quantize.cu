@@ -37,7 +37,7 @@ ScaleParams scale_params(const QuantizeArgs& args) {
 
 namespace {
 
-enum class Path { kFlat, kRows, kWide, kAny };
+enum class Path { kFlat, kRows, kSquare, kWide, kAny };
 
 const QuantizeKernels* find_kernels(const FormatSpec& f) {
   static const struct {
@@ -77,6 +77,9 @@ Path choose(const QuantizeArgs& a) {
     if (whole && (!a.stochastic || alone) && a.view.flat() && aligned16(a.x)) return Path::kFlat;
   } else if ((rows != 16 && rows != 32) || block > kUnit || a.rotation.size > kUnit) {
     return Path::kAny;
+  } else if (a.view.columns % kUnit == 0 && a.view.count() && !a.stochastic && !a.out &&
+             !a.rotation.size && a.view.flat() && aligned16(a.x)) {
+    return Path::kSquare;
   }
   return a.view.even() ? Path::kRows : Path::kAny;
 }
@@ -140,6 +143,25 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
   launch(find_kernels(f)->rows[a.stochastic], blocks, kThreads, stream, p);
 }
 
+void launch_square(const QuantizeArgs& a, int partial_count, Stream stream) {
+  const QuantizeParams common = common_params(a, partial_count);
+  SquareParams p;
+  p.x = a.x;
+  p.rows = a.matrix_rows;
+  p.columns = a.view.columns;
+  p.row_tiles = uint32_t((p.rows + kSquareRows - 1) / kSquareRows);
+  p.column_tiles = uint32_t((p.columns / kUnit + kSquareUnits - 1) / kSquareUnits);
+  p.codes = a.codes;
+  p.scales = a.scales;
+  p.scale = common.scale;
+  p.limits = common.limits;
+  p.halves = common.halves;
+  p.block_rows = int(a.format.block_rows);
+  p.strips = (p.rows + p.block_rows - 1) / p.block_rows;
+  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+  launch(find_kernels(a.format)->square[int(a.dtype)], tiles, kThreads, stream, p);
+}
+
 }  // namespace
 
 bool needs_rotated_rows(const QuantizeArgs& a) {
@@ -174,6 +196,8 @@ void quantize(const QuantizeArgs& a, Stream stream) {
       return launch_flat(a, partial_count, stream);
     case Path::kRows:
       return launch_rows(a, partial_count, stream);
+    case Path::kSquare:
+      return launch_square(a, partial_count, stream);
     case Path::kWide:
       return quantize_wide(a, stream);
     default:
@@ -187,14 +211,16 @@ bool dual_serves(const QuantizeArgs& a) {
   const bool blocks = f.block_rows == 1 && power_of_two(block) && block >= 16 &&
                       block <= (a.dtype == DType::kFP32 ? 64 : 128);
   const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && block <= kUnit);
+  const bool rounding = !a.stochastic || (!a.rotation.size && !a.out);
   return blocks && a.view.columns % unit == 0 && a.matrix_rows % unit == 0 && rotation &&
-         find_kernels(f) && !a.stochastic && a.view.count() && a.view.flat() && aligned16(a.x);
+         rounding && find_kernels(f) && a.view.count() && a.view.flat() && aligned16(a.x);
 }
 
-void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
+namespace {
+
+DualParams dual_params(const QuantizeArgs& a, int partial_count) {
+  const QuantizeParams common = common_params(a, partial_count);
   DualParams p;
-  const bool turned = a.rotation.size && across.partials;
-  const QuantizeParams common = common_params(a, a.codes || !turned ? start_amax(a, stream) : 0);
   p.x = a.x;
   p.rows = a.matrix_rows;
   p.columns = a.view.columns;
@@ -203,9 +229,28 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
   p.column_tiles = uint32_t((p.columns + tile - 1) / tile);
   p.codes = a.codes;
   p.scales = a.scales;
+  p.scale = p.scale_t = common.scale;
+  p.limits = common.limits;
+  p.rotation = common.rotation;
+  p.halves = common.halves;
+  p.lanes = common.lanes;
+  p.lane_shift = common.lane_shift;
+  p.keys = common.keys;
+  return p;
+}
+
+int64_t tiles_of(const QuantizeArgs& a, const DualParams& p) {
+  return a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+}
+
+}  // namespace
+
+void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
+  // Rotated columns have a largest number of their own.
+  const bool turned = a.rotation.size && across.partials;
+  DualParams p = dual_params(a, a.codes || !turned ? start_amax(a, stream) : 0);
   p.codes_t = across.codes;
   p.scales_t = across.scales;
-  p.scale = p.scale_t = common.scale;
   p.scale_t.tensor_scale_out = across.tensor_scale_out;
   if (turned) {
     AmaxArgs amax;
@@ -219,14 +264,14 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
     p.scale_t.partial_count = amax_partials_across(amax, stream);
     if (!a.codes) p.scale = p.scale_t;
   }
-  p.limits = common.limits;
-  p.rotation = common.rotation;
-  p.halves = common.halves;
-  p.lanes = common.lanes;
-  p.lane_shift = common.lane_shift;
-  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
-  launch(find_kernels(a.format)->dual[int(a.dtype)][a.rotation.size != 0], tiles, kThreads, stream,
-         p);
+  const Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
+  launch(find_kernels(a.format)->dual[int(a.dtype)][int(way)], tiles_of(a, p), kThreads, stream, p);
+}
+
+void fake_quantize_across(const QuantizeArgs& a, Stream stream) {
+  const DualParams p = dual_params(a, start_amax(a, stream));
+  launch(find_kernels(a.format)->fake_across[int(a.dtype)], tiles_of(a, p), kThreads, stream, p,
+         a.out);
 }
 
 }  // namespace cuda

@@ -6,8 +6,8 @@
 // one, and quantize_flat_stochastic beside it. quantize_rows: ragged, strided, unaligned rows.
 #pragma once
 
-#include "dual.cuh"
-#include "stochastic.cuh"
+#include "across.cuh"
+#include "square.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -384,7 +384,9 @@ struct QuantizeKernels {
   Kernel flat[3][3];               // by dtype and task
   Kernel stochastic[3];            // by dtype
   Kernel rows[2];                  // nearest, stochastic
-  void (*dual[3][2])(DualParams);  // by dtype, without and with a rotation
+  void (*dual[3][3])(DualParams);  // by dtype and way
+  void (*fake_across[3])(DualParams, void*);
+  void (*square[3])(SquareParams);
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -394,8 +396,11 @@ void fill_flat(QuantizeKernels* k) {
       quantize_flat<E, kPow2, kIn, Task::kRotateQuantize>;
   k->flat[int(kIn)][int(Task::kFakeQuantize)] = quantize_flat<E, kPow2, kIn, Task::kFakeQuantize>;
   k->stochastic[int(kIn)] = quantize_flat_stochastic<E, kPow2, kIn>;
-  k->dual[int(kIn)][0] = quantize_dual<E, kPow2, kIn, false>;
-  k->dual[int(kIn)][1] = quantize_dual<E, kPow2, kIn, true>;
+  k->dual[int(kIn)][int(Way::kPlain)] = quantize_dual<E, kPow2, kIn, Way::kPlain>;
+  k->dual[int(kIn)][int(Way::kRotated)] = quantize_dual<E, kPow2, kIn, Way::kRotated>;
+  k->dual[int(kIn)][int(Way::kStochastic)] = quantize_dual<E, kPow2, kIn, Way::kStochastic>;
+  k->fake_across[int(kIn)] = fake_quantize_across<E, kPow2, kIn>;
+  k->square[int(kIn)] = quantize_square<E, kPow2, kIn>;
 }
 
 template <class E, bool kPow2>
