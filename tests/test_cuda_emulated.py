@@ -140,6 +140,13 @@ def test_whole_rows_of_every_length(room: Room, name: str) -> None:
                 same_quantized([room], x, get_format(name), clip=clip)
 
 
+@pytest.mark.parametrize("name", ["mxint8", "mxfp4"])
+def test_random_bits_that_the_short_way_cannot_tell(room: Room, name: str) -> None:
+    # Two or three sixteens go the long way.
+    x = grids.noise(128, 1024, BF16)
+    same_quantized([room], x, FORMATS[name], rounding="stochastic", seed=11)
+
+
 @pytest.mark.parametrize("rule", ["rceil", "floor", "ceil", "even"])
 def test_rotated_blocks_of_every_size_of_number(room: Room, rule: str) -> None:
     # Powers of two beyond what the scale's exponent may stand for at once, on both sides.

@@ -20,6 +20,19 @@ inline Limits limits(const ElementSpec& e, bool full) {
   return {-L::as_float(low), L::as_float(e.max_bits())};
 }
 
+// The signs of four bytes, each stretched over its byte; one selector nibble a byte.
+PYFMT_DEVICE uint32_t pick_signs(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  // __byte_perm drops the bits that ask for this.
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector | 0x8888u));
+  return d;
+#else
+  const uint32_t tops = pick_bytes(a, b, selector) & 0x80808080u;
+  return (tops >> 7) * 0xffu;
+#endif
+}
+
 // Four 6-bit codes, one a byte (bits 6 and 7 of the bytes ignored), to 24 bits, and back.
 PYFMT_DEVICE uint32_t squeeze6(uint32_t bytes) {
   const uint32_t pairs = (bytes & 0x003f003fu) | ((bytes >> 2) & 0x0fc00fc0u);

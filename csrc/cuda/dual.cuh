@@ -137,15 +137,14 @@ PYFMT_DEVICE void encode_columns(const uint32_t (&x)[kUnit], const BlockScale (&
 }
 
 // Sixteen codes behind those that were there: the first words move out.
-template <class E, int kTotal = 2 * Coder<E>::kWords, class Get>
+template <class E, bool kWithin, int kTotal = 2 * Coder<E>::kWords, class Get>
 PYFMT_DEVICE void append_stochastic(const DualParams& p, const Get& get, float multiplier,
                                     int64_t index, uint32_t* codes) {
   constexpr int kWords = Coder<E>::kWords;
-  uint32_t random[16];
-  random_sixteen(p.keys, uint64_t(index), random);
 #pragma unroll
   for (int i = 0; i < kTotal - kWords; ++i) codes[i] = codes[i + kWords];
-  Dither<E>::encode(get, multiplier, random, p.limits, codes + kTotal - kWords);
+  encode_stochastic<E, kWithin, true>(p.keys, uint64_t(index), get, multiplier, p.limits,
+                                      codes + kTotal - kWords);
 }
 
 // A warp's units of a tile's rows, `units` a row, to memory where unit (0, 0) starts at `out`.
@@ -194,11 +193,13 @@ PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t u
 
 // Blocks an SM: what the registers allow without spills.
 template <class E, bool kPow2, DType kIn, Way kWay>
-constexpr int dual_blocks = kWay == Way::kRotated          ? 2
-                            : kWay == Way::kStochastic     ? 3
-                            : kTwoAtOnce<E, kPow2, kIn>    ? 5
-                            : kPow2 || kIn == DType::kFP32 ? 4
-                                                           : 3;
+constexpr int dual_blocks =
+    kWay == Way::kRotated                             ? 2
+    : kWay == Way::kStochastic && kIn == DType::kFP32 ? 3
+    : kWay == Way::kStochastic     ? (E::spec.bits() == 4 && kIn == DType::kBF16 ? 3 : 2)
+    : kTwoAtOnce<E, kPow2, kIn>    ? 5
+    : kPow2 || kIn == DType::kFP32 ? 4
+                                   : 3;
 
 template <class E, bool kPow2, DType kIn, Way kWay>
 __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
@@ -290,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
         float multiplier = b[0].multiplier;
 #pragma unroll 1
         for (int h = 0; h < 2; ++h) {
-          append_stochastic<E>(
+          append_stochastic<E, false>(
               p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
           raw.skip16();
           multiplier = b[1].multiplier;
@@ -375,15 +376,15 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
 #pragma unroll 1
       for (int done = 0; done < 4; ++done) {
         const int s = done & 1, h = done >> 1;
-        const uint32_t which = s ? 0x3244u : 0x1044u;
-        const auto get = [&](int i) { return half_at<kIn>(pick_bytes(x[i], 0, which), 1); };
+        // From the tile again, rather than kept.
+        const uint8_t* const from = top + h * 16 * kTileBytes + 2 * s;
+        const auto get = [&](int i) {
+          const uint8_t* const place = from + i * kTileBytes + (i % 2 ? odd : even);
+          return half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
+        };
         const float m = s ? (h ? b[1][1].multiplier : b[1][0].multiplier)
                           : (h ? b[0][1].multiplier : b[0][0].multiplier);
-        append_stochastic<E, 4 * C::kWords>(p, get, m, index + s * p.rows + 16 * h, all);
-        if (s) {
-#pragma unroll
-          for (int i = 0; i < 16; ++i) x[i] = x[16 + i];
-        }
+        append_stochastic<E, false, 4 * C::kWords>(p, get, m, index + s * p.rows + 16 * h, all);
       }
 #pragma unroll
       for (int i = 0; i < 4 * C::kWords; ++i) {
@@ -420,9 +421,10 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
         float multiplier = b[s][0].multiplier;
 #pragma unroll 1
         for (int h = 0; h < 2; ++h) {
-          append_stochastic<E>(p, get, multiplier, index + 16 * h, codes[s]);
-#pragma unroll
-          for (int i = 0; i < 16; ++i) v[i] = v[16 + i];
+          const auto again = [&](int i) {
+            return *reinterpret_cast<const float*>(top + tile_place(16 * h + i, at / 16) + at % 16);
+          };
+          append_stochastic<E, false>(p, again, multiplier, index + 16 * h, codes[s]);
           multiplier = b[s][1].multiplier;
         }
       } else if (within) {

@@ -72,19 +72,6 @@ PYFMT_DEVICE uint32_t max_magnitude(uint32_t a, uint32_t b) {
 #endif
 }
 
-// The signs of four bytes, each stretched over its byte; one selector nibble a byte.
-PYFMT_DEVICE uint32_t pick_signs(uint32_t a, uint32_t b, uint32_t selector) {
-#if defined(__CUDA_ARCH__)
-  // __byte_perm drops the bits that ask for this.
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector | 0x8888u));
-  return d;
-#else
-  const uint32_t tops = pick_bytes(a, b, selector) & 0x80808080u;
-  return (tops >> 7) * 0xffu;
-#endif
-}
-
 PYFMT_DEVICE uint32_t two(float low, float high) {
   return pick_bytes(as_uint(low), as_uint(high), 0x7632);
 }

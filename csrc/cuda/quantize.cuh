@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class E, bool kPow2, DType kIn>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kIn == DType::kFP32 ? 3 : 4)
     quantize_flat_stochastic(const __grid_constant__ QuantizeParams p) {
   using C = Coder<E>;
   constexpr int kBytes = 4 * E::spec.bits();
@@ -214,17 +214,23 @@ __global__ void __launch_bounds__(kThreads, 4)
   unit_scales<kPow2>(p, r, amax, 1, p.lanes, b);
 
   // Half by half in one place: the random words of both at once would take all registers.
-  float multiplier = b[0].multiplier;
+  const auto halves = [&](auto within) {
+    float multiplier = b[0].multiplier;
 #pragma unroll 1
-  for (int h = 0; h < 2; ++h) {
-    uint32_t random[16];
-    random_sixteen(p.keys, uint64_t(unit * kUnit + 16 * h), random);
+    for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < C::kWords; ++i) codes[i] = codes[C::kWords + i];
-    Dither<E>::encode([&](int i) { return raw.get(i); }, multiplier, random, p.limits,
-                      codes + C::kWords);
-    raw.skip16();
-    multiplier = b[1].multiplier;
+      for (int i = 0; i < C::kWords; ++i) codes[i] = codes[C::kWords + i];
+      encode_stochastic<E, decltype(within)::value, true>(
+          p.keys, uint64_t(unit * kUnit + 16 * h), [&](int i) { return raw.get(i); }, multiplier,
+          p.limits, codes + C::kWords);
+      raw.skip16();
+      multiplier = b[1].multiplier;
+    }
+  };
+  if (kPow2 && p.scale.covers) {
+    halves(std::true_type{});
+  } else {
+    halves(std::false_type{});
   }
 #pragma unroll
   for (int i = 0; i < 2 * C::kWords; ++i) codes[i] = b[i / C::kWords].poisoned ? 0u : codes[i];
@@ -260,7 +266,7 @@ PYFMT_DEVICE void load_unit(const void* x, DType dtype, int64_t at, int64_t have
 }
 
 template <class E, bool kPow2, bool kStochastic>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
     quantize_rows(const __grid_constant__ QuantizeParams p) {
   using C = Coder<E>;
   const int lane = threadIdx.x & 31;
@@ -308,12 +314,11 @@ __global__ void __launch_bounds__(kThreads, 3)
     float multiplier = b[0].multiplier;
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
-      uint32_t random[16];
-      random_sixteen_from(p.keys, index + uint64_t(16 * h), random);
 #pragma unroll
       for (int i = 0; i < C::kWords; ++i) codes[i] = codes[C::kWords + i];
-      Dither<E>::encode([&](int i) { return v[i]; }, multiplier, random, p.limits,
-                        codes + C::kWords);
+      encode_stochastic<E, false, false>(
+          p.keys, index + uint64_t(16 * h), [&](int i) { return v[i]; }, multiplier, p.limits,
+          codes + C::kWords);
 #pragma unroll
       for (int i = 0; i < 16; ++i) v[i] = v[16 + i];
       multiplier = b[1].multiplier;

@@ -80,6 +80,27 @@ PYFMT_DEVICE float fused_down(float a, float b, float c) {
 #endif
 }
 
+// a * b rounded towards zero, for b a power of two.
+PYFMT_DEVICE float times_down(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rz(a, b);
+#else
+  const double exact = double(a) * double(b);
+  const float near = float(exact);
+  const bool beyond = exact < 0 ? double(near) < exact : double(near) > exact;
+  return beyond ? as_float(as_uint(near) - 1) : near;
+#endif
+}
+
+// Lane-wise largest of unsigned halves.
+PYFMT_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __vmaxu2(a, b);
+#else
+  return L::max(a >> 16, b >> 16) << 16 | L::max(a & 0xffffu, b & 0xffffu);
+#endif
+}
+
 template <class E>
 struct Dither {
   using C = Coder<E>;
@@ -88,66 +109,123 @@ struct Dither {
   static constexpr bool kInt = spec.is_int();
 
   // Codes of get(i) * m for i = 0..15, rounded away from zero where the top 24 bits of word i are
-  // less than the share cut off.
-  template <class Get>
-  PYFMT_DEVICE static void encode(const Get& get, float m, const uint32_t (&random)[16],
-                                  const Limits& limits, uint32_t* out) {
+  // less than the share of a step that is cut off. kWithin: none exceeds the largest.
+  //
+  // Multiplied into float32's own subnormals, whose grid has the element's binades, a number has
+  // its code above kCut bits of that share, and adding as many random bits rounds. False where
+  // the sum's last bits cannot tell: then `exact` can.
+  template <bool kWithin, class Get>
+  PYFMT_DEVICE static bool quick(const Get& get, float m, const uint32_t (&random)[16],
+                                 const Limits& limits, uint32_t* out) {
+    uint32_t last = 0;
+    // The upper halves of two sums: sign, code from bit kCut - 16 on.
+    const auto pair = [&](int i, int j) {
+      const uint32_t a = sum<kWithin>(get(i) * m, random[i], limits);
+      const uint32_t b = sum<kWithin>(get(j) * m, random[j], limits);
+      last = max_halves(last, pick_bytes(a, b, 0x5410));
+      return pick_bytes(a, b, 0x7632);
+    };
     if constexpr (kBits == 4) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
-        uint32_t word = 0, signs = 0;
+        uint32_t q[4], t[4];
 #pragma unroll
-        for (int i = 7; i >= 0; --i) {
-          const float y = get(8 * w + i) * m;
-          const uint32_t n = rounded(y, random[8 * w + i], limits);
-          if constexpr (kInt) {
-            word = push_nibble(word, n << 28);
-            signs = push_nibble(signs, as_uint(y));
-          } else {
-            // The exponent field moves onto the mantissa's low bits: see Coder.
-            word = push_nibble(word, select_bits(n * 0x10000040u, as_uint(y), 0x7fffffffu));
-          }
+        for (int i = 0; i < 4; ++i) {
+          const int first = 8 * w + i / 2 * 4 + i % 2;
+          q[i] = pair(first, first + 2);
+          // The code on top of its half.
+          t[i] = q[i] << (28 - kCut);
+          if constexpr (!kInt) t[i] = select_bits(q[i], t[i], 0x80008000u);
         }
-        out[w] = kInt ? negated(word, (signs >> 3 & 0x11111111u) * 15u, 0x77777777u) : word;
+        const uint32_t low = select_bits(t[1], t[0] >> 4, 0xf000f000u);
+        const uint32_t high = select_bits(t[3], t[2] >> 4, 0xf000f000u);
+        out[w] = pick_bytes(low, high, 0x7531);
+        if constexpr (kInt) {
+          const uint32_t signs = select_bits(pick_signs(q[0], q[2], 0x7531),
+                                             pick_signs(q[1], q[3], 0x7531), 0x0f0f0f0fu);
+          out[w] = negated(out[w], signs, 0x77777777u);
+        }
       }
     } else {
       uint32_t bytes[4];
 #pragma unroll
       for (int w = 0; w < 4; ++w) {
-        uint32_t n[4], y[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float scaled = get(4 * w + i) * m;
-          y[i] = as_uint(scaled);
-          n[i] = rounded(scaled, random[4 * w + i], limits);
-          if constexpr (!kInt) n[i] = n[i] + (n[i] >> (23 - spec.man));
-        }
-        const uint32_t codes =
-            pick_bytes(pick_bytes(n[0], n[1], 0x0040), pick_bytes(n[2], n[3], 0x0040), 0x5410);
-        const uint32_t signs =
-            pick_bytes(pick_bytes(y[0], y[1], 0x0073), pick_bytes(y[2], y[3], 0x0073), 0x5410);
+        uint32_t q[2] = {pair(4 * w, 4 * w + 1), pair(4 * w + 2, 4 * w + 3)};
         if constexpr (kInt) {
-          bytes[w] = negated(codes, (signs >> 7 & 0x01010101u) * 255u, 0x7f7f7f7fu);
-        } else if constexpr (kBits == 8) {
-          bytes[w] = select_bits(codes, signs, 0x7f7f7f7fu);
+          bytes[w] =
+              negated(pick_bytes(q[0], q[1], 0x6420), pick_signs(q[0], q[1], 0x7531), 0x7f7f7f7fu);
         } else {
-          bytes[w] = select_bits(codes, signs >> 2, 0x1f1f1f1fu);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            q[i] = select_bits(q[i] >> (kCut - 16), q[i] >> (16 - kBits),
+                               spec.magnitude_mask() * 0x10001u);
+          }
+          bytes[w] = pick_bytes(q[0], q[1], 0x6420);
         }
       }
+      C::join(bytes, out);
+    }
+    return last < 0xffff0000u && (last & 0xffffu) != 0xffffu;
+  }
+
+  // The same for all numbers, one after the other in few registers; `index` of the first.
+  template <class Get>
+  PYFMT_DEVICE static void exact(const Get& get, float m, const RandomKeys& keys, uint64_t index,
+                                 const Limits& limits, uint32_t* out) {
+    float y[16];
+    uint32_t bytes[4] = {};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) y[i] = get(i) * m;
+#pragma unroll 1
+    for (int n = 0; n < 16; ++n, ++index) {
+      uint32_t w[4];
+      random_words(keys, uint32_t(index / 4), uint32_t(index / 4 >> 32), w);
+      const uint32_t odd = index & 2 ? w[3] : w[1], even = index & 2 ? w[2] : w[0];
+      const uint32_t code = rounded(y[0], index & 1 ? odd : even, limits);
+#pragma unroll
+      for (int i = 0; i < 15; ++i) y[i] = y[i + 1];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) bytes[i] = bytes[i] >> 8 | bytes[i + 1] << 24;
+      bytes[3] = bytes[3] >> 8 | code << 24;
+    }
+    if constexpr (kBits == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t pairs = bytes[i] | bytes[i] >> 4;
+        bytes[i] = pick_bytes(pairs, 0, 0x4420);
+      }
+      out[0] = bytes[0] | bytes[1] << 16;
+      out[1] = bytes[2] | bytes[3] << 16;
+    } else {
       C::join(bytes, out);
     }
   }
 
  private:
-  // Steps in |y|'s own binade, rounded; other bits above them.
+  static constexpr int kCut = !kInt ? 23 - spec.man : kBits == 4 ? 20 : 16;
+  // A step of the number system's finest binade to 2^kCut steps of float32's.
+  static constexpr int kDown = kCut - 149 - spec.step_exp();
+
+  template <bool kWithin>
+  PYFMT_DEVICE static uint32_t sum(float y, uint32_t random, const Limits& limits) {
+    if constexpr (!kWithin) {
+      y = kInt ? fmaxf(fminf(y, limits.high), limits.low)
+               : min_magnitude(y, as_float(spec.max_bits()));
+    }
+    constexpr uint32_t factor = kDown < -126 ? 1u << (kDown + 149) : power_of_two_bits(kDown);
+    return as_uint(times_down(y, as_float(factor))) + (~random >> (32 - kCut));
+  }
+
   PYFMT_DEVICE static uint32_t rounded(float y, uint32_t random, const Limits& limits) {
     const float r = L::to_float(random >> 8);
+    constexpr uint32_t mask = (1u << kBits) - 1;
     if constexpr (kInt) {
       constexpr uint32_t base = 0x4b000000u - uint32_t(spec.frac) * (1u << 23);
       const float size = __builtin_fabsf(fmaxf(fminf(y, limits.high), limits.low));
       const float sum = add_down(size, as_float(base));
       const float rest = size - (sum - as_float(base));
-      return as_uint(sum) + below(rest, power_of_two_bits(24 + spec.frac), r);
+      const uint32_t n = as_uint(sum) + below(rest, power_of_two_bits(24 + spec.frac), r);
+      return (as_uint(y) >> 31 ? 0u - n : n) & mask;
     } else {
       // As codec::FloatCodec: what is added makes the sum's low bits the code, once the exponent
       // field is shifted down onto them.
@@ -159,7 +237,10 @@ struct Dither {
           fmaxf(as_float(as_uint(size) & kFloatInf), as_float(power_of_two_bits(spec.emin())));
       const float sum = fused_down(power, as_float(base), size);
       const float rest = size - fused(power, -as_float(base), sum);
-      return as_uint(sum) + below(rest, power_of_two_bits(24 + spec.man), r * power);
+      const uint32_t n = as_uint(sum) + below(rest, power_of_two_bits(24 + spec.man), r * power);
+      return select_bits(n + (n >> (23 - spec.man)), as_uint(y) >> (32 - kBits),
+                         spec.magnitude_mask()) &
+             mask;
     }
   }
 
@@ -176,6 +257,21 @@ struct Dither {
     return ((turned & low) + (signs & ones)) ^ (turned & ~low);
   }
 };
+
+// Sixteen codes, of the elements from `index` on; kAligned: a multiple of 16.
+template <class E, bool kWithin, bool kAligned, class Get>
+PYFMT_DEVICE void encode_stochastic(const RandomKeys& keys, uint64_t index, const Get& get, float m,
+                                    const Limits& limits, uint32_t* out) {
+  uint32_t random[16];
+  if constexpr (kAligned) {
+    random_sixteen(keys, index, random);
+  } else {
+    random_sixteen_from(keys, index, random);
+  }
+  if (!Dither<E>::template quick<kWithin>(get, m, random, limits, out)) {
+    Dither<E>::exact(get, m, keys, index, limits, out);
+  }
+}
 
 }  // namespace cuda
 }  // namespace pyfmt
