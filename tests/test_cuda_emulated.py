@@ -212,4 +212,5 @@ def test_hot_kernels_do_not_spill() -> None:
         if any(word in name for word in words):
             assert spilled == 0, f"{name} spills {spilled} bytes"
         if "_flat" in name:
-            assert registers <= 72, f"{name} takes {registers} registers"
+            most = 80 if "stochastic" in name else 72
+            assert registers <= most, f"{name} takes {registers} registers"

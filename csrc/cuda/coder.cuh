@@ -77,10 +77,20 @@ struct Coder {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
         uint32_t word = 0;
+        if constexpr (kInt) {
+          // Codes plus 8 are whole numbers without carries, and what the magic numbers add is
+          // known.
 #pragma unroll
-        for (int i = 7; i >= 0; --i)
-          word = push_nibble(word, nibble_at_top<kWithin>(get(8 * w + i), m, limits));
-        out[w] = word;
+          for (int i = 7; i >= 0; --i) {
+            word = word * 16u + integer<kWithin, 8>(get(8 * w + i), m, limits);
+          }
+          out[w] = (word - kIntMagic * 0x11111111u) ^ 0x88888888u;
+        } else {
+#pragma unroll
+          for (int i = 7; i >= 0; --i)
+            word = push_nibble(word, nibble_at_top<kWithin>(get(8 * w + i), m));
+          out[w] = word;
+        }
       }
     } else {
       uint32_t bytes[4];
@@ -202,28 +212,25 @@ struct Coder {
   }
 
  private:
-  // The code of x * m in bits 31 to 28.
+  // The E2M1 code of x * m in bits 31 to 28.
   template <bool kWithin>
-  PYFMT_DEVICE static uint32_t nibble_at_top(float x, float m, const Limits& limits) {
-    if constexpr (kInt) {
-      return integer<kWithin>(x, m, limits) << 28;
-    } else {
-      // To 2^max(e_y, 0), with y's sign, times 2^22 and six steps: the sum has one mantissa bit
-      // less than a step's worth of room, so the adder rounds y to nearest even in steps of half
-      // the power, and the sum's low bits hold 6 + steps. Its exponent field's low bits are
-      // e + 149, and 2 * 149 + 6 is a multiple of 8: (steps + 6) + 2 * field gives the code.
-      const float a = kWithin ? x * m : min_magnitude(x * m, 6.0f);
-      const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), 1.0f);
-      const uint32_t sum = as_uint(fused(power, as_float(0x4a800006u), a));
-      return select_bits(sum * 0x10000040u, sum, 0x7fffffffu);
-    }
+  PYFMT_DEVICE static uint32_t nibble_at_top(float x, float m) {
+    // To 2^max(e_y, 0), with y's sign, times 2^22 and six steps: the sum has one mantissa bit
+    // less than a step's worth of room, so the adder rounds y to nearest even in steps of half
+    // the power, and the sum's low bits hold 6 + steps. Its exponent field's low bits are
+    // e + 149, and 2 * 149 + 6 is a multiple of 8: (steps + 6) + 2 * field gives the code.
+    const float a = kWithin ? x * m : min_magnitude(x * m, 6.0f);
+    const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), 1.0f);
+    const uint32_t sum = as_uint(fused(power, as_float(0x4a800006u), a));
+    return select_bits(sum * 0x10000040u, sum, 0x7fffffffu);
   }
 
-  // The two's complement code of x * m in the low bits, other bits above it.
-  template <bool kWithin>
+  // The two's complement code of x * m, and some more, in the low bits; other bits above it.
+  template <bool kWithin, uint32_t kMore = 0>
   PYFMT_DEVICE static uint32_t integer(float x, float m, const Limits& limits) {
-    if constexpr (kWithin) return as_uint(fused(x, m, as_float(kIntMagic)));
-    return as_uint(fmaxf(fminf(x * m, limits.high), limits.low) + as_float(kIntMagic));
+    const float magic = as_float(kIntMagic + kMore);
+    if constexpr (kWithin) return as_uint(fused(x, m, magic));
+    return as_uint(fmaxf(fminf(x * m, limits.high), limits.low) + magic);
   }
 
   template <bool kWithin>

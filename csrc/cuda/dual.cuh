@@ -59,10 +59,11 @@ PYFMT_DEVICE void wait_for_copies() {
 // The scales of a unit, once its halves' maxima are known.
 template <bool kPow2, class Params>
 PYFMT_DEVICE void scales_of(const Params& p, const codec::RecipeConstants& r,
-                            const uint32_t (&amax)[2], BlockScale (&b)[2]) {
-  b[0] = block_scale<kPow2>(p.scale, r, p.halves == 1 ? L::max(amax[0], amax[1]) : amax[0]);
+                            const uint32_t (&amax)[2], BlockScale (&b)[2],
+                            Multipliers known = {nullptr}) {
+  b[0] = block_scale<kPow2>(p.scale, r, p.halves == 1 ? L::max(amax[0], amax[1]) : amax[0], known);
   b[1] = b[0];
-  if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
+  if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1], known);
 }
 
 template <class E>
@@ -218,6 +219,9 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   __shared__ uint4 tile[kTileRows * kTileBytes / 16];
   __shared__ uint4 staged[kBytes == 16 ? 1 : kThreads * kBytes / 16];
   __shared__ uint32_t of_strip[kStrips * kColumns];
+  __shared__ float multipliers[kPow2 ? 1 : 128], multipliers_t[!kPow2 && kRotate ? 128 : 1];
+  const Multipliers known{kPow2 ? nullptr : multipliers};
+  const Multipliers known_t{kPow2 ? nullptr : kRotate ? multipliers_t : multipliers};
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(tile);
 
   const uint32_t above = blockIdx.x / p.column_tiles;
@@ -250,6 +254,8 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
     } else if (p.scale_t.tensor_scale_out && blockIdx.x == 0 && threadIdx.x == 0) {
       *p.scale_t.tensor_scale_out = as_float(r.tensor_scale);
     }
+    known.fill(p.scale, r);
+    if (kRotate) known_t.fill(p.scale_t, r_t);
   }
   const bool within = kPow2 && p.scale.covers;
   wait_for_copies();
@@ -285,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
         amax[0] = L::max(amax[0], amax[1]);
         amax[0] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
       }
-      scales_of<kPow2>(p, r, amax, b);
+      scales_of<kPow2>(p, r, amax, b, known);
       if constexpr (kStochastic) {
         const int64_t index = start + row * p.columns + unit * kUnit;
         float multiplier = b[0].multiplier;
@@ -367,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
     }
     share(amax);
 #pragma unroll
-    for (int s = 0; s < 2; ++s) scales_of<kPow2>(p, r_t, amax[s], b[s]);
+    for (int s = 0; s < 2; ++s) scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
     if constexpr (kStochastic) {
       const int64_t index = ((matrix * p.columns + first_column + column_of(place_of(0))) * p.rows +
                              first_row + strip * kUnit);
@@ -412,7 +418,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
       if constexpr (kRotate) rotate(v, p.rotation, first_row + strip * kUnit);
       maxima(v, amax[s]);
       if constexpr (!kRotate) share(amax);  // then there is one side
-      scales_of<kPow2>(p, r_t, amax[s], b[s]);
+      scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
       const auto get = [&](int i) { return v[i]; };
       if constexpr (kStochastic) {
         const int64_t index =

@@ -30,6 +30,9 @@ __global__ void __launch_bounds__(kThreads, 4)
   __shared__ uint4 staged[kBytes == 16 ? 1 : kThreads * kBytes / 16];
   __shared__ uint32_t of_warp[kWarps][2 * kSquareUnits];
 
+  __shared__ float multipliers[kPow2 ? 1 : 128];
+  const Multipliers known{kPow2 ? nullptr : multipliers};
+
   const uint32_t above = blockIdx.x / p.column_tiles;
   const int64_t matrix = above / p.row_tiles;
   const int64_t first_row = int64_t(above % p.row_tiles) * kSquareRows;
@@ -47,7 +50,10 @@ __global__ void __launch_bounds__(kThreads, 4)
     raw.clear();
   }
   codec::RecipeConstants r{};
-  if constexpr (!kPow2) r = start_recipe(p.scale);
+  if constexpr (!kPow2) {
+    r = start_recipe(p.scale);
+    known.fill(p.scale, r);
+  }
 
   // Eight rows a warp, then two or four warps a block.
   uint32_t amax[2] = {raw.amax16(0), raw.amax16(1)};
@@ -66,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     amax[1] = L::max(amax[1], of_warp[first + i][2 * unit + 1]);
   }
   BlockScale b[2];
-  scales_of<kPow2>(p, r, amax, b);
+  scales_of<kPow2>(p, r, amax, b, known);
 
   uint32_t codes[kWords];
   if (kPow2 && p.scale.covers) {
