@@ -3,7 +3,7 @@
 
     pyfmt/_native.<python>.so   NumPy side: pybind11, csrc/numpy_bindings.cpp + csrc/cpu, no torch
     pyfmt/_torch_ops.so         torch side: stable ABI, csrc/torch_bindings.cpp + csrc/cpu
-    pyfmt/_torch_ops_cuda.so    GPUs: stable ABI, csrc/torch_bindings_cuda.cpp + csrc/cuda
+    pyfmt/_torch_ops_cuda.so    GPUs: stable ABI, csrc/torch_bindings_cuda*.cpp + csrc/cuda
 
 The kernels in csrc/cpu are compiled once and linked into both. The torch side is built where
 torch >= 2.10 is installed in the building Python; it is no Python module and names neither a
@@ -265,11 +265,16 @@ class BuildExt(build_ext):
             gpu = sorted((CSRC / "cuda").glob("*.cu")) if self.nvcc else []
             nvcc = nvcc_command(self.nvcc, self.toolchain.cxx) if self.nvcc else []
             gpu_kernels = [pool.submit(compile_, source, (), nvcc) for source in gpu]
+            more = [
+                pool.submit(compile_, source, self.compile_flags(TORCH_OPS_CUDA))
+                for source in sorted(CSRC.glob("torch_bindings_cuda_*.cpp"))
+                if self.nvcc
+            ]
             kernels = list(pool.map(compile_, sorted((CSRC / "cpu").glob("*.cpp"))))
             for ext in self.extensions:
                 target = Path(self.get_ext_fullpath(ext.name))
                 cuda = ext.name == TORCH_OPS_CUDA
-                objects = [k.result() for k in gpu_kernels] if cuda else kernels
+                objects = [k.result() for k in more + gpu_kernels] if cuda else kernels
                 objects = [bindings[ext.name].result(), *objects]
                 self.toolchain.link(objects, target, self.link_flags(ext.name))
 

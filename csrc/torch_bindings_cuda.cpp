@@ -1,21 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pyfmt on CUDA tensors, by the stable ABI: quantize, quantize_dual, dequantize,
 // fake_quantize, hadamard, pack, unpack and amax. The schemas stand in pyfmt/ops.py.
-//
-// The library names no CUDA flavour of torch: the current stream comes from whichever libtorch_cuda
-// the process has loaded.
-#include <dlfcn.h>
-
 #include <tuple>
 
-#include "cuda/args.h"
-#include "torch_tensors.h"
+#include "torch_device.h"
 
-// The emulation of tests/emulation runs the same text on CPU tensors.
-#ifndef PYFMT_DISPATCH_KEY
-#define PYFMT_NAMESPACE pyfmt
-#define PYFMT_DISPATCH_KEY CUDA
-#endif
 #ifndef PYFMT_CUDA_ARCHS
 #define PYFMT_CUDA_ARCHS ""
 #endif
@@ -24,50 +13,6 @@ namespace pyfmt {
 namespace {
 
 using namespace tensors;
-
-// ---- device and stream ------------------------------------------------------------------------
-
-using StreamOf = AOTITorchError (*)(int32_t, void**);
-
-StreamOf find_stream_of() {
-  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
-  void* symbol = dlsym(RTLD_DEFAULT, kName);
-  for (const char* library : {"libtorch_cuda.so", "torch_cuda.dll"}) {
-    if (symbol) break;
-    if (void* loaded = dlopen(library, RTLD_LAZY | RTLD_NOLOAD)) symbol = dlsym(loaded, kName);
-  }
-  options::expect(symbol != nullptr, "CUDA stream: this torch has no ", kName,
-                  "; install a CUDA build of torch 2.10 or later");
-  return reinterpret_cast<StreamOf>(symbol);
-}
-
-// The device of a tensor made current, with its current stream.
-class Device {
- public:
-  explicit Device(const Tensor& t) : index(t.get_device_index()), type_(t.is_cuda()) {
-    if (!type_) return;
-    guard_.emplace(index);
-    cuda::set_device(index);
-    static const StreamOf stream_of = find_stream_of();
-    STABLE_TORCH_ERROR_CODE_CHECK(stream_of(index, &stream));
-  }
-  Tensor empty(const Shape& shape, ScalarType dtype) const {
-    return tensors::empty(
-        shape, dtype, type_ ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), index);
-  }
-  void expect_here(const char* what, const Tensor& t) const {
-    options::expect(t.is_cuda() == type_ && t.get_device_index() == index, what,
-                    ": expected a tensor on the device of the others, cuda:", index,
-                    "; move it there with .to()");
-  }
-
-  int32_t index;
-  cuda::Stream stream = nullptr;
-
- private:
-  bool type_;
-  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
-};
 
 // ---- rows -------------------------------------------------------------------------------------
 
@@ -137,23 +82,38 @@ struct Rows {
   }
 };
 
-cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
-                           std::optional<Tensor>& signs) {
-  const float* data = nullptr;
+// The size and the number of signs are checked; what a kernel reads is not here.
+cuda::Rotation expect_rotation(const Device& device, int64_t size, int64_t length,
+                               const std::optional<Tensor>& signs) {
+  static const float some = 1.0f;
   if (signs) {
     device.expect_here("signs", *signs);
     options::expect(signs->dim() == 1, "signs: expected a tensor of one dimension, got ",
                     signs->dim());
-    if (signs->scalar_type() != ScalarType::Float) {
-      signs = torch::stable::to(*signs, ScalarType::Float);
-    }
-    signs = dense(*signs);
-    data = static_cast<const float*>(signs->const_data_ptr());
   }
-  static const float nothing = 1.0f;
-  const cpu::Rotation r =
-      options::rotation(size, length, signs && !data ? &nothing : data, signs ? signs->numel() : 0);
-  return {r.size, r.signs, r.signs_length};
+  cuda::Rotation r;
+  r.size =
+      options::rotation(size, length, signs ? &some : nullptr, signs ? signs->numel() : 0).size;
+  return r;
+}
+
+// words: room for the packed signs, to be kept until the kernels are launched.
+cuda::Rotation rotation_of(const Device& device, int64_t size, int64_t length,
+                           const std::optional<Tensor>& signs, Tensor& words) {
+  cuda::Rotation r = expect_rotation(device, size, length, signs);
+  if (!signs || signs->numel() == 0) return r;
+  cuda::SignsArgs a;
+  a.signs = signs->const_data_ptr();
+  a.length = signs->numel();
+  a.item_bytes = int(signs->element_size());
+  a.stride = signs->stride(0);
+  a.count = cuda::signs_words(a.length);
+  words = device.empty({a.count}, ScalarType::Int);
+  a.words = static_cast<uint32_t*>(words.mutable_data_ptr());
+  cuda::pack_signs(a, device.stream);
+  r.signs = a.words;
+  r.signs_words = a.count;
+  return r;
 }
 
 // The caller's tensor scale: its value stays on the device, unread by the host.
@@ -175,7 +135,8 @@ struct Quantization {
   Rows rows;
   cuda::QuantizeArgs args;
   bool has_tensor_scale, dynamic;
-  Tensor rotated, partials, partials_t, scratch;  // kept alive until the kernels are launched
+  // Kept alive until the kernels are launched.
+  Tensor rotated, partials, partials_t, scratch, signs_words;
 
   Quantization(const Tensor& x, const std::string& format, int64_t axis, const Text& scale_rule,
                const Text& recipe, const std::string& rounding, std::optional<int64_t> seed,
@@ -201,8 +162,8 @@ struct Quantization {
     args.seed = o.seed;
   }
 
-  void rotate(int64_t size, std::optional<Tensor>& signs) {
-    args.rotation = rotation_of(device, size, rows.view.columns, signs);
+  void rotate(int64_t size, const std::optional<Tensor>& signs) {
+    args.rotation = rotation_of(device, size, rows.view.columns, signs, signs_words);
     if (!cuda::needs_rotated_rows(args)) return;
     rows.flatten();
     rotated = device.empty(rows.shape, ScalarType::Float);
@@ -291,7 +252,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
   if (before_last(x, axis)) {
     Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
     if (rotation) {
-      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
+      q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs, q.signs_words);
     }
     if (cuda::dual_serves(q.args)) {
       const Parts across = q.parts(q.across_shape());
@@ -317,8 +278,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
   x = dense(x);
   Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   if (rotation) {
-    rotation_of(q.device, rotation, q.rows.matrix_rows(), signs);
-    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs);
+    expect_rotation(q.device, rotation, q.rows.matrix_rows(), signs);
+    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs, q.signs_words);
   }
   if (cuda::dual_serves(q.args)) {
     const Parts along = q.parts(q.rows.shape), across = q.parts(q.across_shape());
@@ -405,7 +366,8 @@ Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axi
   const Device device(x);
   Rows rows(x, axis);
   cuda::HadamardArgs a;
-  a.rotation = rotation_of(device, size, rows.view.columns, signs);
+  Tensor words;
+  a.rotation = rotation_of(device, size, rows.view.columns, signs, words);
   rows.flatten();
   Tensor out = device.empty(rows.shape, x.scalar_type());
   a.x = rows.data();
@@ -488,7 +450,7 @@ Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
 }
 
 // Element codes, one a byte, of x / 2^(scale - 127).
-Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
+Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip, int64_t rotation) {
   const Device device(x);
   const Tensor in = dense(x);
   Tensor out = device.empty(shape_of(in), ScalarType::Byte);
@@ -500,6 +462,7 @@ Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip) {
   a.element = get_format(element + "-b32-e8m0").element;
   a.scale = uint32_t(scale);
   a.full = clip == "full";
+  a.rotation = int(rotation);
   cuda::encode(a, device.stream);
   return out;
 }
@@ -512,13 +475,13 @@ std::string cuda_archs() {
 }  // namespace
 }  // namespace pyfmt
 
-#define PYFMT_DEFINE(name, m) STABLE_TORCH_LIBRARY_FRAGMENT(name, m)
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def("_cuda_archs() -> str");
-  m.def("_encode(Tensor x, str element, int scale=127, str clip='symmetric') -> Tensor");
+  m.def(
+      "_encode(Tensor x, str element, int scale=127, str clip='symmetric', int rotation=0) -> "
+      "Tensor");
 }
 
-#define PYFMT_REGISTER(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
 PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("_cuda_archs", TORCH_BOX(&pyfmt::cuda_archs));
 }

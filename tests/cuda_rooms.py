@@ -193,7 +193,8 @@ def emulated_library() -> Path:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = pool.map(lambda s: _compile(s, ["-x", "c++"]), sources)
-        objects = [*kernels, _compile(ROOT / "csrc" / "torch_bindings_cuda.cpp", binding)]
+        bindings = sorted((ROOT / "csrc").glob("torch_bindings_cuda*.cpp"))
+        objects = [*kernels, *pool.map(lambda s: _compile(s, binding), bindings)]
     library = BUILD / "emulated.so"
     if not library.exists() or any(_newer(o, library) for o in objects):
         draft = library.with_suffix(f".{os.getpid()}.so")

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 import pyfmt  # noqa: E402
 import pyfmt.nn  # noqa: E402
 from pyfmt import reference  # noqa: E402
-from pyfmt.formats import FORMATS, get_format  # noqa: E402
-from tests import grids  # noqa: E402
+from pyfmt.formats import FORMATS, get_element, get_format  # noqa: E402
+from tests import grids, test_rotate  # noqa: E402
 from tests.cuda_rooms import (  # noqa: E402
     SQUARES,
     device_room,
@@ -178,6 +178,26 @@ def test_every_float32(ops: Any, element: Any, clip: str) -> None:
     cupy.get_default_memory_pool().free_all_blocks()
 
 
+@pytest.mark.parametrize("size", [16, 32, 128])
+def test_every_float32_that_a_rotation_gives_e2m1(ops: Any, size: int) -> None:
+    """The factor, the scale and the rounding in two multiplications, from 2^-5 to the largest."""
+    cupy = pytest.importorskip("cupy")
+    factor = test_rotate.norm(size)
+    low, high = (bits_of(np.float32(y / factor)).item() for y in (2.0**-5, 6.0))
+    for start in range(low, high + 1, 1 << 25):
+        bits = cupy.arange(start, min(start + (1 << 25), high + 1), dtype=cupy.uint32)
+        for sign in (0, 1 << 31):
+            x = (bits | cupy.uint32(sign)).view(cupy.float32)
+            codes = cupy.from_dlpack(ops._encode(torch.from_dlpack(x), "e2m1", rotation=size))
+            want = reference.encode(x * factor, get_element("e2m1"))
+            if not bool((codes == want).all()):
+                at = int(cupy.argmax(codes != want))
+                pytest.fail(
+                    f"rotation {size}: {float(x[at])!r} gives {int(codes[at]):#04x}, "
+                    f"expected {int(want[at]):#04x}"
+                )
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_code_by_every_scale(ops: Any, name: str, dtype: str) -> None:
@@ -307,6 +327,31 @@ def test_fake_quantize_down_the_columns(ops: Any, name: str, dtype: str) -> None
 @pytest.mark.parametrize("name", SQUARES)
 def test_square_blocks(room: Room, name: str, dtype: str) -> None:
     squares_equal_reference(room, name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 1024])
+def test_rotations_of_a_large_tensor_are_those_of_its_parts(ops: Any, size: int) -> None:
+    """Warps that take tile after tile, against tensors too small for that."""
+    rows, columns = 3001, 3072
+    x = torch.randn(4 * rows, columns, dtype=torch.bfloat16, device="cuda")
+    scale = torch.tensor(0.002, device="cuda")
+    for length in (0, size, columns):
+        random = torch.randint(2, (length,), device="cuda", dtype=torch.int8) * 2 - 1
+        signs = random if length else None
+        for name in ("mxfp4", "mxint8", "mxfp6_e2m3", "nvfp4"):
+            given = scale if FORMATS[name].tensor_scale else None
+            poison_device()
+            whole = ops.quantize(x, name, rotation=size, signs=signs, tensor_scale=given)
+            for i, part in enumerate(x.split(rows // 4)):
+                codes, scales, _ = ops.quantize(
+                    part, name, rotation=size, signs=signs, tensor_scale=given
+                )
+                at = slice(i * (rows // 4), i * (rows // 4) + len(part))
+                assert torch.equal(whole[0][at], codes), f"{name} signs {length} part {i}"
+                assert torch.equal(whole[1][at], scales), f"{name} signs {length} part {i}"
+        whole = ops.hadamard(x, size, signs)
+        parts = [ops.hadamard(part, size, signs) for part in x.split(rows // 4)]
+        assert torch.equal(whole, torch.cat(parts)), f"signs {length}"
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxint8", "nvfp4", "int4"])
@@ -530,7 +575,7 @@ def test_every_path_for_the_sanitizers(room: Room, name: str) -> None:
         module._ops().quantize_dual(tiles, fmt.key, **options)
     module._ops().fake_quantize(tiles, fmt.key, -2)
     same_quantized([room], grids.noise(64, 96, BF16), fmt, axis=0)
-    for size in (2, 64, 256):
+    for size in (2, 32, 64, 256):
         same_quantized([room], grids.noise(3, 512, BF16), fmt, rotation=size)
         room.hadamard(grids.noise(3, 512, BF16), size)
     if fmt.bits < 8:

@@ -15,7 +15,7 @@ import torch
 
 from pyfmt import reference
 from pyfmt.backends import cuda
-from pyfmt.formats import FORMATS, Format, get_element, get_format
+from pyfmt.formats import FORMATS, ROTATION_SIZES, Format, get_element, get_format
 from tests import grids, test_layout, test_quantize, test_rotate
 from tests.cuda_rooms import (
     ROOT,
@@ -164,6 +164,46 @@ def test_rotated_blocks_of_every_size_of_number(room: Room, rule: str) -> None:
             same_quantized([room], narrow, FORMATS["mxfp4"], rotation=size, scale_rule=rule)
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "mxint8", "nvfp4", "mxfp6_e2m3"])
+def test_warps_that_take_tile_after_tile(room: Room, name: str) -> None:
+    # Halves and zeros of both signs among the rotated numbers, and a last tile in part.
+    rng = np.random.default_rng(0)
+    for columns, size, length in (
+        (2048, 16, 16),
+        (3072, 32, 3072),
+        (2048, 64, 64),
+        (3072, 128, 3072),
+        (2048, 128, 128),
+        (1024, 256, 0),
+        (3072, 1024, 1024),
+    ):
+        x = rng.integers(-9, 10, (163, columns)).astype(np.float32).astype(BF16)
+        x[rng.random(x.shape) < 0.3] = -0.0
+        x[5, 70], x[80], x[90, :512] = np.nan, -0.0, -0.0
+        signs = np.where(rng.random(length) < 0.5, -1.0, 1.0).astype(np.float32)
+        given = signs if length else None
+        same_quantized([room], x, FORMATS[name], rotation=size, signs=given)
+        if name == "mxfp4":
+            want = reference.hadamard(x, size, given)
+            same_everywhere([room], want, "hadamard", x, size, given)
+
+
+@pytest.mark.parametrize("size", ROTATION_SIZES)
+def test_e2m1_around_every_midpoint_after_a_rotation(size: int) -> None:
+    """The factor, the scale and the rounding in two multiplications."""
+    factor = test_rotate.norm(size)
+    middles = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 5.99], np.float32)
+    near = (middles / factor).view(np.uint32)[:, None] + np.arange(-40, 41).astype(np.uint32)
+    rng = np.random.default_rng(size)
+    x = np.concatenate([near.view(np.float32).ravel(), rng.uniform(-5.9, 5.9, 4096) / factor])
+    x = np.concatenate([x, -x]).astype(np.float32)
+    for byte in (79, 100, 127, 140, 175):
+        scaled = x * np.float32(2.0 ** (byte - 127))
+        codes = emulated_ops()._encode(to_torch(scaled), "e2m1", byte, "symmetric", size).numpy()
+        want = reference.encode(x * factor, get_element("e2m1"))
+        assert np.array_equal(codes, want), f"scale {byte}"
+
+
 def test_an_empty_tensor_has_a_tensor_scale(room: Room) -> None:
     for shape in ((0, 32), (3, 0)):
         same_quantized([room], np.zeros(shape, np.float32), FORMATS["nvfp4"])
@@ -207,7 +247,7 @@ def reports() -> dict[str, tuple[int, int]]:
 def test_hot_kernels_do_not_spill() -> None:
     found = reports()
     assert found, "no resource report: was the library built with another architecture?"
-    words = ("_flat", "_dual", "_square", "_across", "_wide", "_rows")
+    words = ("_flat", "_dual", "_square", "_across", "_wide", "_rows", "_rotated", "_tiles")
     for name, (registers, spilled) in found.items():
         if any(word in name for word in words):
             assert spilled == 0, f"{name} spills {spilled} bytes"

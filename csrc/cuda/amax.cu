@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Largest magnitudes: of a tensor (finite elements only) and of blocks.
-#include "device.cuh"
+#include "rotate.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -156,16 +156,6 @@ __global__ void __launch_bounds__(kThreads) amax_blocks(const __grid_constant__ 
   if ((threadIdx.x & 31) == 0) {
     p.out[warp] = as_float(largest >= kFloatInf ? kFloatNaN : largest);
   }
-}
-
-int multiprocessors() {
-  static int counts[64];
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "device");
-  if (device < 64 && counts[device]) return counts[device];
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
-  if (device < 64) counts[device] = count;
-  return count;
 }
 
 AmaxParams params(const AmaxArgs& a) {

@@ -37,10 +37,21 @@ struct View {
 };
 
 struct Rotation {
-  int size = 0;                  // 0: none
-  const float* signs = nullptr;  // device
-  int64_t signs_length = 0;
+  int size = 0;                     // 0: none
+  const uint32_t* signs = nullptr;  // device: what pack_signs wrote
+  int64_t signs_words = 0;
 };
+
+// Signs of any real dtype, +1 or -1, to bits: 32 a word, repeated to whole words.
+struct SignsArgs {
+  const void* signs = nullptr;
+  int item_bytes = 4;
+  int64_t length = 0, stride = 1;
+  uint32_t* words = nullptr;
+  int64_t count = 0;  // signs_words(length)
+};
+int64_t signs_words(int64_t length);
+void pack_signs(const SignsArgs&, Stream);
 
 // Room for the partial maxima of a tensor-wide reduction.
 constexpr int kPartials = 1024;
@@ -131,7 +142,8 @@ struct PackArgs {
 void pack(const PackArgs&, Stream);
 void unpack(const PackArgs&, Stream);
 
-// Codes one a byte of x * 2^(127 - scale), for tests.
+// Codes one a byte of x * 2^(127 - scale), for tests; of E2M1 after a rotation, too, whose factor
+// x has yet to be multiplied by, where none saturates and the scale is from 79 to 175.
 struct EncodeArgs {
   const void* x = nullptr;
   DType dtype = DType::kFP32;
@@ -140,6 +152,7 @@ struct EncodeArgs {
   ElementSpec element;
   uint32_t scale = 127;
   bool full = false;
+  int rotation = 0;
 };
 void encode(const EncodeArgs&, Stream);
 

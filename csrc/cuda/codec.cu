@@ -2,7 +2,7 @@
 // Element codes one by one, for tests that walk through every number: what quantize does to a value
 // once its scale is known.
 #include "../parse.h"
-#include "coder.cuh"
+#include "quantize_rotated.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -14,6 +14,7 @@ struct EncodeParams {
   uint8_t* codes = nullptr;
   int64_t count = 0;
   uint32_t scale = 127;
+  uint32_t rotated = 0;  // first_multiplier of a rotation
   Limits limits;
 };
 
@@ -28,7 +29,16 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < 16; ++i) v[i] = load_element(p.x, kIn, first + i < p.count ? first + i : 0);
   uint32_t words[C::kWords];
   const float m = as_float(codec::e8m0_encode_multiplier<uint32_t>(p.scale));
-  C::encode([&](int i) { return v[i]; }, m, p.limits, words);
+  const auto get = [&](int i) { return v[i]; };
+  if constexpr (C::kE2M1) {
+    if (p.rotated) {
+      C::encode_covered(get, as_float(p.rotated - (p.scale << 23)), words);
+    } else {
+      C::encode(get, m, p.limits, words);
+    }
+  } else {
+    C::encode(get, m, p.limits, words);
+  }
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int bit = i * C::kBits;
@@ -48,6 +58,7 @@ bool launch_for(const EncodeArgs& a, Stream stream) {
   p.codes = a.codes;
   p.count = a.count;
   p.scale = a.scale;
+  if (a.rotation) p.rotated = first_multiplier(a.rotation);
   p.limits = limits(a.element, a.full);
   const int64_t blocks = blocks_for((a.count + 15) / 16);
   switch (a.dtype) {

@@ -73,24 +73,19 @@ struct Coder {
   // is a power of two that leaves none beyond the largest.
   template <bool kWithin = false, class Get>
   PYFMT_DEVICE static void encode(const Get& get, float m, const Limits& limits, uint32_t* out) {
-    if constexpr (kBits == 4) {
+    if constexpr (kE2M1) {
+      encode_covered([&](int i) { return kWithin ? get(i) * m : min_magnitude(get(i) * m, 6.0f); },
+                     as_float(kEven), out);
+    } else if constexpr (kBits == 4) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
+        // Codes plus 8 are whole numbers without carries, and what the magic numbers add is known.
         uint32_t word = 0;
-        if constexpr (kInt) {
-          // Codes plus 8 are whole numbers without carries, and what the magic numbers add is
-          // known.
 #pragma unroll
-          for (int i = 7; i >= 0; --i) {
-            word = word * 16u + integer<kWithin, 8>(get(8 * w + i), m, limits);
-          }
-          out[w] = (word - kIntMagic * 0x11111111u) ^ 0x88888888u;
-        } else {
-#pragma unroll
-          for (int i = 7; i >= 0; --i)
-            word = push_nibble(word, nibble_at_top<kWithin>(get(8 * w + i), m));
-          out[w] = word;
+        for (int i = 7; i >= 0; --i) {
+          word = word * 16u + integer<kWithin, 8>(get(8 * w + i), m, limits);
         }
+        out[w] = (word - kIntMagic * 0x11111111u) ^ 0x88888888u;
       }
     } else {
       uint32_t bytes[4];
@@ -117,46 +112,31 @@ struct Coder {
     }
   }
 
-  // E2M1 codes of get(i) * 2^-e without saturation, for |e| <= 64: the steps of nibble_at_top on a
-  // grid 2^e times as coarse, whose exponent fields are 2 e more.
+  // E2M1 codes of RNE(get(i) * c) * 2^-e, c = 1 or float32(sqrt(1/2)), where none saturates; for
+  // multiplier = kEven or kOdd times 2^-e, e within 2^+-100.
+  //
+  // Two multiplications, to nearest and then towards zero, take each number to the side of every
+  // midpoint between codes on which it is to be rounded, so that halves may go up: kSecond was
+  // searched for the pairs. The second ends where float32's own subnormals are spaced like
+  // E2M1's, so that bits 24 to 22 hold the code, and the bits below them what is cut off.
+  static constexpr uint32_t kSecond = 0x00842125u, kEven = 0x3f77ffcau, kOdd = 0x3f2f5ca5u;
   template <class Get>
-  PYFMT_DEVICE static void encode_at(const Get& get, int e, uint32_t* out) {
+  PYFMT_DEVICE static void encode_covered(const Get& get, float multiplier, uint32_t* out) {
     static_assert(kE2M1, "for E2M1 alone");
-    const float smallest = as_float(uint32_t(e + 127) << 23);
-    const float magic = as_float(0x4a800000u | (uint32_t(6 - 2 * e) & 7u));
+    // The upper halves of two.
+    const auto pair = [&](int i, int j) {
+      const float a = multiply_down(get(i) * multiplier, as_float(kSecond));
+      const float b = multiply_down(get(j) * multiplier, as_float(kSecond));
+      const uint32_t both = pick_bytes(as_uint(a), as_uint(b), 0x7632);
+      return select_bits(both, both * 64u + 0x08000800u, 0x80008000u);
+    };
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int i = 7; i >= 0; --i) {
-        const float a = get(8 * w + i);
-        const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), smallest);
-        const uint32_t sum = as_uint(fused(power, magic, a));
-        word = push_nibble(word, select_bits(sum * 0x10000040u, sum, 0x7fffffffu));
-      }
-      out[w] = word;
-    }
-  }
-
-  // The same with codes given one by one (stochastic rounding).
-  template <class Code>
-  PYFMT_DEVICE static void pack(const Code& code, uint32_t* out) {
-    if constexpr (kBits == 4) {
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        uint32_t word = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) word |= code(8 * w + i) << (4 * i);
-        out[w] = word;
-      }
-    } else {
-      uint32_t bytes[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        bytes[w] =
-            code(4 * w) | code(4 * w + 1) << 8 | code(4 * w + 2) << 16 | code(4 * w + 3) << 24;
-      }
-      join(bytes, out);
+      const uint32_t a =
+          select_bits(pair(8 * w + 1, 8 * w + 3), pair(8 * w, 8 * w + 2) >> 4, 0xf000f000u);
+      const uint32_t b =
+          select_bits(pair(8 * w + 5, 8 * w + 7), pair(8 * w + 4, 8 * w + 6) >> 4, 0xf000f000u);
+      out[w] = pick_bytes(a, b, 0x7531);
     }
   }
 
@@ -212,19 +192,6 @@ struct Coder {
   }
 
  private:
-  // The E2M1 code of x * m in bits 31 to 28.
-  template <bool kWithin>
-  PYFMT_DEVICE static uint32_t nibble_at_top(float x, float m) {
-    // To 2^max(e_y, 0), with y's sign, times 2^22 and six steps: the sum has one mantissa bit
-    // less than a step's worth of room, so the adder rounds y to nearest even in steps of half
-    // the power, and the sum's low bits hold 6 + steps. Its exponent field's low bits are
-    // e + 149, and 2 * 149 + 6 is a multiple of 8: (steps + 6) + 2 * field gives the code.
-    const float a = kWithin ? x * m : min_magnitude(x * m, 6.0f);
-    const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), 1.0f);
-    const uint32_t sum = as_uint(fused(power, as_float(0x4a800006u), a));
-    return select_bits(sum * 0x10000040u, sum, 0x7fffffffu);
-  }
-
   // The two's complement code of x * m, and some more, in the low bits; other bits above it.
   template <bool kWithin, uint32_t kMore = 0>
   PYFMT_DEVICE static uint32_t integer(float x, float m, const Limits& limits) {

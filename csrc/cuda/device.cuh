@@ -46,16 +46,6 @@ PYFMT_DEVICE float min_magnitude(float a, float b) {
 #endif
 }
 
-PYFMT_DEVICE float max_magnitude(float a, float b) {
-#if defined(PYFMT_SM89)
-  float d;
-  asm("max.xorsign.abs.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-#else
-  return as_float(L::max(as_uint(a) & 0x7fffffffu, as_uint(b)) | (as_uint(a) & 0x80000000u));
-#endif
-}
-
 // max(a, |b|), NaN where either is.
 PYFMT_DEVICE float max_abs_nan(float a, float b) {
 #if defined(PYFMT_SM89)
@@ -78,15 +68,6 @@ PYFMT_DEVICE uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
 #endif
 }
 
-// (high << 4) | (low >> 28).
-PYFMT_DEVICE uint32_t push_nibble(uint32_t high, uint32_t low) {
-#if defined(__CUDA_ARCH__)
-  return __funnelshift_l(low, high, 4);
-#else
-  return (high << 4) | (low >> 28);
-#endif
-}
-
 // Four bytes picked from b:a (a's are 0 to 3); one selector nibble a byte, lowest first.
 PYFMT_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
@@ -106,6 +87,19 @@ PYFMT_DEVICE float fused(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 #else
   return __builtin_fmaf(a, b, c);
+#endif
+}
+
+// a * b rounded towards zero.
+PYFMT_DEVICE float multiply_down(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rz(a, b);
+#else
+  // Exact in double but for results far below float32's smallest.
+  const double exact = double(a) * double(b);
+  const float near = float(exact);
+  const bool beyond = std::fabs(double(near)) > std::fabs(exact);
+  return beyond ? as_float(as_uint(near) - 1) : near;
 #endif
 }
 
@@ -334,104 +328,64 @@ struct Stage {
   }
 };
 
-// ---- rotation ---------------------------------------------------------------------------------
+// ---- asynchronous copies ----------------------------------------------------------------------
 
-// float32(2^(-k/2)) for size 2^k.
-inline float rotation_factor(int size) {
-  int k = 0;
-  while (size >> (k + 1)) ++k;
-  const uint32_t root = k & 1 ? 0x3f3504f3u : 0x3f800000u;  // float32(sqrt(1/2)) or 1
-  return L::as_float(root - (uint32_t(k / 2) << 23));
+// Where something lies in shared memory.
+#if defined(__CUDA_ARCH__)
+using SharedAddress = uint32_t;
+PYFMT_DEVICE SharedAddress shared_address(const void* p) {
+  return SharedAddress(__cvta_generic_to_shared(p));
+}
+#else
+using SharedAddress = uintptr_t;
+inline SharedAddress shared_address(const void* p) {
+  return reinterpret_cast<uintptr_t>(p);
+}
+#endif
+
+// 16 bytes from device memory to shared memory, complete after wait_copies.
+PYFMT_DEVICE void copy16(SharedAddress to, const void* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+#endif
 }
 
-struct RotationParams {
-  int size = 0;
-  float factor = 1.0f;
-  const float* signs = nullptr;
-  int64_t signs_length = 0;
-  bool power_of_two = false;  // the factor is
-  bool wide_signs = false;    // units start at multiples of 32 signs, 16-byte aligned
-};
-
-// Host: parameters from a verb's arguments.
-inline RotationParams rotation_params(const Rotation& a) {
-  RotationParams r;
-  r.size = a.size;
-  r.factor = a.size ? rotation_factor(a.size) : 1.0f;
-  r.signs = a.signs;
-  r.signs_length = a.signs_length;
-  r.power_of_two = (L::as_uint(r.factor) & 0x7fffffu) == 0;
-  r.wide_signs = a.signs_length % kUnit == 0 && (reinterpret_cast<uintptr_t>(a.signs) & 15) == 0;
-  return r;
+PYFMT_DEVICE uint4 load_shared16(SharedAddress from) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
+  return v;
+#else
+  return *reinterpret_cast<const uint4*>(from);
+#endif
 }
 
-// Where a unit starts in the signs, for the element at `index` of rows laid end to end.
-PYFMT_DEVICE int64_t signs_start(const RotationParams& r, int64_t index) {
-  if (index <= 0x7fffffff && r.signs_length <= 0x7fffffff) {
-    return uint32_t(index) % uint32_t(r.signs_length);
-  }
-  return index % r.signs_length;
+PYFMT_DEVICE void store_shared16(SharedAddress to, const uint4& v) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = v;
+#endif
 }
 
-PYFMT_DEVICE void apply_signs(float (&v)[kUnit], const RotationParams& r, int64_t index) {
-  int64_t s = signs_start(r, index);
-  if (r.wide_signs) {
-    const uint4* q = reinterpret_cast<const uint4*>(r.signs + s);
-#pragma unroll
-    for (int i = 0; i < kUnit / 4; ++i) {
-      const uint4 four = q[i];
-      v[4 * i] = v[4 * i] * as_float(four.x);
-      v[4 * i + 1] = v[4 * i + 1] * as_float(four.y);
-      v[4 * i + 2] = v[4 * i + 2] * as_float(four.z);
-      v[4 * i + 3] = v[4 * i + 3] * as_float(four.w);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      v[i] = v[i] * r.signs[s];
-      if (++s == r.signs_length) s = 0;
-    }
-  }
-}
-
-// Butterflies in the order of strides 1, 2, 4, ...: below kUnit inside a thread, then across the
-// lanes of a warp, which hold neighbouring units. Without the final factor.
-PYFMT_DEVICE void butterflies(float (&v)[kUnit], const RotationParams& r, int64_t index) {
-  if (r.signs) apply_signs(v, r, index);
-#pragma unroll
-  for (int stride = 1; stride < kUnit; stride *= 2) {
-    if (r.size > stride) {
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        if (i & stride) continue;
-        const float a = v[i], b = v[i + stride];
-        v[i] = a + b;
-        v[i + stride] = a - b;
-      }
-    }
-  }
-  for (int far = 1; far < r.size / kUnit; far *= 2) {
-    const float side = threadIdx.x & far ? -1.0f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      v[i] = fused(side, v[i], __shfl_xor_sync(kAll, v[i], far));
-    }
-  }
-}
-
-PYFMT_DEVICE void multiply(float (&v)[kUnit], float factor) {
-#pragma unroll
-  for (int i = 0; i < kUnit; ++i) v[i] = v[i] * factor;
-}
-
-PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t index) {
-  butterflies(v, r, index);
-  multiply(v, r.factor);
+PYFMT_DEVICE void wait_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // ---- launches ---------------------------------------------------------------------------------
 
 void check(cudaError_t error, const char* what);
+// Of the current device.
+int multiprocessors();
 
 #if defined(__CUDACC__)
 template <class... P, class... A>

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "pairs.cuh"
+#include "quantize_rotated.cuh"
 #include "scale.cuh"
 #include "stochastic.cuh"
 
@@ -22,6 +23,7 @@ struct DualParams {
   ScaleParams scale, scale_t;
   Limits limits;
   RotationParams rotation;  // of at most a unit
+  uint32_t first = 0;       // first_multiplier
   int halves = 1;           // blocks in a unit: 2 where they are of 16
   int lanes = 1;            // units in a block: up to 4
   int lane_shift = 0;       // log2 of that
@@ -277,44 +279,40 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
       }
       uint32_t amax[2], codes[kWords] = {};
       BlockScale b[2];
-      float v[kRotate ? kUnit : 1];
       if constexpr (kRotate) {
+        float v[kUnit];
+        uint32_t scales[2];
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
-        rotate(v, p.rotation, first_column + unit * kUnit);
-        maxima(v, amax);
+        butterflies(v, p.rotation, first_column + unit * kUnit);
+        quantize_rotated_unit<E, kPow2>(p, r, v, codes, scales);
+        b[0].code = scales[0];
+        b[1].code = scales[1];
       } else {
         amax[0] = raw.amax16(0);
         amax[1] = raw.amax16(1);
-      }
-      for (int far = 1; far < p.lanes; far *= 2) {
-        amax[0] = L::max(amax[0], amax[1]);
-        amax[0] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
-      }
-      scales_of<kPow2>(p, r, amax, b, known);
-      if constexpr (kStochastic) {
-        const int64_t index = start + row * p.columns + unit * kUnit;
-        float multiplier = b[0].multiplier;
+        for (int far = 1; far < p.lanes; far *= 2) {
+          amax[0] = L::max(amax[0], amax[1]);
+          amax[0] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
+        }
+        scales_of<kPow2>(p, r, amax, b, known);
+        if constexpr (kStochastic) {
+          const int64_t index = start + row * p.columns + unit * kUnit;
+          float multiplier = b[0].multiplier;
 #pragma unroll 1
-        for (int h = 0; h < 2; ++h) {
-          append_stochastic<E, false>(
-              p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
-          raw.skip16();
-          multiplier = b[1].multiplier;
-        }
-      } else if constexpr (kRotate) {
-        const auto get = [&](int i) { return v[i]; };
-        if (within) {
-          encode_unit<E, true>(get, b, p.limits, codes);
+          for (int h = 0; h < 2; ++h) {
+            append_stochastic<E, false>(
+                p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
+            raw.skip16();
+            multiplier = b[1].multiplier;
+          }
+        } else if (within) {
+          encode_row<E, kPow2, true>(raw, b, p.limits, codes);
         } else {
-          encode_unit<E, false>(get, b, p.limits, codes);
+          encode_row<E, kPow2, false>(raw, b, p.limits, codes);
         }
-      } else if (within) {
-        encode_row<E, kPow2, true>(raw, b, p.limits, codes);
-      } else {
-        encode_row<E, kPow2, false>(raw, b, p.limits, codes);
+        clear_poisoned<E>(b, codes);
       }
-      clear_poisoned<E>(b, codes);
       const bool live = row < rows && unit * kUnit < columns;
       const int64_t index = (start + row * p.columns) / kUnit + unit;
       if constexpr (kBytes == 16) {
@@ -415,7 +413,14 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
           v[i] = half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
         }
       }
-      if constexpr (kRotate) rotate(v, p.rotation, first_row + strip * kUnit);
+      if constexpr (kRotate) {
+        uint32_t scales[2];
+        butterflies(v, p.rotation, first_row + strip * kUnit);
+        quantize_rotated_unit<E, kPow2>(p, r_t, v, codes[s], scales);
+        b[s][0] = {scales[0], 0.0f, false};
+        b[s][1] = {scales[1], 0.0f, false};
+        continue;
+      }
       maxima(v, amax[s]);
       if constexpr (!kRotate) share(amax);  // then there is one side
       scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
@@ -445,7 +450,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   uint32_t* const scales = reinterpret_cast<uint32_t*>(bytes + kScalesAt);
 #pragma unroll
   for (int s = 0; s < kSides; ++s) {
-    clear_poisoned<E>(b[s], codes[s]);
+    if constexpr (!kRotate) clear_poisoned<E>(b[s], codes[s]);
     uint8_t* const to = bytes + place_of(s) * kPitch + strip * kBytes;
 #pragma unroll
     for (int i = 0; i < kBytes / kChunk; ++i) {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernel serves a call to quantize or fake_quantize, and with what constants.
+#include <algorithm>
+
 #include "../parse.h"
 #include "generic.h"
 #include "quantize.cuh"
@@ -13,6 +15,16 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw Error(std::string("CUDA ") + what + ": " + cudaGetErrorString(error));
   }
+}
+
+int multiprocessors() {
+  static int counts[64];
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "device");
+  if (device < 64 && counts[device]) return counts[device];
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "device");
+  if (device < 64) counts[device] = count;
+  return count;
 }
 
 void set_device(int index) {
@@ -106,9 +118,43 @@ QuantizeParams common_params(const QuantizeArgs& a, int partial_count) {
   return p;
 }
 
+using RotatedKernel = void (*)(RotatedParams);
+
+// For bf16 rows end to end, as Path::kFlat has them; null where quantize_flat is to serve.
+RotatedKernel find_rotated(const QuantizeArgs& a) {
+  const bool bytes = a.format.scale == Scale::kE8M0 || a.format.scale == Scale::kE4M3;
+  const int index = rotated_index(a.rotation.size);
+  const bool serves =
+      a.dtype == DType::kBF16 && index >= 0 && bytes && a.format.block_columns <= kUnit && !a.out;
+  return serves ? find_kernels(a.format)->rotated[index] : nullptr;
+}
+
+void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeParams& common,
+                    Stream stream) {
+  RotatedParams p;
+  p.x = static_cast<const uint8_t*>(common.x);
+  p.units = common.units;
+  p.codes = common.codes;
+  p.scales = static_cast<uint8_t*>(common.scales);
+  p.scale = common.scale;
+  p.limits = common.limits;
+  p.rotation = common.rotation;
+  p.halves = common.halves;
+  p.first = first_multiplier(a.rotation.size);
+  const RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  const int64_t of_block = 32 * shape.units * shape.warps;
+  const int64_t blocks = (p.units + of_block - 1) / of_block;
+  const int64_t at_once = int64_t(multiprocessors()) * shape.blocks;
+  // Tensors of a few blocks spread over all multiprocessors instead.
+  p.rounds = int(std::min<int64_t>(shape.rounds, std::max<int64_t>(1, blocks / at_once)));
+  launch(kernel, std::max<int64_t>((blocks + p.rounds - 1) / p.rounds, a.tensor_scale_out ? 1 : 0),
+         32 * shape.warps, stream, p);
+}
+
 void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {
   QuantizeParams p = common_params(a, partial_count);
   p.units = a.view.count() / kUnit;
+  if (const RotatedKernel kernel = find_rotated(a)) return launch_rotated(kernel, a, p, stream);
   const Task task = a.out             ? Task::kFakeQuantize
                     : a.rotation.size ? Task::kRotateQuantize
                                       : Task::kQuantize;
@@ -232,6 +278,7 @@ DualParams dual_params(const QuantizeArgs& a, int partial_count) {
   p.scale = p.scale_t = common.scale;
   p.limits = common.limits;
   p.rotation = common.rotation;
+  p.first = a.rotation.size ? first_multiplier(a.rotation.size) : 0;
   p.halves = common.halves;
   p.lanes = common.lanes;
   p.lane_shift = common.lane_shift;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "across.cuh"
+#include "quantize_rotated.cuh"
 #include "square.cuh"
 
 namespace pyfmt {
@@ -117,25 +118,16 @@ __global__ void __launch_bounds__(kThreads)
 
   float v[kUnit];
   uint32_t amax[2];
-  // A factor that is a power of two can wait for the scale: it rounds nothing but what is next to
-  // zero in the block.
-  constexpr bool kByExponent = C::kE2M1 && kPow2 && kTask == Task::kRotateQuantize;
-  float left = 1.0f;
   if constexpr (kTask == Task::kRotateQuantize) {
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
-    butterflies(v, p.rotation, unit * kUnit);
-    if (kByExponent && p.rotation.power_of_two) {
-      left = p.rotation.factor;
-    } else {
-      multiply(v, p.rotation.factor);
-    }
+    rotate(v, p.rotation, unit * kUnit);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float m = 0.0f;
 #pragma unroll
       for (int i = 0; i < 16; ++i) m = max_abs_nan(m, v[16 * h + i]);
-      amax[h] = as_uint(m * left);
+      amax[h] = as_uint(m);
     }
   } else {
     amax[0] = raw.amax16(0);
@@ -145,35 +137,18 @@ __global__ void __launch_bounds__(kThreads)
   unit_scales<kPow2>(p, r, amax, 1, p.lanes, b);
 
   uint32_t codes[2 * C::kWords];
-  bool by_exponent = false;
-  if constexpr (kByExponent) {
-    // Both scales within 2^-48 to 2^48, so that all below is exact; poisoned blocks are not.
-    by_exponent = p.scale.covers && b[0].code - 79u <= 96u && b[1].code - 79u <= 96u;
-    if (by_exponent) {
-      const int e = -int(as_uint(left) >> 23);  // 127 less: the byte's bias
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        C::encode_at([&](int i) { return v[16 * h + i]; }, int(b[h].code) + e,
-                     codes + h * C::kWords);
-      }
+  for (int h = 0; h < 2; ++h) {
+    if constexpr (kTask == Task::kRotateQuantize) {
+      C::encode([&](int i) { return v[16 * h + i]; }, b[h].multiplier, p.limits,
+                codes + h * C::kWords);
     } else {
-      multiply(v, left);
+      C::encode([&](int i) { return raw.get(16 * h + i); }, b[h].multiplier, p.limits,
+                codes + h * C::kWords);
     }
-  }
-  if (!by_exponent) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if constexpr (kTask == Task::kRotateQuantize) {
-        C::encode([&](int i) { return v[16 * h + i]; }, b[h].multiplier, p.limits,
-                  codes + h * C::kWords);
-      } else {
-        C::encode([&](int i) { return raw.get(16 * h + i); }, b[h].multiplier, p.limits,
-                  codes + h * C::kWords);
-      }
-#pragma unroll
-      for (int i = 0; i < C::kWords; ++i) {
-        codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
-      }
+    for (int i = 0; i < C::kWords; ++i) {
+      codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
     }
   }
 
@@ -383,6 +358,11 @@ __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
 
 // ---- launching --------------------------------------------------------------------------------
 
+// Sizes 16, 32, 64, and 128 with all above; -1 for those below.
+inline int rotated_index(int size) {
+  return size < 16 ? -1 : size == 16 ? 0 : size == 32 ? 1 : size == 64 ? 2 : 3;
+}
+
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
@@ -392,6 +372,7 @@ struct QuantizeKernels {
   void (*dual[3][3])(DualParams);  // by dtype and way
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
+  void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -414,6 +395,13 @@ QuantizeKernels quantize_kernels() {
   fill_flat<E, kPow2, DType::kBF16>(&k);
   fill_flat<E, kPow2, DType::kFP16>(&k);
   fill_flat<E, kPow2, DType::kFP32>(&k);
+  // Of the elements with other scales, those of 4 bits have formats with scales of a byte.
+  if constexpr (kPow2 || E::spec.bits() == 4) {
+    k.rotated[0] = quantize_rotated<E, kPow2, 16>;
+    k.rotated[1] = quantize_rotated<E, kPow2, 32>;
+    k.rotated[2] = quantize_rotated<E, kPow2, 64>;
+    k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  }
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;

@@ -57,7 +57,7 @@ PYFMT_DEVICE codec::RecipeConstants start_recipe(const ScaleParams& p) {
   if (p.partials) {
     __shared__ uint32_t of_warp[kWarps];
     const uint32_t* partials = reinterpret_cast<const uint32_t*>(p.partials);
-    for (int i = threadIdx.x; i < p.partial_count; i += kThreads) {
+    for (int i = threadIdx.x; i < p.partial_count; i += int(blockDim.x)) {
       largest = L::max(largest, partials[i]);
     }
     for (int far = 16; far; far /= 2) {
@@ -65,8 +65,7 @@ PYFMT_DEVICE codec::RecipeConstants start_recipe(const ScaleParams& p) {
     }
     if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x >> 5] = largest;
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) largest = L::max(largest, of_warp[i]);
+    for (int i = 0; i < int(blockDim.x) / 32; ++i) largest = L::max(largest, of_warp[i]);
   }
   const codec::RecipeConstants r = recipe_constants(p, as_float(largest));
   if (p.tensor_scale_out && blockIdx.x == 0 && threadIdx.x == 0) {

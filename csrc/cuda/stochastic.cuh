@@ -80,18 +80,6 @@ PYFMT_DEVICE float fused_down(float a, float b, float c) {
 #endif
 }
 
-// a * b rounded towards zero, for b a power of two.
-PYFMT_DEVICE float times_down(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rz(a, b);
-#else
-  const double exact = double(a) * double(b);
-  const float near = float(exact);
-  const bool beyond = exact < 0 ? double(near) < exact : double(near) > exact;
-  return beyond ? as_float(as_uint(near) - 1) : near;
-#endif
-}
-
 // Lane-wise largest of unsigned halves.
 PYFMT_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
@@ -213,7 +201,7 @@ struct Dither {
                : min_magnitude(y, as_float(spec.max_bits()));
     }
     constexpr uint32_t factor = kDown < -126 ? 1u << (kDown + 149) : power_of_two_bits(kDown);
-    return as_uint(times_down(y, as_float(factor))) + (~random >> (32 - kCut));
+    return as_uint(multiply_down(y, as_float(factor))) + (~random >> (32 - kCut));
   }
 
   PYFMT_DEVICE static uint32_t rounded(float y, uint32_t random, const Limits& limits) {
