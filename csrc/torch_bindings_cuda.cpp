@@ -101,7 +101,8 @@ struct Quantization {
   Rows rows;
   cuda::QuantizeArgs args;
   bool has_tensor_scale, dynamic;
-  Tensor rotated, partials, scratch, signs_words;  // kept alive until the kernels are launched
+  // Kept alive until the kernels are launched.
+  Tensor rotated, partials, partials_t, scratch, signs_words;
 
   Quantization(const Tensor& x, const std::string& format, int64_t axis, const Text& scale_rule,
                const Text& recipe, const std::string& rounding, std::optional<int64_t> seed,
@@ -156,9 +157,12 @@ struct Quantization {
     args.codes = static_cast<uint8_t*>(p.codes.mutable_data_ptr());
     args.scales = p.scales.mutable_data_ptr();
   }
-  // Where the tensor scale goes: empty for formats and recipes without one.
+  // For a tensor scale: empty for formats and recipes without one.
+  Tensor one_number() const {
+    return device.empty(has_tensor_scale ? Shape{} : Shape{0}, ScalarType::Float);
+  }
   Tensor store_tensor_scale() {
-    Tensor stored = device.empty(has_tensor_scale ? Shape{} : Shape{0}, ScalarType::Float);
+    Tensor stored = one_number();
     if (has_tensor_scale) args.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
     return stored;
   }
@@ -167,13 +171,24 @@ struct Quantization {
     start();
     cuda::quantize(args, device.stream);
   }
-  // The axis before the last as well, or alone.
-  void run_across(const Parts& across) {
+  // The axis before the last as well, or alone; its tensor scale goes to `stored`.
+  void run_across(const Parts& parts, const Tensor& stored) {
     start();
-    cuda::quantize_dual(
-        args,
-        {static_cast<uint8_t*>(across.codes.mutable_data_ptr()), across.scales.mutable_data_ptr()},
-        device.stream);
+    cuda::Across across;
+    across.codes = static_cast<uint8_t*>(parts.codes.mutable_data_ptr());
+    across.scales = parts.scales.mutable_data_ptr();
+    if (has_tensor_scale) {
+      across.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
+    }
+    if (dynamic && args.rotation.size) {
+      partials_t = device.empty({cuda::kPartials}, ScalarType::Float);
+      across.partials = static_cast<float*>(partials_t.mutable_data_ptr());
+    }
+    cuda::quantize_dual(args, across, device.stream);
+  }
+  void run_fake_across() {
+    start();
+    cuda::fake_quantize_across(args, device.stream);
   }
   Shape across_shape() const {
     const int64_t last = rows.last;
@@ -188,6 +203,11 @@ struct Quantization {
   }
 };
 
+// Whether an axis runs down the columns of matrices as they lie, which kernels take by tiles.
+bool before_last(const Tensor& x, int64_t axis) {
+  return x.dim() >= 2 && (axis == -2 || axis == x.dim() - 2) && x.is_contiguous();
+}
+
 // ---- the verbs --------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
@@ -195,16 +215,15 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
                                             std::optional<int64_t> seed, std::string clip,
                                             std::optional<Tensor> tensor_scale, int64_t rotation,
                                             std::optional<Tensor> signs) {
-  if (x.dim() >= 2 && (axis == -2 || axis == x.dim() - 2) && x.is_contiguous()) {
-    // Down the columns of matrices as they lie, by tiles.
+  if (before_last(x, axis)) {
     Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
     if (rotation) {
       q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs, q.signs_words);
     }
     if (cuda::dual_serves(q.args)) {
       const Parts across = q.parts(q.across_shape());
-      const Tensor stored = q.store_tensor_scale();
-      q.run_across(across);
+      const Tensor stored = q.one_number();
+      q.run_across(across, stored);
       return {across.codes, across.scales, stored};
     }
   }
@@ -217,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
   return {parts.codes, parts.scales, stored};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
     Tensor x, std::string format, Text scale_rule, Text recipe, std::string rounding,
     std::optional<int64_t> seed, std::string clip, std::optional<Tensor> tensor_scale,
     int64_t rotation, std::optional<Tensor> signs) {
@@ -225,28 +244,35 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
   x = dense(x);
   Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   if (rotation) {
-    options::expect(!q.dynamic, "tensor_scale: the two rotations of x have different ones; pass ",
-                    "one to use for both");
     expect_rotation(q.device, rotation, q.rows.matrix_rows(), signs);
     q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs, q.signs_words);
   }
   if (cuda::dual_serves(q.args)) {
     const Parts along = q.parts(q.rows.shape), across = q.parts(q.across_shape());
     q.write_to(along);
-    const Tensor stored = q.store_tensor_scale();
-    q.run_across(across);
-    return {along.codes, along.scales, across.codes, across.scales, stored};
+    const Tensor stored = q.store_tensor_scale(), stored_t = q.one_number();
+    q.run_across(across, stored_t);
+    return {along.codes, along.scales, stored, across.codes, across.scales, stored_t};
   }
   auto [codes, scales, stored] = quantize(x, format, -1, scale_rule, recipe, rounding, seed, clip,
                                           tensor_scale, rotation, signs);
-  auto [codes_t, scales_t, same] = quantize(x, format, -2, scale_rule, recipe, rounding, seed, clip,
-                                            tensor_scale, rotation, signs);
-  return {codes, scales, codes_t, scales_t, stored};
+  auto [codes_t, scales_t, stored_t] = quantize(x, format, -2, scale_rule, recipe, rounding, seed,
+                                                clip, tensor_scale, rotation, signs);
+  return {codes, scales, stored, codes_t, scales_t, stored_t};
 }
 
 Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
                      std::string rounding, std::optional<int64_t> seed, std::string clip,
                      std::optional<Tensor> tensor_scale) {
+  if (before_last(x, axis)) {
+    Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+    Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
+    q.args.out = out.mutable_data_ptr();
+    if (cuda::dual_serves(q.args)) {
+      q.run_fake_across();
+      return out;
+    }
+  }
   Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
   Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
   q.args.out = out.mutable_data_ptr();

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from pyfmt import backends
-from pyfmt.api import dequantize, fake_quantize, hadamard, matmul, quantize
+from pyfmt.api import dequantize, fake_quantize, hadamard, matmul, quantize, quantize_dual
 from pyfmt.formats import FORMATS, Element, Format, get_format
 from pyfmt.tensor import QTensor
 
@@ -33,6 +33,7 @@ __all__ = [
     "nn",
     "ops",
     "quantize",
+    "quantize_dual",
     "save",
 ]
 

@@ -53,19 +53,8 @@ def quantize(
     _arrays.refuse_gradient("quantize", x, "use fake_quantize (straight-through) or ")
     index = _check.axis(axis, x.shape)
     _check.options(fmt, scale_rule, recipe, rounding, seed, clip)
-    if rotation is not None and not isinstance(rotation, int):
-        if signs is not None:
-            raise ValueError("signs: a rotation matrix takes none; multiply its columns by them")
-        if _arrays.kind(rotation) != _arrays.kind(x):
-            raise TypeError(
-                f"rotation: expected a matrix like x ({_arrays.where(x)}), got "
-                f"{_arrays.where(rotation)}"
-            )
-        x, rotation = rotate_by_matrix(x, rotation, index), None
-    elif rotation is not None:
-        _check.rotation(rotation, signs, x.shape[index])
-    elif signs is not None:
-        raise ValueError("signs: they belong to a rotation; pass rotation=<size> too")
+    shape = tuple(x.shape)
+    x, rotation = _rotated(x, rotation, signs, index)
     codes, scales, stored = backends.choose("quantize", fmt, x, backend).quantize(
         x,
         fmt,
@@ -79,7 +68,100 @@ def quantize(
         rotation=rotation,
         signs=signs,
     )
-    return QTensor(codes, scales, stored, fmt, tuple(x.shape), index)
+    return QTensor(codes, scales, stored, fmt, shape, index)
+
+
+def _rotated(x: Any, rotation: Any, signs: Any, axis: int) -> tuple[Any, int | None]:
+    """Check a rotation; return x multiplied by a matrix, or as it is and the Hadamard size left."""
+    if rotation is None:
+        if signs is not None:
+            raise ValueError("signs: they belong to a rotation; pass rotation=<size> too")
+        return x, None
+    if isinstance(rotation, int):
+        _check.rotation(rotation, signs, x.shape[axis])
+        return x, rotation
+    if signs is not None:
+        raise ValueError("signs: a rotation matrix takes none; multiply its columns by them")
+    if _arrays.kind(rotation) != _arrays.kind(x):
+        raise TypeError(
+            f"rotation: expected a matrix like x ({_arrays.where(x)}), got "
+            f"{_arrays.where(rotation)}"
+        )
+    return rotate_by_matrix(x, rotation, axis), None
+
+
+def quantize_dual(
+    x: Any,
+    fmt: str | Format,
+    *,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+    rotation: Any = None,
+    signs: Any = None,
+    backend: str | None = None,
+) -> tuple[QTensor, QTensor]:
+    """Quantize `x` along its last axis and along the one before it: what training needs.
+
+    (quantize(x, fmt, axis=-1, ...), quantize(x, fmt, axis=-2, ...)), bit for bit. The CUDA room
+    reads x once for both where kernels do so: blocks of 16 to 128 in contiguous matrices of whole
+    blocks.
+
+    x: (..., M, N); all else as in `quantize`. A rotation turns each direction along its own axis,
+    and `signs` apply to both; a dynamic tensor scale is each direction's own, a given one serves
+    both. Raises ValueError or TypeError saying what was expected, what came and what to do.
+    """
+    fmt = get_format(fmt)
+    _float_array(x)
+    if len(x.shape) < 2:
+        raise ValueError(
+            f"x: expected at least two dimensions, got {len(x.shape)}; use quantize for one"
+        )
+    if rotation is not None and not isinstance(rotation, int):
+        along, across = (
+            quantize(
+                x,
+                fmt,
+                axis=axis,
+                scale_rule=scale_rule,
+                recipe=recipe,
+                rounding=rounding,
+                seed=seed,
+                clip=clip,
+                tensor_scale=tensor_scale,
+                rotation=rotation,
+                signs=signs,
+                backend=backend,
+            )
+            for axis in (-1, -2)
+        )
+        return along, across
+    _arrays.refuse_gradient("quantize_dual", x, "use fake_quantize (straight-through) or ")
+    _check.options(fmt, scale_rule, recipe, rounding, seed, clip)
+    for axis in (-1, -2):
+        _rotated(x, rotation, signs, axis)
+    room = backends.choose("quantize_dual", fmt, x, backend)
+    codes, scales, stored, codes_t, scales_t, stored_t = room.quantize_dual(
+        x,
+        fmt,
+        scale_rule=scale_rule,
+        recipe=recipe,
+        rounding=rounding,
+        seed=seed,
+        clip=clip,
+        tensor_scale=tensor_scale,
+        rotation=rotation,
+        signs=signs,
+    )
+    shape = tuple(x.shape)
+    last = len(shape) - 1
+    return (
+        QTensor(codes, scales, stored, fmt, shape, last),
+        QTensor(codes_t, scales_t, stored_t, fmt, shape, last - 1),
+    )
 
 
 def dequantize(q: QTensor, dtype: Any = None, *, backend: str | None = None) -> Any:

@@ -33,8 +33,8 @@ SCHEMAS = (
 
     "quantize_dual(Tensor x, str format, str? scale_rule=None, str? recipe=None, "
     "str rounding='nearest', int? seed=None, str clip='symmetric', Tensor? tensor_scale=None, "
-    "int rotation=0, Tensor? signs=None) -> (Tensor codes, Tensor scales, Tensor codes_t, "
-    "Tensor scales_t, Tensor tensor_scale)",
+    "int rotation=0, Tensor? signs=None) -> (Tensor codes, Tensor scales, Tensor tensor_scale, "
+    "Tensor codes_t, Tensor scales_t, Tensor tensor_scale_t)",
 
     "dequantize(Tensor codes, Tensor scales, Tensor? tensor_scale, str format, SymInt[] shape, "
     "int axis=-1, ScalarType dtype=float) -> Tensor",
@@ -104,16 +104,14 @@ def _quantize(
     )
 
 
-def _check_dual(
-    x: Tensor, format: str, recipe: str | None, tensor_scale: Tensor | None, rotation: int
-) -> None:
+_Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _two_directions(quantize: Callable[..., Any], x: Tensor, format: str, *rest: Any) -> _Six:
+    """quantize along the last axis and along the one before it: (codes, scales, tensor scale)."""
     if x.dim() < 2:
         raise RuntimeError(f"x: expected at least two dimensions, got {x.dim()}")
-    fmt = raw(get_format, format)
-    if rotation and fmt.tensor_scale and recipe != "single_level" and tensor_scale is None:
-        raise RuntimeError(
-            "tensor_scale: the two rotations of x have different ones; pass one to use for both"
-        )
+    return (*quantize(x, format, -1, *rest), *quantize(x, format, -2, *rest))
 
 
 def _quantize_dual(
@@ -127,12 +125,9 @@ def _quantize_dual(
     tensor_scale: Tensor | None = None,
     rotation: int = 0,
     signs: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_dual(x, format, recipe, tensor_scale, rotation)
+) -> _Six:
     rest = (scale_rule, recipe, rounding, seed, clip, tensor_scale, rotation, signs)
-    codes, scales, stored = _quantize(x, format, -1, *rest)
-    codes_t, scales_t, _ = _quantize(x, format, -2, *rest)
-    return codes, scales, codes_t, scales_t, stored
+    return _two_directions(_quantize, x, format, *rest)
 
 
 def _quantize_twice(
@@ -146,14 +141,10 @@ def _quantize_twice(
     tensor_scale: Tensor | None = None,
     rotation: int = 0,
     signs: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """quantize along the last axis and along the one before it, where no kernel does both."""
-    _check_dual(x, format, recipe, tensor_scale, rotation)
-    quantize: Any = torch.ops.pyfmt.quantize.default
+) -> _Six:
+    """What serves where no kernel does both."""
     rest = (scale_rule, recipe, rounding, seed, clip, tensor_scale, rotation, signs)
-    codes, scales, stored = quantize(x, format, -1, *rest)
-    codes_t, scales_t, _ = quantize(x, format, -2, *rest)
-    return codes, scales, codes_t, scales_t, stored
+    return _two_directions(torch.ops.pyfmt.quantize.default, x, format, *rest)
 
 
 def _dequantize(

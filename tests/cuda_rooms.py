@@ -15,11 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from pyfmt import reference
 from pyfmt.formats import get_format
 from tests import grids
-from tests.rooms import Room, to_numpy, to_torch
+from tests.mismatch import same_floats
+from tests.rooms import Room, same_quantized, to_numpy, to_torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "emulation"
@@ -63,39 +65,94 @@ def device_room() -> DeviceRoom:
 
 def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
     """quantize_dual, and quantize along the axis before the last, against the reference."""
-    import torch
-
     fmt = get_format(name)
-    for shape in ((32, 32), (128, 64), (160, 224), (2, 64, 96), (40, 64), (0, 32)):
+    shapes = ((32, 32), (128, 64), (160, 224), (2, 64, 96), (40, 64), (0, 32), (256, 384))
+    for shape in shapes:
         x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
         if x.size:
             x.flat[7], x.flat[-3] = np.nan, -np.inf
-        given = [{}, {"rotation": 32}, {"rotation": 8, "signs": np.sign(0.5 - np.arange(8) % 3)}]
-        given += [{"rounding": "stochastic", "seed": 5}] if shape == (40, 64) else []
+        signs = np.sign(0.5 - np.arange(8) % 3).astype(np.float32)
+        given: list[dict[str, Any]] = [{}, {"rotation": 32}, {"rotation": 8, "signs": signs}]
+        if shape == (160, 224):
+            given += [{"scale_rule": r} for r in ("floor", "even")] if fmt.scale == "e8m0" else []
+            given += [{"clip": "full"}, {"rotation": 2, "clip": "full"}]
+            if fmt.tensor_scale:
+                ts = np.float32(0.01)
+                given += [{"tensor_scale": ts}, {"tensor_scale": ts, "rotation": 16}]
+                given += [{"recipe": r, "rotation": 4} for r in fmt.recipes]
+        if shape in ((40, 64), (160, 224), (2, 64, 96)):
+            given += [{"rounding": "stochastic", "seed": 2**40 + 5, "clip": "full"}]
         for options in given:
             if options.get("rotation") and shape[-2] % options["rotation"]:
                 continue
-            ours: dict[str, Any] = dict(options)
-            if options.get("rotation") and fmt.tensor_scale:
-                options["tensor_scale"] = np.float32(0.01)
-                ours["tensor_scale"] = to_device(np.array(0.01, np.float32))
-            if "signs" in options:
-                options["signs"] = np.asarray(options["signs"], np.float32)
-                ours["signs"] = to_device(options["signs"])
+            ours = {
+                k: to_device(np.asarray(v)) if k in ("signs", "tensor_scale") else v
+                for k, v in options.items()
+            }
             along = reference.quantize(x, fmt, **options)
             across = reference.quantize(x, fmt, axis=-2, **options)
-            want = [*along[:2], *across[:2]]
             got = ops.quantize_dual(to_device(x), name, **ours)
             alone = ops.quantize(to_device(x), name, -2, **ours)
-            for g, w in zip([*got[:4], *alone[:2]], [*want, *across[:2]], strict=True):
-                g = to_numpy(g.cpu())
-                assert g.shape == w.shape and g.tobytes() == w.tobytes(), (
-                    f"{name} {shape} {options}"
-                )
-            for stored in (got[4], alone[2]):
-                assert (stored.numel() == 0) == (along[2] is None)
-                if along[2] is not None:
-                    assert torch.equal(stored.cpu(), torch.tensor(float(along[2])))
+            for which, part, want in (
+                ("along", got[:3], along),
+                ("across", got[3:], across),
+                ("across alone", alone, across),
+            ):
+                _same_parts(f"{name} {dtype} {shape} {options} {which}", part, want)
+
+
+def fake_across_equals_reference(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
+    """fake_quantize along the axis before the last, of whole and ragged matrices."""
+    fmt = get_format(name)
+    for shape in ((32, 32), (160, 224), (2, 64, 96), (40, 33), (256, 384)):
+        x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
+        x.flat[7], x.flat[-3] = np.nan, -np.inf
+        for options in grids.options_of(fmt) if shape == (160, 224) else [{}]:
+            ours = {
+                k: to_device(np.asarray(v)) if k == "tensor_scale" else v
+                for k, v in options.items()
+            }
+            got = ops.fake_quantize(to_device(x), name, -2, **ours)
+            want = reference.fake_quantize(x, fmt, axis=-2, **options)
+            same_floats(f"{name} {dtype} {shape} {options}", to_numpy(got.cpu()), want, x)
+
+
+def squares_equal_reference(room: Room, name: str, dtype: np.dtype) -> None:
+    """Square blocks of whole and ragged matrices."""
+    fmt = get_format(name)
+    for shape in ((32, 32), (70, 96), (3, 40, 160), (129, 256), (1, 64), (33, 40)):
+        x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
+        x.flat[7], x.flat[-3] = np.nan, -np.inf
+        for options in grids.options_of(fmt) if shape == (70, 96) else [{}]:
+            same_quantized([room], x, fmt, **options)
+
+
+SQUARES = [
+    "e2m1-b32x32-e8m0",
+    "e2m1-b16x16-e4m3-ts",
+    "e4m3fn-b32x32-e8m0",
+    "e2m3-b16x32-e8m0",
+    "int8-b32x16-bf16",
+]
+
+
+def _same_parts(what: str, got: Any, want: Any) -> None:
+    """Codes, scales and the tensor scale (an empty tensor for none), with the first difference."""
+    for part, g, w in zip(("codes", "scales", "tensor scale"), got, want, strict=True):
+        ours = to_numpy(g.cpu())
+        wanted = np.zeros(0, np.float32) if w is None else np.asarray(w)
+        assert ours.shape == wanted.shape, f"{what}: {part} of {ours.shape}, not {wanted.shape}"
+        a, b = (
+            np.ascontiguousarray(y).reshape(-1).view(f"uint{8 * y.dtype.itemsize}")
+            for y in (ours, wanted)
+        )
+        bad = np.flatnonzero(a != b)
+        if len(bad):
+            at = np.unravel_index(bad[0], ours.shape)
+            pytest.fail(
+                f"{what}: {len(bad)} of {a.size} {part} differ, the first at {at}: "
+                f"{a[bad[0]]:#x}, expected {b[bad[0]]:#x}"
+            )
 
 
 # ---- emulation --------------------------------------------------------------------------------

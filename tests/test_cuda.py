@@ -17,7 +17,14 @@ import pyfmt.nn  # noqa: E402
 from pyfmt import reference  # noqa: E402
 from pyfmt.formats import FORMATS, get_element, get_format  # noqa: E402
 from tests import grids, test_rotate  # noqa: E402
-from tests.cuda_rooms import device_room, dual_equals_two_calls, poison_device  # noqa: E402
+from tests.cuda_rooms import (  # noqa: E402
+    SQUARES,
+    device_room,
+    dual_equals_two_calls,
+    fake_across_equals_reference,
+    poison_device,
+    squares_equal_reference,
+)
 from tests.grids import BF16, DTYPES  # noqa: E402
 from tests.rooms import Room, same_quantized, to_numpy, to_torch  # noqa: E402
 from tests.test_layout import (  # noqa: E402, F401
@@ -309,6 +316,19 @@ def test_dual_is_both_directions(ops: Any, name: str, dtype: str) -> None:
     dual_equals_two_calls(ops, lambda x: to_torch(x).cuda(), name, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*FORMATS, "int8-b64-fp16"])
+def test_fake_quantize_down_the_columns(ops: Any, name: str, dtype: str) -> None:
+    poison_device()
+    fake_across_equals_reference(ops, lambda x: to_torch(x).cuda(), name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SQUARES)
+def test_square_blocks(room: Room, name: str, dtype: str) -> None:
+    squares_equal_reference(room, name, DTYPES[dtype])
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 1024])
 def test_rotations_of_a_large_tensor_are_those_of_its_parts(ops: Any, size: int) -> None:
     """Warps that take tile after tile, against tensors too small for that."""
@@ -551,7 +571,9 @@ def test_every_path_for_the_sanitizers(room: Room, name: str) -> None:
     # Whole tiles and parts of them, along both axes.
     tiles: Any = to_torch(grids.noise(160, 96, BF16)).cuda()
     module: Any = room.module
-    module._ops().quantize_dual(tiles, fmt.key)
+    for options in ({}, {"rotation": 16}, {"rounding": "stochastic", "seed": 3}):
+        module._ops().quantize_dual(tiles, fmt.key, **options)
+    module._ops().fake_quantize(tiles, fmt.key, -2)
     same_quantized([room], grids.noise(64, 96, BF16), fmt, axis=0)
     for size in (2, 32, 64, 256):
         same_quantized([room], grids.noise(3, 512, BF16), fmt, rotation=size)

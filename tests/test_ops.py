@@ -535,19 +535,24 @@ def test_overhead_is_printed():
     assert get_format("mxfp4").bits == 4
 
 
-@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "int4"])
-def test_quantize_dual_is_two_calls(fmt: str):
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("fmt", ["mxfp4", "nvfp4", "nvint4", "int4"])
+def test_quantize_dual_is_two_calls(fmt: str, rotation: int):
     x = randn(48, 64)
-    codes, scales, codes_t, scales_t, stored = ops.quantize_dual(x, fmt)
-    for got, axis in (((codes, scales, stored), -1), ((codes_t, scales_t, stored), -2)):
-        for g, w in zip(got, ops.quantize(x, fmt, axis), strict=True):
-            assert torch.equal(g, w)
-    opcheck(ops.quantize_dual.default, (x, fmt))
+    options = (None, None, "nearest", None, "symmetric", None, rotation)
+    got = ops.quantize_dual(x, fmt, *options)
+    want = (*ops.quantize(x, fmt, -1, *options), *ops.quantize(x, fmt, -2, *options))
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+    opcheck(ops.quantize_dual.default, (x, fmt, *options))
     with pytest.raises(RuntimeError, match="at least two dimensions"):
         ops.quantize_dual(x[0], fmt)
 
 
-def test_rotated_quantize_dual_takes_one_tensor_scale():
-    with pytest.raises(RuntimeError, match="pass one to use for both"):
-        ops.quantize_dual(randn(32, 32), "nvfp4", rotation=32)
-    assert len(ops.quantize_dual(randn(32, 32), "mxfp4", rotation=32)) == 5
+def test_rotated_directions_have_tensor_scales_of_their_own():
+    x = randn(64, 32)
+    _, _, along, _, _, across = ops.quantize_dual(x, "nvfp4", rotation=32)
+    assert along != across
+    given = torch.tensor(0.01)
+    for stored in ops.quantize_dual(x, "nvfp4", tensor_scale=given, rotation=32)[2::3]:
+        assert stored == given and stored.data_ptr() != given.data_ptr()

@@ -106,6 +106,37 @@ def test_a_rotation_matrix_is_a_product(give: Any) -> None:
     assert (np.abs(to_numpy(q.dequantize()).reshape(5, 3, 32) - exact) <= step).all()
 
 
+@pytest.mark.parametrize("name", [*FORMATS, "e2m1-b16x16-e4m3-ts"])
+def test_quantize_dual_is_quantize_along_both_axes(give: Any, name: str) -> None:
+    for shape in ((32, 64), (2, 40, 32)):
+        x = noise(1, int(np.prod(shape)), BF16).reshape(shape)
+        signs = np.where(np.arange(8) % 3 == 1, -1, 1).astype(np.float32)
+        for options in ({}, {"rotation": 8}, {"rounding": "stochastic", "seed": 9}):
+            ours, theirs = dict(options), dict(options)
+            if "rotation" in options:
+                ours["signs"], theirs["signs"] = give(signs), signs
+            both = pyfmt.quantize_dual(give(x), name, **ours)
+            for q, axis in zip(both, (-1, -2), strict=True):
+                assert (q.shape, q.axis) == (shape, len(shape) + axis)
+                same_q(q, reference.quantize(x, q.format, axis=axis, **theirs))
+    matrix = reference.hadamard(np.eye(8, dtype=np.float32), 8)
+    both = pyfmt.quantize_dual(give(noise(16, 24)), name, rotation=give(matrix))
+    alone = pyfmt.quantize(give(noise(16, 24)), name, rotation=give(matrix), axis=0)
+    assert np.array_equal(to_numpy(both[1].codes), to_numpy(alone.codes))
+
+
+def test_quantize_dual_says_what_it_wants(give: Any) -> None:
+    with pytest.raises(ValueError, match="x: expected at least two dimensions, got 1"):
+        pyfmt.quantize_dual(give(noise(1, 32)[0]), "mxfp4")
+    with pytest.raises(ValueError, match=r"size|multiple"):
+        pyfmt.quantize_dual(give(noise(24, 32)), "mxfp4", rotation=32)
+    with pytest.raises(ValueError, match="signs: they belong to a rotation"):
+        pyfmt.quantize_dual(give(noise(32, 32)), "mxfp4", signs=give(np.ones(32, np.float32)))
+    x = torch.zeros(32, 32, requires_grad=True)
+    with pytest.raises(ValueError, match="quantize_dual has no gradient: use fake_quantize"):
+        pyfmt.quantize_dual(x, "mxfp4")
+
+
 # ---- rooms ------------------------------------------------------------------------------------
 
 

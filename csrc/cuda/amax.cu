@@ -14,6 +14,7 @@ struct AmaxParams {
   int64_t count = 0;
   bool aligned = false;
   RotationParams rotation;
+  int64_t matrix_rows = 1;
   float* out = nullptr;
   int64_t block = 0, blocks = 0;
 };
@@ -93,6 +94,26 @@ __global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ Am
   if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
 }
 
+// Columns of 32 rows at a time, neighbouring columns by neighbouring threads.
+template <DType kIn>
+__global__ void __launch_bounds__(kThreads) amax_across(const __grid_constant__ AmaxParams p) {
+  const int64_t columns = p.view.columns, strips = p.count / columns / kUnit;
+  const int64_t in_matrix = p.matrix_rows / kUnit;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  int32_t largest = kOne;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < strips * columns; i += step) {
+    const int64_t strip = i / columns, at = strip * kUnit * columns + i % columns;
+    float v[kUnit];
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) v[k] = load_element(p.x, kIn, at + k * columns);
+    rotate(v, p.rotation, strip % in_matrix * kUnit);
+#pragma unroll
+    for (int k = 0; k < kUnit; ++k) largest = max(largest, lifted(v[k]));
+  }
+  largest = max_of_threads(largest);
+  if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
+}
+
 PYFMT_DEVICE int64_t place(const View& v, int64_t row, int64_t column) {
   return row / v.inner * v.outer_stride + row % v.inner * v.inner_stride + column * v.column_stride;
 }
@@ -160,16 +181,19 @@ void launch_flat(const AmaxParams& p, int64_t blocks, Stream stream) {
   }
 }
 
+int64_t partials_for(int64_t threads) {
+  const int64_t most = int64_t(multiprocessors()) * 4;
+  const int64_t blocks = blocks_for(threads) < most ? blocks_for(threads) : most;
+  return blocks > kPartials ? kPartials : blocks < 1 ? 1 : blocks;
+}
+
 }  // namespace
 
 int amax_partials(const AmaxArgs& a, Stream stream) {
   AmaxParams p = params(a);
   p.out = a.partials;
   const bool flat = a.view.flat();
-  const int64_t threads = flat ? (p.count + kUnit - 1) / kUnit : (p.count + 7) / 8;
-  const int64_t most = int64_t(multiprocessors()) * 4;
-  int64_t blocks = blocks_for(threads) < most ? blocks_for(threads) : most;
-  blocks = blocks > kPartials ? kPartials : blocks < 1 ? 1 : blocks;
+  const int64_t blocks = partials_for(flat ? (p.count + kUnit - 1) / kUnit : (p.count + 7) / 8);
   if (!flat) {
     launch(amax_strided, blocks, kThreads, stream, p);
   } else if (p.rotation.size) {
@@ -177,6 +201,18 @@ int amax_partials(const AmaxArgs& a, Stream stream) {
   } else {
     launch_flat<false>(p, blocks, stream);
   }
+  return int(blocks);
+}
+
+int amax_partials_across(const AmaxArgs& a, Stream stream) {
+  AmaxParams p = params(a);
+  p.out = a.partials;
+  p.matrix_rows = a.matrix_rows;
+  const int64_t blocks = partials_for(p.count / kUnit);
+  launch(a.dtype == DType::kFP32   ? amax_across<DType::kFP32>
+         : a.dtype == DType::kFP16 ? amax_across<DType::kFP16>
+                                   : amax_across<DType::kBF16>,
+         blocks, kThreads, stream, p);
   return int(blocks);
 }
 

@@ -82,14 +82,19 @@ bool needs_scales(const QuantizeArgs&);
 void quantize(const QuantizeArgs&, Stream);
 
 // The same matrices quantized along their columns as well (or only so, where args.codes is null):
-// codes of shape (*lead, columns, bytes of a row of matrix_rows elements).
+// codes of shape (*lead, columns, bytes of a row of matrix_rows elements). The rotated columns have
+// a tensor scale of their own, unless one is given: kPartials floats for it.
 struct Across {
   uint8_t* codes = nullptr;
   void* scales = nullptr;
+  float* tensor_scale_out = nullptr;
+  float* partials = nullptr;
 };
 // Whether one kernel serves both directions; where not, quantize a transposed copy.
 bool dual_serves(const QuantizeArgs&);
 void quantize_dual(const QuantizeArgs&, const Across&, Stream);
+// fake_quantize along the columns, where dual_serves says so.
+void fake_quantize_across(const QuantizeArgs&, Stream);
 
 struct DequantizeArgs {
   const uint8_t* codes = nullptr;
@@ -120,10 +125,13 @@ struct AmaxArgs {
   float* out = nullptr;
   float* partials = nullptr;  // for block 0
   Rotation rotation;          // for `amax_partials`, flat views
+  int64_t matrix_rows = 1;    // for `amax_partials_across`
 };
 void amax(const AmaxArgs&, Stream);
 // Only the first step of the whole tensor's: returns how many partial maxima there are.
 int amax_partials(const AmaxArgs&, Stream);
+// The same of columns rotated by at most 32, in flat matrices of whole rotations.
+int amax_partials_across(const AmaxArgs&, Stream);
 
 struct PackArgs {
   const uint8_t* in = nullptr;

@@ -20,6 +20,19 @@ inline Limits limits(const ElementSpec& e, bool full) {
   return {-L::as_float(low), L::as_float(e.max_bits())};
 }
 
+// The signs of four bytes, each stretched over its byte; one selector nibble a byte.
+PYFMT_DEVICE uint32_t pick_signs(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  // __byte_perm drops the bits that ask for this.
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector | 0x8888u));
+  return d;
+#else
+  const uint32_t tops = pick_bytes(a, b, selector) & 0x80808080u;
+  return (tops >> 7) * 0xffu;
+#endif
+}
+
 // Four 6-bit codes, one a byte (bits 6 and 7 of the bytes ignored), to 24 bits, and back.
 PYFMT_DEVICE uint32_t squeeze6(uint32_t bytes) {
   const uint32_t pairs = (bytes & 0x003f003fu) | ((bytes >> 2) & 0x0fc00fc0u);
@@ -56,17 +69,23 @@ struct Coder {
   static constexpr uint32_t kIntBase = 0x4b000000u - uint32_t(spec.frac) * (1u << 23);
   static constexpr uint32_t kIntTop = 1u << (kBits - 1);
 
-  // Codes of get(i) * m for i = 0..15 (i is known at compile time), finite or infinite.
-  template <class Get>
+  // Codes of get(i) * m for i = 0..15 (i is known at compile time), finite or infinite. kWithin: m
+  // is a power of two that leaves none beyond the largest.
+  template <bool kWithin = false, class Get>
   PYFMT_DEVICE static void encode(const Get& get, float m, const Limits& limits, uint32_t* out) {
-    if constexpr (kBits == 4) {
+    if constexpr (kE2M1) {
+      encode_covered([&](int i) { return kWithin ? get(i) * m : min_magnitude(get(i) * m, 6.0f); },
+                     as_float(kEven), out);
+    } else if constexpr (kBits == 4) {
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
+        // Codes plus 8 are whole numbers without carries, and what the magic numbers add is known.
         uint32_t word = 0;
 #pragma unroll
-        for (int i = 7; i >= 0; --i)
-          word = push_nibble(word, nibble_at_top(get(8 * w + i) * m, limits));
-        out[w] = word;
+        for (int i = 7; i >= 0; --i) {
+          word = word * 16u + integer<kWithin, 8>(get(8 * w + i), m, limits);
+        }
+        out[w] = (word - kIntMagic * 0x11111111u) ^ 0x88888888u;
       }
     } else {
       uint32_t bytes[4];
@@ -75,12 +94,14 @@ struct Coder {
       for (int w = 0; w < 4; ++w) {
         const float a = get(4 * w), b = get(4 * w + 1), c = get(4 * w + 2), d = get(4 * w + 3);
         if constexpr (kInt) {
-          const uint32_t low = pick_bytes(integer(a * m, limits), integer(b * m, limits), 0x0040);
-          const uint32_t high = pick_bytes(integer(c * m, limits), integer(d * m, limits), 0x0040);
+          const uint32_t low =
+              pick_bytes(integer<kWithin>(a, m, limits), integer<kWithin>(b, m, limits), 0x0040);
+          const uint32_t high =
+              pick_bytes(integer<kWithin>(c, m, limits), integer<kWithin>(d, m, limits), 0x0040);
           bytes[w] = pick_bytes(low, high, 0x5410);
         } else {
-          const uint32_t low = fp8_pair(a * fp8_m, b * fp8_m);
-          bytes[w] = pick_bytes(low, fp8_pair(c * fp8_m, d * fp8_m), 0x5410);
+          const uint32_t low = fp8_pair<kWithin>(a * fp8_m, b * fp8_m);
+          bytes[w] = pick_bytes(low, fp8_pair<kWithin>(c * fp8_m, d * fp8_m), 0x5410);
           if constexpr (kNarrow) {
             // The sign goes from bit 7 to bit 5; squeeze6 ignores what stays behind.
             bytes[w] = select_bits(bytes[w] >> 2, bytes[w], 0x20202020u);
@@ -116,28 +137,6 @@ struct Coder {
       const uint32_t b =
           select_bits(pair(8 * w + 5, 8 * w + 7), pair(8 * w + 4, 8 * w + 6) >> 4, 0xf000f000u);
       out[w] = pick_bytes(a, b, 0x7531);
-    }
-  }
-
-  // The same with codes given one by one (stochastic rounding).
-  template <class Code>
-  PYFMT_DEVICE static void pack(const Code& code, uint32_t* out) {
-    if constexpr (kBits == 4) {
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        uint32_t word = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) word |= code(8 * w + i) << (4 * i);
-        out[w] = word;
-      }
-    } else {
-      uint32_t bytes[4];
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        bytes[w] =
-            code(4 * w) | code(4 * w + 1) << 8 | code(4 * w + 2) << 16 | code(4 * w + 3) << 24;
-      }
-      join(bytes, out);
     }
   }
 
@@ -178,30 +177,32 @@ struct Coder {
     }
   }
 
- private:
-  // The code in bits 31 to 28.
-  PYFMT_DEVICE static uint32_t nibble_at_top(float y, const Limits& limits) {
-    if constexpr (kInt) {
-      return integer(y, limits) << 28;
+  // Sixteen codes, one a byte, closed up.
+  PYFMT_DEVICE static void join(const uint32_t* bytes, uint32_t* out) {
+    if constexpr (kBits == 8) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) out[w] = bytes[w];
     } else {
-      // To 2^max(e_y, 0), with y's sign, times 2^22 and six steps: the sum has one mantissa bit
-      // less than a step's worth of room, so the adder rounds y to nearest even in steps of half
-      // the power, and the sum's low bits hold 6 + steps. Its exponent field's low bits are
-      // e + 149, and 2 * 149 + 6 is a multiple of 8: (steps + 6) + 2 * field gives the code.
-      const float a = min_magnitude(y, 6.0f);
-      const float power = max_magnitude(as_float(as_uint(a) & 0xff800000u), 1.0f);
-      const uint32_t sum = as_uint(fused(power, as_float(0x4a800006u), a));
-      return select_bits(sum * 0x10000040u, sum, 0x7fffffffu);
+      const uint32_t a = squeeze6(bytes[0]), b = squeeze6(bytes[1]), c = squeeze6(bytes[2]),
+                     d = squeeze6(bytes[3]);
+      out[0] = a | b << 24;
+      out[1] = b >> 8 | c << 16;
+      out[2] = c >> 16 | d << 8;
     }
   }
 
-  // The two's complement code in the low bits, other bits above it.
-  PYFMT_DEVICE static uint32_t integer(float y, const Limits& limits) {
-    return as_uint(fmaxf(fminf(y, limits.high), limits.low) + as_float(kIntMagic));
+ private:
+  // The two's complement code of x * m, and some more, in the low bits; other bits above it.
+  template <bool kWithin, uint32_t kMore = 0>
+  PYFMT_DEVICE static uint32_t integer(float x, float m, const Limits& limits) {
+    const float magic = as_float(kIntMagic + kMore);
+    if constexpr (kWithin) return as_uint(fused(x, m, magic));
+    return as_uint(fmaxf(fminf(x * m, limits.high), limits.low) + magic);
   }
 
+  template <bool kWithin>
   PYFMT_DEVICE static uint32_t fp8_pair(float a, float b) {
-    if constexpr (kNarrow) {
+    if constexpr (kNarrow && !kWithin) {
       a = min_magnitude(a, as_float(kFp8Limit));
       b = min_magnitude(b, as_float(kFp8Limit));
     }
@@ -228,19 +229,6 @@ struct Coder {
     if constexpr (kNarrow) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[i] = out[i] * as_float(kFp8Unscale);
-    }
-  }
-
-  PYFMT_DEVICE static void join(const uint32_t* bytes, uint32_t* out) {
-    if constexpr (kBits == 8) {
-#pragma unroll
-      for (int w = 0; w < 4; ++w) out[w] = bytes[w];
-    } else {
-      const uint32_t a = squeeze6(bytes[0]), b = squeeze6(bytes[1]), c = squeeze6(bytes[2]),
-                     d = squeeze6(bytes[3]);
-      out[0] = a | b << 24;
-      out[1] = b >> 8 | c << 16;
-      out[2] = c >> 16 | d << 8;
     }
   }
 

@@ -46,16 +46,6 @@ PYFMT_DEVICE float min_magnitude(float a, float b) {
 #endif
 }
 
-PYFMT_DEVICE float max_magnitude(float a, float b) {
-#if defined(PYFMT_SM89)
-  float d;
-  asm("max.xorsign.abs.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-#else
-  return as_float(L::max(as_uint(a) & 0x7fffffffu, as_uint(b)) | (as_uint(a) & 0x80000000u));
-#endif
-}
-
 // max(a, |b|), NaN where either is.
 PYFMT_DEVICE float max_abs_nan(float a, float b) {
 #if defined(PYFMT_SM89)
@@ -75,15 +65,6 @@ PYFMT_DEVICE uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
   return d;
 #else
   return (a & mask) | (b & ~mask);
-#endif
-}
-
-// (high << 4) | (low >> 28).
-PYFMT_DEVICE uint32_t push_nibble(uint32_t high, uint32_t low) {
-#if defined(__CUDA_ARCH__)
-  return __funnelshift_l(low, high, 4);
-#else
-  return (high << 4) | (low >> 28);
 #endif
 }
 
@@ -119,15 +100,6 @@ PYFMT_DEVICE float multiply_down(float a, float b) {
   const float near = float(exact);
   const bool beyond = std::fabs(double(near)) > std::fabs(exact);
   return beyond ? as_float(as_uint(near) - 1) : near;
-#endif
-}
-
-// a + b rounded towards minus infinity, for 0 <= a < 2^22 and b = 2^23.
-PYFMT_DEVICE float add_down(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fadd_rd(a, b);
-#else
-  return __builtin_floorf(a) + b;
 #endif
 }
 
@@ -260,6 +232,11 @@ struct Raw {
     } else {
       return half_at<kIn>(w[i / 2], i & 1);
     }
+  }
+  // Element 16 becomes the first.
+  PYFMT_DEVICE void skip16() {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) w[i] = w[kWords / 2 + i];
   }
   // The largest magnitude of 16 elements as float32 bits; infinity's or more for non-finite ones.
   PYFMT_DEVICE uint32_t amax16(int half) const {

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both directions of a matrix from one read: a block of threads takes a tile of 128 rows by 64
-// columns, quantizes it along its rows from registers and along its columns from shared memory.
+// Both directions of a matrix from one read: a block of threads takes a tile of 128 rows into
+// shared memory, quantizes it along its rows and along its columns, and turns the columns' codes
+// there, so that all stores are of 64 bytes or more at a stretch.
 #pragma once
 
-#include "coder.cuh"
-#include "rotate.cuh"
+#include <type_traits>
+
+#include "pairs.cuh"
+#include "quantize_rotated.cuh"
 #include "scale.cuh"
+#include "stochastic.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -13,26 +17,65 @@ namespace cuda {
 struct DualParams {
   const void* x = nullptr;
   int64_t rows = 0, columns = 0;  // of one matrix, whole units
-  int64_t row_tiles = 0, column_tiles = 0;
+  uint32_t row_tiles = 0, column_tiles = 0;
   uint8_t *codes = nullptr, *codes_t = nullptr;  // null: not asked for
   void *scales = nullptr, *scales_t = nullptr;
-  ScaleParams scale;
+  ScaleParams scale, scale_t;
   Limits limits;
   RotationParams rotation;  // of at most a unit
-  int halves = 1;
+  uint32_t first = 0;       // first_multiplier
+  int halves = 1;           // blocks in a unit: 2 where they are of 16
+  int lanes = 1;            // units in a block: up to 4
+  int lane_shift = 0;       // log2 of that
+  RandomKeys keys;          // of stochastic rounding
 };
 
-constexpr int kTileRows = 128, kTileColumns = 64;
-static_assert(kTileRows * kTileColumns == kThreads * kUnit, "a thread takes one unit each way");
+enum class Way { kPlain, kRotated, kStochastic };
 
-// One unit of values, at `index` along its axis, to codes and one or two scales.
-template <class E, bool kPow2>
-PYFMT_DEVICE void quantize_unit(const DualParams& p, const codec::RecipeConstants& r,
-                                float (&v)[kUnit], int64_t index, uint32_t* codes,
-                                BlockScale (&b)[2]) {
-  using C = Coder<E>;
-  if (p.rotation.size) rotate(v, p.rotation, index);
-  uint32_t amax[2];
+// A tile has 256 bytes a row.
+constexpr int kTileRows = 128, kTileBytes = 256, kStrips = kTileRows / kUnit;
+constexpr int tile_columns(DType t) {
+  return kTileBytes / dtype_bytes(t);
+}
+
+// Where a 16-byte chunk of a row lies in the tile: neighbouring units of two rows, and a row's
+// neighbouring chunks, meet different groups of banks.
+PYFMT_DEVICE int tile_place(int row, int chunk) {
+  return row * kTileBytes + (chunk ^ ((chunk >> 3) << 1) ^ (row & 1)) * 16;
+}
+
+PYFMT_DEVICE void copy_async(void* shared, const void* global) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t to = uint32_t(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  memcpy(shared, global, 16);
+#endif
+}
+PYFMT_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// The scales of a unit, once its halves' maxima are known.
+template <bool kPow2, class Params>
+PYFMT_DEVICE void scales_of(const Params& p, const codec::RecipeConstants& r,
+                            const uint32_t (&amax)[2], BlockScale (&b)[2],
+                            Multipliers known = {nullptr}) {
+  b[0] = block_scale<kPow2>(p.scale, r, p.halves == 1 ? L::max(amax[0], amax[1]) : amax[0], known);
+  b[1] = b[0];
+  if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1], known);
+}
+
+template <class E>
+PYFMT_DEVICE void clear_poisoned(const BlockScale (&b)[2], uint32_t* codes) {
+  constexpr int kWords = Coder<E>::kWords;
+#pragma unroll
+  for (int i = 0; i < 2 * kWords; ++i) codes[i] = b[i / kWords].poisoned ? 0u : codes[i];
+}
+
+PYFMT_DEVICE void maxima(const float (&v)[kUnit], uint32_t (&amax)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float m = 0.0f;
@@ -40,136 +83,411 @@ PYFMT_DEVICE void quantize_unit(const DualParams& p, const codec::RecipeConstant
     for (int i = 0; i < 16; ++i) m = max_abs_nan(m, v[16 * h + i]);
     amax[h] = as_uint(m);
   }
-  if (p.halves == 1) amax[0] = L::max(amax[0], amax[1]);
-  b[0] = block_scale<kPow2>(p.scale, r, amax[0]);
-  b[1] = b[0];
-  if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
+}
+
+template <class E, bool kWithin, class Get>
+PYFMT_DEVICE void encode_unit(const Get& get, const BlockScale (&b)[2], const Limits& limits,
+                              uint32_t* codes) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    C::encode([&](int i) { return v[16 * h + i]; }, b[h].multiplier, p.limits,
-              codes + h * C::kWords);
+    Coder<E>::template encode<kWithin>([&](int i) { return get(16 * h + i); }, b[h].multiplier,
+                                       limits, codes + h * Coder<E>::kWords);
+  }
+}
+
+template <class E, bool kPow2, DType kIn>
+constexpr bool kTwoAtOnce = kPow2 && kIn == DType::kBF16 && pairs::serve<E>();
+
+template <class E, bool kPow2, bool kWithin, DType kIn>
+PYFMT_DEVICE void encode_row(const Raw<kIn>& raw, const BlockScale (&b)[2], const Limits& limits,
+                             uint32_t* codes) {
+  if constexpr (kTwoAtOnce<E, kPow2, kIn>) {
 #pragma unroll
-    for (int i = 0; i < C::kWords; ++i) {
-      codes[h * C::kWords + i] = b[h].poisoned ? 0u : codes[h * C::kWords + i];
+    for (int w = 0; w < 4; ++w) {
+      const float m = b[w / 2].multiplier;
+      const uint32_t* q = raw.w + 4 * w;
+      // Elements i and i + 4 of eight: their codes come out in order.
+      const uint32_t x[4] = {pick_bytes(q[0], q[2], 0x5410), pick_bytes(q[0], q[2], 0x7632),
+                             pick_bytes(q[1], q[3], 0x5410), pick_bytes(q[1], q[3], 0x7632)};
+      codes[w] = pairs::nibbles<E, kWithin>(x, pairs::two(m, m), limits);
+    }
+  } else {
+    encode_unit<E, kWithin>([&](int i) { return raw.get(i); }, b, limits, codes);
+  }
+}
+
+// Two neighbouring columns of 32 rows, a row a word.
+template <class E, bool kPow2, bool kWithin, DType kIn>
+PYFMT_DEVICE void encode_columns(const uint32_t (&x)[kUnit], const BlockScale (&b)[2][2],
+                                 const Limits& limits, uint32_t (*codes)[2 * Coder<E>::kWords]) {
+  if constexpr (kTwoAtOnce<E, kPow2, kIn>) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const uint32_t m = pairs::two(b[0][w / 2].multiplier, b[1][w / 2].multiplier);
+      const uint32_t *q = x + 8 * w, four[4] = {q[0], q[1], q[2], q[3]},
+                     more[4] = {q[4], q[5], q[6], q[7]};
+      const uint32_t low = pairs::nibbles<E, kWithin>(four, m, limits);
+      const uint32_t high = pairs::nibbles<E, kWithin>(more, m, limits);
+      codes[0][w] = pick_bytes(low, high, 0x5410);
+      codes[1][w] = pick_bytes(low, high, 0x7632);
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      encode_unit<E, kWithin>([&](int i) { return half_at<kIn>(x[i], s); }, b[s], limits, codes[s]);
     }
   }
 }
 
-// Words of a unit to 8-byte aligned memory, device or shared.
-template <int kWords>
-PYFMT_DEVICE void store_words(uint8_t* out, const uint32_t* words) {
-  if constexpr (kWords % 4 == 0) {
+// Sixteen codes behind those that were there: the first words move out.
+template <class E, bool kWithin, int kTotal = 2 * Coder<E>::kWords, class Get>
+PYFMT_DEVICE void append_stochastic(const DualParams& p, const Get& get, float multiplier,
+                                    int64_t index, uint32_t* codes) {
+  constexpr int kWords = Coder<E>::kWords;
 #pragma unroll
-    for (int i = 0; i < kWords; i += 4) {
-      *reinterpret_cast<uint4*>(out + 4 * i) =
-          make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+  for (int i = 0; i < kTotal - kWords; ++i) codes[i] = codes[i + kWords];
+  encode_stochastic<E, kWithin, true>(p.keys, uint64_t(index), get, multiplier, p.limits,
+                                      codes + kTotal - kWords);
+}
+
+// A warp's units of a tile's rows, `units` a row, to memory where unit (0, 0) starts at `out`.
+// Units wider than one access go through shared memory, so that the stores are of whole rows.
+template <int kBytes, int kUnits>
+PYFMT_DEVICE void store_rows(uint8_t* out, int64_t units_per_row, int rows, int units,
+                             const uint32_t* words, uint4* shared) {
+  constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kCount = kBytes / kChunk;
+  using Chunk = std::conditional_t<kChunk == 16, uint4, uint2>;
+  const int lane = threadIdx.x & 31;
+  Chunk* mine = reinterpret_cast<Chunk*>(shared) + (threadIdx.x >> 5) * 32 * kCount;
+  // As in Stage: eight lanes never share a bank.
+  const int turn = kChunk == 16 ? (lane * kCount >> 3) & (kCount - 1) : 0;
+  __syncwarp();
+#pragma unroll
+  for (int c = 0; c < kCount; ++c) {
+    Chunk& to = mine[lane * kCount + (kChunk == 16 ? c ^ turn : c)];
+    if constexpr (kChunk == 16) {
+      to = make_uint4(words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]);
+    } else {
+      to = make_uint2(words[2 * c], words[2 * c + 1]);
     }
-  } else {
+  }
+  __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kWords; i += 2) {
-      *reinterpret_cast<uint2*>(out + 4 * i) = make_uint2(words[i], words[i + 1]);
+  for (int c = 0; c < kCount; ++c) {
+    const int i = c * 32 + lane, owner = i / kCount, row = owner / kUnits, unit = owner % kUnits;
+    const int place = kChunk == 16 ? i ^ ((i >> 3) & (kCount - 1)) : i;
+    if (row < rows && unit < units) {
+      reinterpret_cast<Chunk*>(out + (row * units_per_row + unit) * kBytes)[i % kCount] =
+          mine[place];
     }
   }
 }
 
 PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t unit, uint32_t first,
                                     uint32_t second) {
-  if (p.halves == 1) return store_scale(scales, p.scale.kind, unit, first);
-  store_scale(scales, p.scale.kind, 2 * unit, first);
-  store_scale(scales, p.scale.kind, 2 * unit + 1, second);
+  const Scale kind = p.scale.kind;
+  if (p.halves == 1) {
+    if ((unit & (p.lanes - 1)) == 0) store_scale(scales, kind, unit >> p.lane_shift, first);
+  } else {
+    store_scale(scales, kind, 2 * unit, first);
+    store_scale(scales, kind, 2 * unit + 1, second);
+  }
 }
 
-template <class E, bool kPow2, DType kIn>
-__global__ void __launch_bounds__(kThreads) quantize_dual(const __grid_constant__ DualParams p) {
+// Blocks an SM: what the registers allow without spills.
+template <class E, bool kPow2, DType kIn, Way kWay>
+constexpr int dual_blocks =
+    kWay == Way::kRotated                             ? 2
+    : kWay == Way::kStochastic && kIn == DType::kFP32 ? 3
+    : kWay == Way::kStochastic     ? (E::spec.bits() == 4 && kIn == DType::kBF16 ? 3 : 2)
+    : kTwoAtOnce<E, kPow2, kIn>    ? 5
+    : kPow2 || kIn == DType::kFP32 ? 4
+                                   : 3;
+
+template <class E, bool kPow2, DType kIn, Way kWay>
+__global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
+    quantize_dual(const __grid_constant__ DualParams p) {
   using C = Coder<E>;
   constexpr int kSize = dtype_bytes(kIn), kWords = 2 * C::kWords, kBytes = 4 * kWords;
-  // 16 spare bytes a row: eight lanes' 16-byte stores meet eight different groups of banks.
-  constexpr int kPitch = kTileColumns * kSize + 16;
-  __shared__ uint4 tile[kTileRows * kPitch / 16];
-  // Results of the columns on their way to memory, in the order of the addresses there.
-  __shared__ uint4 turned[kThreads * kBytes / 16];
-  __shared__ uint32_t turned_scales[2 * kThreads];
-
-  codec::RecipeConstants r{};
-  if constexpr (!kPow2) r = start_recipe(p.scale);
-  const int64_t column_tile = blockIdx.x % p.column_tiles;
-  const int64_t above = blockIdx.x / p.column_tiles;
-  const int64_t matrix = above / p.row_tiles;
-  const int64_t first_row = above % p.row_tiles * kTileRows;
-  const int64_t first_column = column_tile * kTileColumns;
+  constexpr int kColumns = tile_columns(kIn), kUnits = kColumns / kUnit;
+  // A column's results in the tile's place, once that is read, with a spare chunk to spread them
+  // over the banks; scales behind.
+  constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kPitch = kStrips * kBytes + kChunk;
+  constexpr int kScalesAt = kColumns * kPitch;
+  constexpr bool kRotate = kWay == Way::kRotated, kStochastic = kWay == Way::kStochastic;
+  constexpr bool kPairs = kSize == 2 && !kRotate;
+  constexpr int kSides = kSize == 2 ? 2 : 1;
+  static_assert(kScalesAt + kColumns * kStrips * 8 <= kTileRows * kTileBytes, "results fit");
+  __shared__ uint4 tile[kTileRows * kTileBytes / 16];
+  __shared__ uint4 staged[kBytes == 16 ? 1 : kThreads * kBytes / 16];
+  __shared__ uint32_t of_strip[kStrips * kColumns];
+  __shared__ float multipliers[kPow2 ? 1 : 128], multipliers_t[!kPow2 && kRotate ? 128 : 1];
+  const Multipliers known{kPow2 ? nullptr : multipliers};
+  const Multipliers known_t{kPow2 ? nullptr : kRotate ? multipliers_t : multipliers};
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(tile);
-  float v[kUnit];
-  uint32_t codes[kWords];
-  BlockScale b[2];
+
+  const uint32_t above = blockIdx.x / p.column_tiles;
+  const int64_t matrix = above / p.row_tiles;
+  const int64_t first_row = int64_t(above % p.row_tiles) * kTileRows;
+  const int64_t first_column = int64_t(blockIdx.x % p.column_tiles) * kColumns;
+  const int rows = int(p.rows - first_row < kTileRows ? p.rows - first_row : kTileRows);
+  const int columns =
+      int(p.columns - first_column < kColumns ? p.columns - first_column : kColumns);
+  const int64_t start = (matrix * p.rows + first_row) * p.columns + first_column;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 
   {
-    const int row = threadIdx.x / 2, column = threadIdx.x % 2 * kUnit;
-    const bool live = first_row + row < p.rows && first_column + column < p.columns;
-    const int64_t at = (matrix * p.rows + first_row + row) * p.columns + first_column + column;
-    Raw<kIn> raw;
-    if (live) {
-      raw.load(static_cast<const char*>(p.x) + at * kSize);
-    } else {
-      raw.clear();
-    }
-    if (p.codes_t) store_words<Raw<kIn>::kWords>(bytes + row * kPitch + column * kSize, raw.w);
-    if (p.codes) {
+    const int chunk = threadIdx.x % 16;
+    const char* from =
+        static_cast<const char*>(p.x) + (start + threadIdx.x / 16 * p.columns) * kSize + chunk * 16;
+    const int64_t step = kThreads / 16 * p.columns * kSize;
+    const bool live = chunk * 16 / kSize < columns;
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
-      quantize_unit<E, kPow2>(p, r, v, first_column + column, codes, b);
-      if (live) {
-        const int64_t unit = at / kUnit;
-        store_words<kWords>(p.codes + unit * kBytes, codes);
-        store_unit_scales(p, p.scales, unit, b[0].code, b[1].code);
+    for (int row = threadIdx.x / 16; row < kTileRows; row += kThreads / 16, from += step) {
+      if (live && row < rows) copy_async(bytes + tile_place(row, chunk), from);
+    }
+  }
+  codec::RecipeConstants r{}, r_t{};
+  if constexpr (!kPow2) {
+    r = r_t = start_recipe(p.scale);
+    if (kRotate && p.codes) {
+      __syncthreads();
+      r_t = start_recipe(p.scale_t);
+    } else if (p.scale_t.tensor_scale_out && blockIdx.x == 0 && threadIdx.x == 0) {
+      *p.scale_t.tensor_scale_out = as_float(r.tensor_scale);
+    }
+    known.fill(p.scale, r);
+    if (kRotate) known_t.fill(p.scale_t, r_t);
+  }
+  const bool within = kPow2 && p.scale.covers;
+  wait_for_copies();
+  __syncthreads();
+
+  if (p.codes) {
+#pragma unroll 1
+    for (int done = 0; done < kTileRows * kUnits; done += kThreads) {
+      const int row = (done + threadIdx.x) / kUnits, unit = threadIdx.x % kUnits;
+      Raw<kIn> raw;
+#pragma unroll
+      for (int i = 0; i < Raw<kIn>::kWords / 4; ++i) {
+        const uint4 four = *reinterpret_cast<const uint4*>(
+            bytes + tile_place(row, unit * (Raw<kIn>::kWords / 4) + i));
+        raw.w[4 * i] = four.x;
+        raw.w[4 * i + 1] = four.y;
+        raw.w[4 * i + 2] = four.z;
+        raw.w[4 * i + 3] = four.w;
       }
+      uint32_t amax[2], codes[kWords] = {};
+      BlockScale b[2];
+      if constexpr (kRotate) {
+        float v[kUnit];
+        uint32_t scales[2];
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
+        butterflies(v, p.rotation, first_column + unit * kUnit);
+        quantize_rotated_unit<E, kPow2>(p, r, v, codes, scales);
+        b[0].code = scales[0];
+        b[1].code = scales[1];
+      } else {
+        amax[0] = raw.amax16(0);
+        amax[1] = raw.amax16(1);
+        for (int far = 1; far < p.lanes; far *= 2) {
+          amax[0] = L::max(amax[0], amax[1]);
+          amax[0] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
+        }
+        scales_of<kPow2>(p, r, amax, b, known);
+        if constexpr (kStochastic) {
+          const int64_t index = start + row * p.columns + unit * kUnit;
+          float multiplier = b[0].multiplier;
+#pragma unroll 1
+          for (int h = 0; h < 2; ++h) {
+            append_stochastic<E, false>(
+                p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
+            raw.skip16();
+            multiplier = b[1].multiplier;
+          }
+        } else if (within) {
+          encode_row<E, kPow2, true>(raw, b, p.limits, codes);
+        } else {
+          encode_row<E, kPow2, false>(raw, b, p.limits, codes);
+        }
+        clear_poisoned<E>(b, codes);
+      }
+      const bool live = row < rows && unit * kUnit < columns;
+      const int64_t index = (start + row * p.columns) / kUnit + unit;
+      if constexpr (kBytes == 16) {
+        if (live) {
+          reinterpret_cast<uint4*>(p.codes)[index] =
+              make_uint4(codes[0], codes[1], codes[2], codes[3]);
+        }
+      } else {
+        const int top = (done + warp * 32) / kUnits;
+        store_rows<kBytes, kUnits>(p.codes + (start + top * p.columns) / kUnit * kBytes,
+                                   p.columns / kUnit, rows - top, columns / kUnit, codes, staged);
+      }
+      if (live) store_unit_scales(p, p.scales, index, b[0].code, b[1].code);
     }
   }
   if (!p.codes_t) return;
-  __syncthreads();
 
-  {
-    const int column = threadIdx.x % kTileColumns, strip = threadIdx.x / kTileColumns;
+  // Warps take strips of 32 rows; lanes two columns each: neighbours, or (of rotated columns) 32
+  // apart. q: columns in the order of their places in the tile's memory.
+  const int strip = warp / 2;
+  const auto place_of = [&](int s) {
+    return kPairs ? s * 64 + warp % 2 * 32 + lane : (warp % 2 * kSides + s) * 32 + lane;
+  };
+  const auto column_of = [&](int q) { return kPairs ? q % 64 / 32 * 64 + q % 32 * 2 + q / 64 : q; };
+  // The largest of blocks that reach over strips.
+  const auto share = [&](uint32_t (&amax)[kSides][2]) {
+    if (p.lanes == 1) return;
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const uint8_t* place = bytes + (strip * kUnit + i) * kPitch + column * kSize;
-      if constexpr (kIn == DType::kFP32) {
-        v[i] = *reinterpret_cast<const float*>(place);
-      } else {
-        v[i] = half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
+    for (int s = 0; s < kSides; ++s) {
+      of_strip[strip * kColumns + place_of(s)] = L::max(amax[s][0], amax[s][1]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < kSides; ++s) {
+      for (int i = 0; i < p.lanes; ++i) {
+        const int other = strip - strip % p.lanes + i;
+        amax[s][0] = L::max(amax[s][0], of_strip[other * kColumns + place_of(s)]);
       }
     }
-    quantize_unit<E, kPow2>(p, r, v, first_row + strip * kUnit, codes, b);
-    const int place = column * (kTileRows / kUnit) + strip;
-    store_words<kWords>(reinterpret_cast<uint8_t*>(turned) + place * kBytes, codes);
-    turned_scales[2 * place] = b[0].code;
-    turned_scales[2 * place + 1] = b[1].code;
+  };
+  const uint8_t* const top = bytes + strip * kUnit * kTileBytes;
+  uint32_t codes[kSides][kWords] = {}, amax[kSides][2];
+  BlockScale b[kSides][2];
+  if constexpr (kPairs) {
+    uint32_t x[kUnit], m[2] = {0, 0};
+    const int even = tile_place(0, warp % 2 * 8 + lane / 4) + lane % 4 * 4, odd = even ^ 16;
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      x[i] = *reinterpret_cast<const uint32_t*>(top + i * kTileBytes + (i % 2 ? odd : even));
+      m[i / 16] = max_abs_halves<kIn>(m[i / 16], x[i]);
+    }
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) amax[s][h] = as_uint(half_at<kIn>(m[h], s));
+    }
+    share(amax);
+#pragma unroll
+    for (int s = 0; s < 2; ++s) scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
+    if constexpr (kStochastic) {
+      const int64_t index = ((matrix * p.columns + first_column + column_of(place_of(0))) * p.rows +
+                             first_row + strip * kUnit);
+      // A column's half at a time, in one place: the first columns' upper rows, the second's, ...
+      uint32_t all[2 * kWords] = {};
+#pragma unroll 1
+      for (int done = 0; done < 4; ++done) {
+        const int s = done & 1, h = done >> 1;
+        // From the tile again, rather than kept.
+        const uint8_t* const from = top + h * 16 * kTileBytes + 2 * s;
+        const auto get = [&](int i) {
+          const uint8_t* const place = from + i * kTileBytes + (i % 2 ? odd : even);
+          return half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
+        };
+        const float m = s ? (h ? b[1][1].multiplier : b[1][0].multiplier)
+                          : (h ? b[0][1].multiplier : b[0][0].multiplier);
+        append_stochastic<E, false, 4 * C::kWords>(p, get, m, index + s * p.rows + 16 * h, all);
+      }
+#pragma unroll
+      for (int i = 0; i < 4 * C::kWords; ++i) {
+        codes[i / C::kWords % 2][i / C::kWords / 2 * C::kWords + i % C::kWords] = all[i];
+      }
+    } else if (within) {
+      encode_columns<E, kPow2, true, kIn>(x, b, p.limits, codes);
+    } else {
+      encode_columns<E, kPow2, false, kIn>(x, b, p.limits, codes);
+    }
+  } else {
+#pragma unroll
+    for (int s = 0; s < kSides; ++s) {
+      const int at = ((warp % 2 * kSides + s) * 32 + lane) * kSize;
+      float v[kUnit];
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        const uint8_t* place = top + tile_place(i, at / 16) + at % 16;
+        if constexpr (kSize == 4) {
+          v[i] = *reinterpret_cast<const float*>(place);
+        } else {
+          v[i] = half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
+        }
+      }
+      if constexpr (kRotate) {
+        uint32_t scales[2];
+        butterflies(v, p.rotation, first_row + strip * kUnit);
+        quantize_rotated_unit<E, kPow2>(p, r_t, v, codes[s], scales);
+        b[s][0] = {scales[0], 0.0f, false};
+        b[s][1] = {scales[1], 0.0f, false};
+        continue;
+      }
+      maxima(v, amax[s]);
+      if constexpr (!kRotate) share(amax);  // then there is one side
+      scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
+      const auto get = [&](int i) { return v[i]; };
+      if constexpr (kStochastic) {
+        const int64_t index =
+            (matrix * p.columns + first_column + column_of(place_of(s))) * p.rows + first_row +
+            strip * kUnit;
+        float multiplier = b[s][0].multiplier;
+#pragma unroll 1
+        for (int h = 0; h < 2; ++h) {
+          const auto again = [&](int i) {
+            return *reinterpret_cast<const float*>(top + tile_place(16 * h + i, at / 16) + at % 16);
+          };
+          append_stochastic<E, false>(p, again, multiplier, index + 16 * h, codes[s]);
+          multiplier = b[s][1].multiplier;
+        }
+      } else if (within) {
+        encode_unit<E, true>(get, b[s], p.limits, codes[s]);
+      } else {
+        encode_unit<E, false>(get, b[s], p.limits, codes[s]);
+      }
+    }
+  }
+  // All have read the tile.
+  __syncthreads();
+  uint32_t* const scales = reinterpret_cast<uint32_t*>(bytes + kScalesAt);
+#pragma unroll
+  for (int s = 0; s < kSides; ++s) {
+    if constexpr (!kRotate) clear_poisoned<E>(b[s], codes[s]);
+    uint8_t* const to = bytes + place_of(s) * kPitch + strip * kBytes;
+#pragma unroll
+    for (int i = 0; i < kBytes / kChunk; ++i) {
+      if constexpr (kChunk == 16) {
+        reinterpret_cast<uint4*>(to)[i] = make_uint4(codes[s][4 * i], codes[s][4 * i + 1],
+                                                     codes[s][4 * i + 2], codes[s][4 * i + 3]);
+      } else {
+        reinterpret_cast<uint2*>(to)[i] = make_uint2(codes[s][2 * i], codes[s][2 * i + 1]);
+      }
+    }
+    uint32_t* const two = scales + (place_of(s) * kStrips + strip) * 2;
+    two[0] = b[s][0].code;
+    two[1] = b[s][1].code;
   }
   __syncthreads();
 
-  // Neighbouring threads write neighbouring strips of one column, chunk by chunk.
-  constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kChunks = kBytes / kChunk;
-  constexpr int kStrips = kTileRows / kUnit;
-  const int64_t units = p.rows / kUnit;
+  const int64_t units = p.rows / kUnit, strips = rows / kUnit;
+  const int64_t corner = (matrix * p.columns + first_column) * units + first_row / kUnit;
+  constexpr int kChunks = kStrips * kBytes / kChunk;  // of a column
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int i = c * kThreads + threadIdx.x, place = i / kChunks;
-    const int64_t column = first_column + place / kStrips;
-    const int64_t strip = first_row / kUnit + place % kStrips;
-    if (column >= p.columns || strip >= units) continue;
-    const int64_t unit = (matrix * p.columns + column) * units + strip;
-    uint8_t* const out = p.codes_t + unit * kBytes + i % kChunks * kChunk;
+  for (int n = 0; n < kColumns * kChunks / kThreads; ++n) {
+    const int i = n * kThreads + threadIdx.x, q = i / kChunks, chunk = i % kChunks;
+    if (column_of(q) >= columns || chunk * kChunk / kBytes >= strips) continue;
+    uint8_t* const out = p.codes_t + (corner + column_of(q) * units) * kBytes + chunk * kChunk;
+    const uint8_t* const from = bytes + q * kPitch + chunk * kChunk;
     if constexpr (kChunk == 16) {
-      *reinterpret_cast<uint4*>(out) = turned[i];
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(from);
     } else {
-      *reinterpret_cast<uint2*>(out) = reinterpret_cast<const uint2*>(turned)[i];
+      *reinterpret_cast<uint2*>(out) = *reinterpret_cast<const uint2*>(from);
     }
   }
-  const int place = threadIdx.x;
-  const int64_t column = first_column + place / kStrips;
-  const int64_t strip = first_row / kUnit + place % kStrips;
-  if (column < p.columns && strip < units) {
-    store_unit_scales(p, p.scales_t, (matrix * p.columns + column) * units + strip,
-                      turned_scales[2 * place], turned_scales[2 * place + 1]);
+#pragma unroll
+  for (int n = 0; n < kColumns * kStrips / kThreads; ++n) {
+    const int i = n * kThreads + threadIdx.x, q = i / kStrips;
+    if (column_of(q) >= columns || i % kStrips >= strips) continue;
+    store_unit_scales(p, p.scales_t, corner + column_of(q) * units + i % kStrips, scales[2 * i],
+                      scales[2 * i + 1]);
   }
 }
 

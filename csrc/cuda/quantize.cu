@@ -49,7 +49,7 @@ ScaleParams scale_params(const QuantizeArgs& args) {
 
 namespace {
 
-enum class Path { kFlat, kRows, kWide, kAny };
+enum class Path { kFlat, kRows, kSquare, kWide, kAny };
 
 const QuantizeKernels* find_kernels(const FormatSpec& f) {
   static const struct {
@@ -85,9 +85,13 @@ Path choose(const QuantizeArgs& a) {
   if (!find_kernels(f) || !power_of_two(block) || block < 16 || block > 1024) return Path::kAny;
   if (rows == 1) {
     const bool whole = a.view.count() % kUnit == 0 && a.view.columns % block == 0;
-    if (whole && !a.stochastic && a.view.flat() && aligned16(a.x)) return Path::kFlat;
+    const bool alone = !a.rotation.size && !a.out;
+    if (whole && (!a.stochastic || alone) && a.view.flat() && aligned16(a.x)) return Path::kFlat;
   } else if ((rows != 16 && rows != 32) || block > kUnit || a.rotation.size > kUnit) {
     return Path::kAny;
+  } else if (a.view.columns % kUnit == 0 && a.view.count() && !a.stochastic && !a.out &&
+             !a.rotation.size && a.view.flat() && aligned16(a.x)) {
+    return Path::kSquare;
   }
   return a.view.even() ? Path::kRows : Path::kAny;
 }
@@ -105,6 +109,7 @@ QuantizeParams common_params(const QuantizeArgs& a, int partial_count) {
   }
   p.limits = limits(a.format.element, a.full);
   p.rotation = rotation_params(a.rotation);
+  p.keys = random_keys(a.seed);
   p.halves = a.format.block_columns == 16 ? 2 : 1;
   while (kUnit * p.lanes < a.format.block_columns) {
     p.lanes *= 2;
@@ -155,7 +160,9 @@ void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {
                                       : Task::kQuantize;
   // An empty tensor has a tensor scale all the same.
   const int64_t blocks = p.units || !a.tensor_scale_out ? blocks_for(p.units) : 1;
-  launch(find_kernels(a.format)->flat[int(a.dtype)][int(task)], blocks, kThreads, stream, p);
+  const QuantizeKernels* k = find_kernels(a.format);
+  launch(a.stochastic ? k->stochastic[int(a.dtype)] : k->flat[int(a.dtype)][int(task)], blocks,
+         kThreads, stream, p);
 }
 
 void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
@@ -173,7 +180,6 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.matrix_strips = (p.matrix_rows + p.block_rows - 1) / p.block_rows;
   p.strips = p.rows / p.matrix_rows * p.matrix_strips;
   p.aligned = aligned16(a.x) && p.row_stride * dtype_bytes(a.dtype) % 16 == 0;
-  p.seed = a.seed;
   const int64_t at_once = 32 / p.block_rows;
   const int64_t threads = p.block_rows == 1
                               ? p.rows * p.units_per_row
@@ -181,6 +187,25 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.units_per_row = p.units_per_row ? p.units_per_row : 1;
   const int64_t blocks = threads || !a.tensor_scale_out ? blocks_for(threads) : 1;
   launch(find_kernels(f)->rows[a.stochastic], blocks, kThreads, stream, p);
+}
+
+void launch_square(const QuantizeArgs& a, int partial_count, Stream stream) {
+  const QuantizeParams common = common_params(a, partial_count);
+  SquareParams p;
+  p.x = a.x;
+  p.rows = a.matrix_rows;
+  p.columns = a.view.columns;
+  p.row_tiles = uint32_t((p.rows + kSquareRows - 1) / kSquareRows);
+  p.column_tiles = uint32_t((p.columns / kUnit + kSquareUnits - 1) / kSquareUnits);
+  p.codes = a.codes;
+  p.scales = a.scales;
+  p.scale = common.scale;
+  p.limits = common.limits;
+  p.halves = common.halves;
+  p.block_rows = int(a.format.block_rows);
+  p.strips = (p.rows + p.block_rows - 1) / p.block_rows;
+  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+  launch(find_kernels(a.format)->square[int(a.dtype)], tiles, kThreads, stream, p);
 }
 
 }  // namespace
@@ -217,6 +242,8 @@ void quantize(const QuantizeArgs& a, Stream stream) {
       return launch_flat(a, partial_count, stream);
     case Path::kRows:
       return launch_rows(a, partial_count, stream);
+    case Path::kSquare:
+      return launch_square(a, partial_count, stream);
     case Path::kWide:
       return quantize_wide(a, stream);
     default:
@@ -226,32 +253,72 @@ void quantize(const QuantizeArgs& a, Stream stream) {
 
 bool dual_serves(const QuantizeArgs& a) {
   const FormatSpec& f = a.format;
-  const bool block = f.block_rows == 1 && (f.block_columns == 16 || f.block_columns == 32);
-  const bool whole = a.view.columns % kUnit == 0 && a.matrix_rows % kUnit == 0;
-  // A rotation along the other axis has another tensor scale.
-  const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && !dynamic(a));
-  return block && whole && rotation && find_kernels(f) && !a.stochastic && a.view.count() &&
-         a.view.flat() && aligned16(a.x);
+  const int64_t block = f.block_columns, unit = block > kUnit ? block : kUnit;
+  const bool blocks = f.block_rows == 1 && power_of_two(block) && block >= 16 &&
+                      block <= (a.dtype == DType::kFP32 ? 64 : 128);
+  const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && block <= kUnit);
+  const bool rounding = !a.stochastic || (!a.rotation.size && !a.out);
+  return blocks && a.view.columns % unit == 0 && a.matrix_rows % unit == 0 && rotation &&
+         rounding && find_kernels(f) && a.view.count() && a.view.flat() && aligned16(a.x);
 }
 
-void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
-  const QuantizeParams common = common_params(a, start_amax(a, stream));
+namespace {
+
+DualParams dual_params(const QuantizeArgs& a, int partial_count) {
+  const QuantizeParams common = common_params(a, partial_count);
   DualParams p;
   p.x = a.x;
   p.rows = a.matrix_rows;
   p.columns = a.view.columns;
-  p.row_tiles = (p.rows + kTileRows - 1) / kTileRows;
-  p.column_tiles = (p.columns + kTileColumns - 1) / kTileColumns;
+  const int tile = tile_columns(a.dtype);
+  p.row_tiles = uint32_t((p.rows + kTileRows - 1) / kTileRows);
+  p.column_tiles = uint32_t((p.columns + tile - 1) / tile);
   p.codes = a.codes;
   p.scales = a.scales;
-  p.codes_t = across.codes;
-  p.scales_t = across.scales;
-  p.scale = common.scale;
+  p.scale = p.scale_t = common.scale;
   p.limits = common.limits;
   p.rotation = common.rotation;
+  p.first = a.rotation.size ? first_multiplier(a.rotation.size) : 0;
   p.halves = common.halves;
-  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
-  launch(find_kernels(a.format)->dual[int(a.dtype)], tiles, kThreads, stream, p);
+  p.lanes = common.lanes;
+  p.lane_shift = common.lane_shift;
+  p.keys = common.keys;
+  return p;
+}
+
+int64_t tiles_of(const QuantizeArgs& a, const DualParams& p) {
+  return a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+}
+
+}  // namespace
+
+void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
+  // Rotated columns have a largest number of their own.
+  const bool turned = a.rotation.size && across.partials;
+  DualParams p = dual_params(a, a.codes || !turned ? start_amax(a, stream) : 0);
+  p.codes_t = across.codes;
+  p.scales_t = across.scales;
+  p.scale_t.tensor_scale_out = across.tensor_scale_out;
+  if (turned) {
+    AmaxArgs amax;
+    amax.x = a.x;
+    amax.dtype = a.dtype;
+    amax.view = a.view;
+    amax.matrix_rows = a.matrix_rows;
+    amax.partials = across.partials;
+    amax.rotation = a.rotation;
+    p.scale_t.partials = across.partials;
+    p.scale_t.partial_count = amax_partials_across(amax, stream);
+    if (!a.codes) p.scale = p.scale_t;
+  }
+  const Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
+  launch(find_kernels(a.format)->dual[int(a.dtype)][int(way)], tiles_of(a, p), kThreads, stream, p);
+}
+
+void fake_quantize_across(const QuantizeArgs& a, Stream stream) {
+  const DualParams p = dual_params(a, start_amax(a, stream));
+  launch(find_kernels(a.format)->fake_across[int(a.dtype)], tiles_of(a, p), kThreads, stream, p,
+         a.out);
 }
 
 }  // namespace cuda

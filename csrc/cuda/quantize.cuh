@@ -3,11 +3,12 @@
 // finds the block scale (with the lanes that share its block) and writes the packed codes.
 //
 // quantize_flat: rows end to end in whole units; 16-byte accesses, no index arithmetic. The hot
-// one. quantize_rows: ragged, strided, unaligned rows, square blocks, stochastic rounding.
+// one, and quantize_flat_stochastic beside it. quantize_rows: ragged, strided, unaligned rows.
 #pragma once
 
-#include "dual.cuh"
+#include "across.cuh"
 #include "quantize_rotated.cuh"
+#include "square.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -24,6 +25,7 @@ struct QuantizeParams {
   int halves = 1;      // blocks in a unit: 2 where they are of 16
   int lanes = 1;       // units in a block
   int lane_shift = 0;  // log2 of that
+  RandomKeys keys;     // of stochastic rounding
 
   // quantize_rows alone.
   DType dtype = DType::kFP32;
@@ -32,7 +34,6 @@ struct QuantizeParams {
   int block_rows = 1;  // 1, 16 or 32
   int64_t matrix_rows = 1, matrix_strips = 1, strips = 0;
   bool aligned = false;
-  uint64_t seed = 0;
 };
 
 enum class Task { kQuantize, kRotateQuantize, kFakeQuantize };
@@ -77,6 +78,22 @@ PYFMT_DEVICE void unit_scales(const QuantizeParams& p, const codec::RecipeConsta
   b[0] = block_scale<kPow2>(p.scale, r, amax[0]);
   b[1] = b[0];
   if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
+}
+
+template <bool kPow2>
+PYFMT_DEVICE void store_flat_scales(const QuantizeParams& p, int64_t unit,
+                                    const BlockScale (&b)[2]) {
+  const Scale kind = kPow2 ? Scale::kE8M0 : p.scale.kind;
+  if (p.halves == 2) {
+    if (kPow2 || kind == Scale::kE4M3) {
+      static_cast<uint16_t*>(p.scales)[unit] = uint16_t(b[0].code | b[1].code << 8);
+    } else {
+      store_scale(p.scales, kind, 2 * unit, b[0].code);
+      store_scale(p.scales, kind, 2 * unit + 1, b[1].code);
+    }
+  } else if ((threadIdx.x & (p.lanes - 1)) == 0) {
+    store_scale(p.scales, kind, unit >> p.lane_shift, b[0].code);
+  }
 }
 
 template <class E, bool kPow2, DType kIn, Task kTask>
@@ -148,19 +165,52 @@ __global__ void __launch_bounds__(kThreads)
     Stage<kOutBytes>::store(static_cast<uint8_t*>(p.out), unit, p.units, words, shared);
   } else {
     Stage<kOutBytes>::store(p.codes, unit, p.units, codes, shared);
-    if (!live) return;
-    const Scale kind = kPow2 ? Scale::kE8M0 : p.scale.kind;
-    if (p.halves == 2) {
-      if (kPow2 || kind == Scale::kE4M3) {
-        static_cast<uint16_t*>(p.scales)[unit] = uint16_t(b[0].code | b[1].code << 8);
-      } else {
-        store_scale(p.scales, kind, 2 * unit, b[0].code);
-        store_scale(p.scales, kind, 2 * unit + 1, b[1].code);
-      }
-    } else if ((threadIdx.x & (p.lanes - 1)) == 0) {
-      store_scale(p.scales, kind, unit >> p.lane_shift, b[0].code);
-    }
+    if (live) store_flat_scales<kPow2>(p, unit, b);
   }
+}
+
+template <class E, bool kPow2, DType kIn>
+__global__ void __launch_bounds__(kThreads, kIn == DType::kFP32 ? 3 : 4)
+    quantize_flat_stochastic(const __grid_constant__ QuantizeParams p) {
+  using C = Coder<E>;
+  constexpr int kBytes = 4 * E::spec.bits();
+  __shared__ uint4 shared[Stage<kBytes>::kShared];
+  const int64_t unit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  Raw<kIn> raw;
+  if (unit < p.units) {
+    raw.load(static_cast<const char*>(p.x) + unit * (dtype_bytes(kIn) * kUnit));
+  } else {
+    raw.clear();
+  }
+  codec::RecipeConstants r{};
+  if constexpr (!kPow2) r = start_recipe(p.scale);
+  uint32_t amax[2] = {raw.amax16(0), raw.amax16(1)}, codes[2 * C::kWords] = {};
+  BlockScale b[2];
+  unit_scales<kPow2>(p, r, amax, 1, p.lanes, b);
+
+  // Half by half in one place: the random words of both at once would take all registers.
+  const auto halves = [&](auto within) {
+    float multiplier = b[0].multiplier;
+#pragma unroll 1
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < C::kWords; ++i) codes[i] = codes[C::kWords + i];
+      encode_stochastic<E, decltype(within)::value, true>(
+          p.keys, uint64_t(unit * kUnit + 16 * h), [&](int i) { return raw.get(i); }, multiplier,
+          p.limits, codes + C::kWords);
+      raw.skip16();
+      multiplier = b[1].multiplier;
+    }
+  };
+  if (kPow2 && p.scale.covers) {
+    halves(std::true_type{});
+  } else {
+    halves(std::false_type{});
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * C::kWords; ++i) codes[i] = b[i / C::kWords].poisoned ? 0u : codes[i];
+  Stage<kBytes>::store(p.codes, unit, p.units, codes, shared);
+  if (unit < p.units) store_flat_scales<kPow2>(p, unit, b);
 }
 
 // ---- rows -------------------------------------------------------------------------------------
@@ -190,84 +240,6 @@ PYFMT_DEVICE void load_unit(const void* x, DType dtype, int64_t at, int64_t have
   }
 }
 
-// codec's stochastic codes with the float to integer conversions, a sixteenth of the adder's rate,
-// replaced by additions rounded down.
-template <class E>
-PYFMT_DEVICE uint32_t stochastic_code(float y, uint32_t random24, const Limits& limits) {
-  constexpr ElementSpec spec = E::spec;
-  const uint32_t bits = as_uint(y), sign = bits & 0x80000000u;
-  float t;
-  uint32_t below = 0;
-  if constexpr (spec.is_int()) {
-    const float limit = sign ? -limits.low : limits.high;
-    t = as_float(L::min(bits & 0x7fffffffu, as_uint(limit))) *
-        as_float(power_of_two_bits(spec.frac));
-  } else {
-    constexpr codec::FloatCodec c(spec);
-    const uint32_t magnitude = L::min(bits & 0x7fffffffu, c.max_bits);
-    const uint32_t exponent = L::max(magnitude & kFloatInf, c.emin_bits);
-    t = as_float(magnitude) * as_float(((254u + uint32_t(c.man)) << 23) - exponent);
-    below = (exponent - c.emin_bits) >> c.shift;
-  }
-  // Whatever is not zero stays above it: only random24 = 0 can tell such values apart.
-  if (bits << 1) t = as_float(L::max(as_uint(t), power_of_two_bits(-60)));
-  const float sum = add_down(t, 8388608.0f);
-  const float rest = (t - (sum - 8388608.0f)) * 16777216.0f;
-  const uint32_t up = L::to_float(random24) < rest ? 1u : 0u;
-  const uint32_t n = as_uint(sum) - as_uint(8388608.0f) + up + below;
-  if constexpr (spec.is_int()) {
-    constexpr uint32_t mask = (1u << spec.bits()) - 1;
-    return (sign ? 0u - n : n) & mask;
-  } else {
-    return n | sign >> (32 - spec.bits());
-  }
-}
-
-// The four random words of a counter: element 4 * counter + i has word i.
-PYFMT_DEVICE void random_words(uint64_t seed, uint64_t counter, uint32_t (&w)[4]) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  w[0] = uint32_t(counter);
-  w[1] = uint32_t(counter >> 32);
-  w[2] = w[3] = 0;
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t a = uint64_t(w[0]) * 0xd2511f53u, b = uint64_t(w[2]) * 0xcd9e8d57u;
-    w[0] = uint32_t(b >> 32) ^ w[1] ^ k0;
-    w[1] = uint32_t(b);
-    w[2] = uint32_t(a >> 32) ^ w[3] ^ k1;
-    w[3] = uint32_t(a);
-    k0 += 0x9e3779b9u;
-    k1 += 0xbb67ae85u;
-  }
-}
-
-// Numbers of sixteen consecutive elements, 24 bits each; `index` of the first.
-PYFMT_DEVICE void random_sixteen(uint64_t seed, uint64_t index, uint32_t (&r)[16]) {
-  if (index % 4 == 0) {
-#pragma unroll
-    for (int g = 0; g < 4; ++g) {
-      uint32_t w[4];
-      random_words(seed, index / 4 + uint64_t(g), w);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) r[4 * g + i] = w[i] >> 8;
-    }
-  } else {
-#pragma unroll 1
-    for (int g = 0; g < 5; ++g) {
-      uint32_t w[4];
-      random_words(seed, index / 4 + uint64_t(g), w);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const uint32_t lane = uint32_t(index + uint64_t(i)) & 3;
-        const uint32_t word = lane & 2 ? (lane & 1 ? w[3] : w[2]) : (lane & 1 ? w[1] : w[0]);
-        if ((index + uint64_t(i)) / 4 == index / 4 + uint64_t(g)) r[i] = word >> 8;
-      }
-    }
-  }
-}
-
-// Random words of many elements in flight would take all registers: hence at least two blocks an
-// SM.
 template <class E, bool kPow2, bool kStochastic>
 __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
     quantize_rows(const __grid_constant__ QuantizeParams p) {
@@ -316,18 +288,21 @@ __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
   BlockScale b[2];
   unit_scales<kPow2>(p, r, amax, 1, p.block_rows == 1 ? p.lanes : p.block_rows, b);
 
-  uint32_t codes[2 * C::kWords];
+  uint32_t codes[2 * C::kWords] = {};
   if constexpr (kStochastic) {
     const uint64_t index = uint64_t(row * p.columns + column);
-#pragma unroll
+    // Half by half in one place: the registers of both at once would not do.
+    float multiplier = b[0].multiplier;
+#pragma unroll 1
     for (int h = 0; h < 2; ++h) {
-      uint32_t random[16];
-      random_sixteen(p.seed, index + uint64_t(16 * h), random);
-      C::pack(
-          [&](int i) {
-            return stochastic_code<E>(v[16 * h + i] * b[h].multiplier, random[i], p.limits);
-          },
-          codes + h * C::kWords);
+#pragma unroll
+      for (int i = 0; i < C::kWords; ++i) codes[i] = codes[C::kWords + i];
+      encode_stochastic<E, false, false>(
+          p.keys, index + uint64_t(16 * h), [&](int i) { return v[i]; }, multiplier, p.limits,
+          codes + C::kWords);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) v[i] = v[16 + i];
+      multiplier = b[1].multiplier;
     }
   } else {
 #pragma unroll
@@ -397,9 +372,12 @@ inline int rotated_index(int size) {
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
-  Kernel flat[3][3];                  // by dtype and task
-  Kernel rows[2];                     // nearest, stochastic
-  void (*dual[3])(DualParams);        // by dtype
+  Kernel flat[3][3];               // by dtype and task
+  Kernel stochastic[3];            // by dtype
+  Kernel rows[2];                  // nearest, stochastic
+  void (*dual[3][3])(DualParams);  // by dtype and way
+  void (*fake_across[3])(DualParams, void*);
+  void (*square[3])(SquareParams);
   void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
 };
 
@@ -409,7 +387,12 @@ void fill_flat(QuantizeKernels* k) {
   k->flat[int(kIn)][int(Task::kRotateQuantize)] =
       quantize_flat<E, kPow2, kIn, Task::kRotateQuantize>;
   k->flat[int(kIn)][int(Task::kFakeQuantize)] = quantize_flat<E, kPow2, kIn, Task::kFakeQuantize>;
-  k->dual[int(kIn)] = quantize_dual<E, kPow2, kIn>;
+  k->stochastic[int(kIn)] = quantize_flat_stochastic<E, kPow2, kIn>;
+  k->dual[int(kIn)][int(Way::kPlain)] = quantize_dual<E, kPow2, kIn, Way::kPlain>;
+  k->dual[int(kIn)][int(Way::kRotated)] = quantize_dual<E, kPow2, kIn, Way::kRotated>;
+  k->dual[int(kIn)][int(Way::kStochastic)] = quantize_dual<E, kPow2, kIn, Way::kStochastic>;
+  k->fake_across[int(kIn)] = fake_quantize_across<E, kPow2, kIn>;
+  k->square[int(kIn)] = quantize_square<E, kPow2, kIn>;
 }
 
 template <class E, bool kPow2>

@@ -32,8 +32,8 @@ inline uint32_t first_multiplier(int size) {
 }
 
 // One rotated unit, without the factor, to codes and one or two scales.
-template <class E, bool kPow2>
-PYFMT_DEVICE void quantize_rotated_unit(const RotatedParams& p, const codec::RecipeConstants& r,
+template <class E, bool kPow2, class Params>
+PYFMT_DEVICE void quantize_rotated_unit(const Params& p, const codec::RecipeConstants& r,
                                         const float* v, uint32_t* codes, uint32_t (&scales)[2]) {
   using C = Coder<E>;
   const float factor = p.rotation.factor;

@@ -76,8 +76,8 @@ PYFMT_DEVICE void multiply(float (&v)[kCount], float factor) {
 }
 
 // One unit a lane, neighbouring units in neighbouring lanes; index: of its first element in rows
-// laid end to end, or in its row.
-PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t index) {
+// laid end to end, or in its row. Without the factor.
+PYFMT_DEVICE void butterflies(float (&v)[kUnit], const RotationParams& r, int64_t index) {
   if (r.signs) {
     const uint32_t signs = r.signs[signs_word(r, index / kUnit)];
 #pragma unroll
@@ -101,6 +101,9 @@ PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t ind
       near_butterflies<32>(v);
   }
   for (int far = 1; far < r.size / kUnit; far *= 2) far_butterfly(v, far);
+}
+PYFMT_DEVICE void rotate(float (&v)[kUnit], const RotationParams& r, int64_t index) {
+  butterflies(v, r, index);
   multiply(v, r.factor);
 }
 

@@ -74,8 +74,15 @@ PYFMT_DEVICE codec::RecipeConstants start_recipe(const ScaleParams& p) {
   return r;
 }
 
-// codec::e4m3_from_amax with the conversions of the hardware.
-PYFMT_DEVICE uint32_t e4m3_scale(const codec::RecipeConstants& r, float amax, float* enc) {
+// codec::e4m3_from_amax in two steps, with the conversions of the hardware.
+PYFMT_DEVICE float e4m3_multiplier(const codec::RecipeConstants& r, uint32_t code) {
+  float value, unused;
+  from_e4m3(code, &value, &unused);
+  const float e =
+      r.torchao ? as_float(r.inverse) / value : 1.0f / (value * as_float(r.tensor_scale));
+  return code == 0 ? 0.0f : fminf(e, as_float(kFloatMax));
+}
+PYFMT_DEVICE uint32_t e4m3_code(const codec::RecipeConstants& r, float amax) {
   float s;
   if (r.torchao) {
     s = amax / as_float(r.qmax) / as_float(r.tensor_scale);
@@ -85,14 +92,19 @@ PYFMT_DEVICE uint32_t e4m3_scale(const codec::RecipeConstants& r, float amax, fl
     // An infinite factor times nothing.
     s = amax == 0.0f ? 0.0f : s;
   }
-  const uint32_t code = to_fp8<false>(s, 0.0f);
-  float value, unused;
-  from_e4m3(code, &value, &unused);
-  const float e =
-      r.torchao ? as_float(r.inverse) / value : 1.0f / (value * as_float(r.tensor_scale));
-  *enc = code == 0 ? 0.0f : fminf(e, as_float(kFloatMax));
-  return code;
+  return to_fp8<false>(s, 0.0f);
 }
+
+// The elements' multipliers of all E4M3 scales, for blocks of threads that look them up rather than
+// divide for every scale. All threads must call; a barrier has to follow.
+struct Multipliers {
+  float* of;  // 128 of shared memory, or null
+
+  PYFMT_DEVICE void fill(const ScaleParams& p, const codec::RecipeConstants& r) const {
+    if (p.kind == Scale::kE4M3 && threadIdx.x < 128)
+      of[threadIdx.x] = e4m3_multiplier(r, threadIdx.x);
+  }
+};
 
 struct BlockScale {
   uint32_t code;
@@ -103,7 +115,7 @@ struct BlockScale {
 // kPow2: the scale is E8M0. amax: float32 bits, infinity's or more for non-finite blocks.
 template <bool kPow2>
 PYFMT_DEVICE BlockScale block_scale(const ScaleParams& p, const codec::RecipeConstants& r,
-                                    uint32_t amax) {
+                                    uint32_t amax, Multipliers known = {nullptr}) {
   BlockScale b;
   b.poisoned = amax >= kFloatInf;
   if constexpr (kPow2) {
@@ -112,7 +124,8 @@ PYFMT_DEVICE BlockScale block_scale(const ScaleParams& p, const codec::RecipeCon
   } else {
     const uint32_t finite = b.poisoned ? 0u : amax;
     if (p.kind == Scale::kE4M3) {
-      b.code = e4m3_scale(r, as_float(finite), &b.multiplier);
+      b.code = e4m3_code(r, as_float(finite));
+      b.multiplier = known.of ? known.of[b.code] : e4m3_multiplier(r, b.code);
     } else {
       const uint32_t s = as_uint(as_float(finite) / p.qmax);
       b.code = codec::round_scale<uint32_t>(p.kind, s);

@@ -27,6 +27,7 @@ NAMES = tuple(_ROOMS)
 
 VERBS = (
     "quantize",
+    "quantize_dual",
     "dequantize",
     "fake_quantize",
     "hadamard",

@@ -128,6 +128,33 @@ def quantize(
     return codes, scales, _some(stored)
 
 
+def quantize_dual(
+    x: Any,
+    fmt: Format,
+    *,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+    rotation: int | None = None,
+    signs: Any = None,
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """quantize along the last axis, then along the one before it."""
+    options: dict[str, Any] = {
+        "scale_rule": scale_rule,
+        "recipe": recipe,
+        "rounding": rounding,
+        "seed": seed,
+        "clip": clip,
+        "tensor_scale": tensor_scale,
+        "rotation": rotation,
+        "signs": signs,
+    }
+    return (*quantize(x, fmt, axis=-1, **options), *quantize(x, fmt, axis=-2, **options))
+
+
 def dequantize(
     codes: Any,
     scales: Any,

@@ -203,6 +203,39 @@ def quantize(
     return _out(codes, x), _out(scales, x), _out(stored, x) if stored.numel() else None
 
 
+def quantize_dual(
+    x: Any,
+    fmt: Format,
+    *,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    clip: str = "symmetric",
+    tensor_scale: Any = None,
+    rotation: int | None = None,
+    signs: Any = None,
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    tensor = _in(x)
+    parts = _ops().quantize_dual(
+        tensor,
+        fmt.key,
+        scale_rule,
+        recipe,
+        rounding,
+        _signed(seed),
+        clip,
+        _given(tensor_scale, fmt, recipe, tensor),
+        rotation or 0,
+        _signs(signs, tensor),
+    )
+    along, across = (
+        (_out(codes, x), _out(scales, x), _out(stored, x) if stored.numel() else None)
+        for codes, scales, stored in (parts[:3], parts[3:])
+    )
+    return (*along, *across)
+
+
 def dequantize(
     codes: Any,
     scales: Any,
