@@ -191,6 +191,15 @@ PYFMT_DEVICE uint32_t max_abs_halves(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Lane-wise largest of unsigned halves.
+PYFMT_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __vmaxu2(a, b);
+#else
+  return L::max(a >> 16, b >> 16) << 16 | L::max(a & 0xffffu, b & 0xffffu);
+#endif
+}
+
 // One of two halves as float32 bits.
 template <DType kIn>
 PYFMT_DEVICE float half_at(uint32_t pair, int which) {

@@ -114,11 +114,6 @@ struct Fold {
   };
 };
 
-// The larger of each half; both below 2^15.
-PYFMT_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
-  return __vmaxs2(a, b);
-}
-
 // A row's base exponent from the range of its units: as near to zero as the window allows.
 template <class F>
 struct Base {

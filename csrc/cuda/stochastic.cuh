@@ -80,15 +80,6 @@ PYFMT_DEVICE float fused_down(float a, float b, float c) {
 #endif
 }
 
-// Lane-wise largest of unsigned halves.
-PYFMT_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  return __vmaxu2(a, b);
-#else
-  return L::max(a >> 16, b >> 16) << 16 | L::max(a & 0xffffu, b & 0xffffu);
-#endif
-}
-
 template <class E>
 struct Dither {
   using C = Coder<E>;
