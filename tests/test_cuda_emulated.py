@@ -27,7 +27,7 @@ from tests.cuda_rooms import (
     squares_equal_reference,
 )
 from tests.grids import BF16, DTYPES
-from tests.rooms import Room, same_everywhere, same_quantized, to_torch
+from tests.rooms import Room, same_everywhere, same_quantized, to_numpy, to_torch
 
 # One of each path: flat units, ragged rows, square blocks, and what only the general kernels take.
 PATHS = [
@@ -202,6 +202,21 @@ def test_e2m1_around_every_midpoint_after_a_rotation(size: int) -> None:
         codes = emulated_ops()._encode(to_torch(scaled), "e2m1", byte, "symmetric", size).numpy()
         want = reference.encode(x * factor, get_element("e2m1"))
         assert np.array_equal(codes, want), f"scale {byte}"
+
+
+def test_signs_lie_anywhere_and_need_not_fill_words(room: Room) -> None:
+    rng = np.random.default_rng(0)
+    x = to_torch(grids.noise(6, 144, BF16))
+    ops = emulated_ops()
+    for size, length, step in ((16, 16, 2), (16, 144, 1), (8, 8, 3), (2, 144, 2)):
+        signs = torch.from_numpy(rng.choice([-1, 1], length * step).astype(np.int32))[::step]
+        want = reference.hadamard(to_numpy(x), size, signs.numpy())
+        same = to_numpy(ops.hadamard(x, size, signs)).view(np.uint16) == want.view(np.uint16)
+        assert same.all(), f"hadamard {size}, {length} signs {step} apart"
+        got = ops.quantize(x, "mxfp4", rotation=size, signs=signs)
+        rotated = reference.hadamard(to_numpy(x).astype(np.float32), size, signs.numpy())
+        codes, scales, _ = reference.quantize(rotated, FORMATS["mxfp4"])
+        assert np.array_equal(got[0].numpy(), codes) and np.array_equal(got[1].numpy(), scales)
 
 
 def test_an_empty_tensor_has_a_tensor_scale(room: Room) -> None:

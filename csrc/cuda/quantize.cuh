@@ -269,8 +269,14 @@ __global__ void __launch_bounds__(kThreads, kStochastic ? 2 : 3)
 
   float v[kUnit];
   load_unit(p.x, p.dtype, row * p.row_stride + column, have, p.aligned, v);
-  // Whole rotations lie within a row, and zeros beyond it stay zero.
-  if (p.rotation.size) rotate(v, p.rotation, column);
+  if (p.rotation.size) {
+    rotate(v, p.rotation, column);
+    // Whole rotations lie within a row; the zeros beyond it may have taken signs.
+    if (have < kUnit) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) v[i] = i < have ? v[i] : 0.0f;
+    }
+  }
   uint32_t amax[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
