@@ -51,7 +51,6 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
   a.format = f;
   if (w_tensor_scale && w_tensor_scale->numel() != 0) {
     const Tensor& t = *w_tensor_scale;
-    options::expect(f.tensor_scale, "w_tensor_scale: ", w_format, " has none; pass None");
     device.expect_here("w_tensor_scale", t);
     options::expect(t.scalar_type() == ScalarType::Float && t.numel() == 1,
                     "w_tensor_scale: expected one float32 number, got ", t.numel(), " of dtype ",

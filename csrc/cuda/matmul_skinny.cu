@@ -4,6 +4,7 @@
 #include <cmath>
 #include <mutex>
 
+#include "../parse.h"
 #include "matmul_skinny.cuh"
 #include "matmul_skinny.h"
 
@@ -56,7 +57,10 @@ struct Plan {
 int sum_bytes(const SkinnyKernel& kernel, const Plan& plan, int columns) {
   return plan.k_warps * columns * (kernel.row_tile * plan.row_warps + 4) * 4;
 }
-// Shared memory for one step of each part.
+int ring_bytes(const SkinnyKernel& kernel, const Plan& plan) {
+  return plan.k_warps * plan.row_warps * kernel.depth * kernel.slot;
+}
+// Shared memory for x in one step of each part.
 int step_bytes(const SkinnyKernel& kernel, const Plan& plan, int padded_columns) {
   return plan.k_warps * kernel.fragments * 64 * padded_columns;
 }
@@ -79,7 +83,8 @@ Plan cost_of(const SkinnyArgs& a, const SkinnyKernel& kernel, int cluster, int k
   plan.row_warps = int((shares + rounds - 1) / rounds);
   if (plan.row_warps * k_warps > kernel.warps) return plan;
   plan.clusters = int(std::min<int64_t>(most, (tiles + plan.row_warps - 1) / plan.row_warps));
-  const int need = kernel.depth * step_bytes(kernel, plan, padded_columns(kernel, columns)) +
+  const int need = ring_bytes(kernel, plan) +
+                   kernel.depth * step_bytes(kernel, plan, padded_columns(kernel, columns)) +
                    sum_bytes(kernel, plan, columns);
   if (need > shared_limit(kernel)) return plan;
   const double bits = a.format.bits() + 8.0 * scale_bytes(a.format.scale) / 32;
@@ -188,11 +193,17 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.even_steps = steps / plan.parts();
   p.longer_parts = steps % plan.parts();
   const int longest = (steps + plan.parts() - 1) / plan.parts();
-  p.part_steps = (longest + kernel.depth - 1) / kernel.depth * kernel.depth;
+  p.part_steps = (longest + kScaleDepth - 1) / kScaleDepth * kScaleDepth;
   const int sums = sum_bytes(kernel, plan, columns), step = step_bytes(kernel, plan, p.columns);
-  const int fits = (shared_limit(kernel) - sums) / step / kernel.depth * kernel.depth;
+  p.x_at = ring_bytes(kernel, plan);
+  const int fits = (shared_limit(kernel) - p.x_at - sums) / step / kScaleDepth * kScaleDepth;
+  if (fits < kScaleDepth) {
+    throw Error(
+        "matmul for few tokens: no way to share the work fits the shared memory of this "
+        "device; choose another path");
+  }
   p.slice_steps = std::min(p.part_steps, fits);
-  p.sums_at = p.slice_steps * step;
+  p.sums_at = p.x_at + p.slice_steps * step;
 
   ClusterLaunch l;
   l.clusters = plan.clusters;

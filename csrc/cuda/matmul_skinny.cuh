@@ -42,7 +42,7 @@ struct SkinnyParams {
   int part_steps = 0;                    // of the longest part, a multiple of the kernel's depth
   int slice_steps = 0;                   // that shared memory holds at a time
   int columns = 0;                       // of shared memory
-  int sums_at = 0;                       // where partial sums start in shared memory, in bytes
+  int x_at = 0, sums_at = 0;             // where they start in shared memory, in bytes
 };
 
 enum class Grouping { kBlocks, kSteps, k32 };
@@ -81,17 +81,13 @@ template <class W, int kTiles>
 struct SkinnyShape {
   static constexpr bool kMany = kTiles > 2;
   static constexpr int kRowTiles = W::kGrouped || W::D::kBits == 6 ? 1 : 2;
-  static constexpr int kDepth = 2;
-  static constexpr int kWarps = 8;
-  static constexpr int kBlocks = kMany ? 1 : 2;
+  static constexpr int kDepth = W::kVectors == 3 || kMany ? 3 : 4;
+  static constexpr int kWarps = kMany ? 12 : 16;
+  static constexpr int kBlocks = 1;
 };
 
-// A lane's share of one step: words of each row, and the scale bytes that go with them.
-template <class W, int kRows>
-struct SkinnySlot {
-  uint32_t words[kRows][4 * W::kVectors];
-  uint32_t scale[kRows];
-};
+// Steps whose scales wait in registers: those of the codes wait in shared memory, kDepth steps.
+constexpr int kScaleDepth = 2;
 
 template <class W, int kTiles, Inputs kInputs>
 struct SkinnyWarp {
@@ -99,15 +95,19 @@ struct SkinnyWarp {
   using Shape = SkinnyShape<W, kTiles>;
   static constexpr bool kGuard = kInputs == Inputs::kGuarded;
   static constexpr int kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
-  using Slot = SkinnySlot<W, kRows>;
+  // Of one step in flight: the rows' vectors of 16 bytes, each vector's lanes side by side.
+  static constexpr int kSlotBytes = kRows * W::kVectors * 512;
 
   const SkinnyParams& p;
   int lane, t;
+  char* ring;  // this lane's place in the warp's slots
   const uint8_t *codes[kRows], *scales[kRows];
   float sums[kRowTiles][kTiles][4];
 
-  PYFMT_DEVICE explicit SkinnyWarp(const SkinnyParams& p)
-      : p(p), lane(int(threadIdx.x & 31)), t(lane & 3) {}
+  PYFMT_DEVICE SkinnyWarp(const SkinnyParams& p, char* shared)
+      : p(p), lane(int(threadIdx.x & 31)), t(lane & 3) {
+    ring = shared + int(threadIdx.x >> 5) * (Shape::kDepth * kSlotBytes) + 16 * lane;
+  }
 
   PYFMT_DEVICE void clear() {
 #pragma unroll
@@ -116,45 +116,65 @@ struct SkinnyWarp {
   }
 
   // Rows beyond the last are read as the last; nobody stores what they give.
-  PYFMT_DEVICE void set_rows(int64_t first) {
-    const int scale_row = int(p.row_scales) * (W::kGrouped ? scale_bytes(p.scale) : 1);
+  PYFMT_DEVICE int64_t row_of(int64_t first, int r) const {
+    const int64_t row = first + 8 * r + (lane >> 2);
+    return row < p.n ? row : p.n - 1;
+  }
+  PYFMT_DEVICE void set_codes(int64_t first) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) codes[r] = p.codes + row_of(first, r) * p.row_bytes;
+  }
+  PYFMT_DEVICE void set_scales(int64_t first) {
+    const int64_t bytes = p.row_scales * (W::kGrouped ? scale_bytes(p.scale) : 1);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      int64_t row = first + 8 * r + (lane >> 2);
-      row = row < p.n ? row : p.n - 1;
-      codes[r] = p.codes + row * p.row_bytes;
-      scales[r] = static_cast<const uint8_t*>(p.scales) + row * scale_row;
+      scales[r] = static_cast<const uint8_t*>(p.scales) + row_of(first, r) * bytes;
     }
   }
 
   // ---- loads ----------------------------------------------------------------------------------
 
-  PYFMT_DEVICE void load(Slot& slot, int step) const {
-    int k = step * W::kStep + t * W::kLane;
-    // Beyond the end x is zero, so any of the row's own elements will do, but not an infinity.
-    const bool inside = k < p.padded;
-    if (!kGuard && !inside) k = 0;
+  PYFMT_DEVICE void load_codes(int slot, int step) const {
+    const int k = step * W::kStep + t * W::kLane;
     const uint32_t at = uint32_t(k / 8 * D::kBits);
-    const uint32_t index = scale_index(step, k);
+    char* to = ring + slot * kSlotBytes;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < W::kVectors; ++v) {
-        const uint4 q = kGuard ? careful(codes[r], at + 16 * v)
-                        : W::kVectors == 1
-                            ? load_once(codes[r] + at)
-                            : *reinterpret_cast<const uint4*>(codes[r] + at + 16 * v);
-        uint32_t* w = slot.words[r] + 4 * v;
+        char* const one = to + (r * W::kVectors + v) * 512;
+        if constexpr (kGuard) {
+          *reinterpret_cast<uint4*>(one) = careful(codes[r], at + 16 * v);
+        } else {
+          start_copy(one, codes[r] + at + 16 * v, k < p.padded);
+        }
+      }
+    }
+  }
+
+  PYFMT_DEVICE void load_scales(uint32_t (&scale)[kRows], int step) const {
+    int k = step * W::kStep + t * W::kLane;
+    // Beyond the end codes are zeros, and the row's own first scale is as good as any.
+    if (!kGuard && k >= p.padded) k = 0;
+    const uint32_t index = scale_index(step, k);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) scale[r] = load_scale(scales[r], index);
+  }
+
+  // The words of a step that has arrived.
+  PYFMT_DEVICE void fetch(int slot, uint32_t (&words)[kRows][4 * W::kVectors]) const {
+    const char* from = ring + slot * kSlotBytes;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int v = 0; v < W::kVectors; ++v) {
+        const uint4 q = *reinterpret_cast<const uint4*>(from + (r * W::kVectors + v) * 512);
+        uint32_t* w = words[r] + 4 * v;
         w[0] = q.x;
         w[1] = q.y;
         w[2] = q.z;
         w[3] = q.w;
-        if constexpr (!kGuard && D::kHasSpecials) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) w[i] = inside ? w[i] : 0;
-        }
       }
-      slot.scale[r] = load_scale(scales[r], index);
     }
   }
 
@@ -173,8 +193,7 @@ struct SkinnyWarp {
     if constexpr (W::kGrouped) {
       index = min(index, uint32_t(p.row_scales) - 1);
       if (p.scale == Scale::kFP32) return *reinterpret_cast<const uint32_t*>(s + 4 * index);
-      const uint32_t half = *reinterpret_cast<const uint16_t*>(s + 2 * index);
-      return p.scale == Scale::kBF16 ? half << 16 : as_uint(from_half(half));
+      return *reinterpret_cast<const uint16_t*>(s + 2 * index);
     } else if constexpr (kGuard) {
       const uint32_t count = uint32_t(p.row_scales);
       uint32_t both = index < count ? s[index] : 0;
@@ -204,38 +223,51 @@ struct SkinnyWarp {
   // ---- one step -------------------------------------------------------------------------------
 
   // x: this step's fragments in shared memory, at this lane's place.
-  PYFMT_DEVICE void multiply_step(Slot& slot, const char* x, int stride) {
+  using Words = uint32_t[kRows][4 * W::kVectors];
+  using Scales = uint32_t[kRows];
+
+  PYFMT_DEVICE void multiply_step(int slot, const Scales& scale, const char* x, int stride) {
+    Words words;
+    fetch(slot, words);
     if constexpr (W::kGrouped) {
-      multiply_groups(slot, x, stride);
+      multiply_groups(words, scale, x, stride);
     } else if constexpr (W::kScale == Scale::kE8M0) {
-      bool special = false;
+      bool special = D::template special_codes<4 * W::kVectors * kRows>(words[0]);
+      if constexpr (D::kLowest == 0) {
+        // The top bit of a byte is reason enough to be careful: one comparison for all rows.
+        uint32_t any = 0;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        special = special || D::special_scale(slot.scale[r] & 0xffu);
-        if (W::kFactors == 2) special = special || D::special_scale(slot.scale[r] >> 8);
-        special = special || D::template special_codes<4 * W::kVectors>(slot.words[r]);
+        for (int r = 0; r < kRows; ++r) any |= scale[r];
+        special = special || (any & 0x8080u) != 0;
+      } else {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          special = special || D::special_scale(W::kFactors == 2 ? scale[r] & 0xffu : scale[r]);
+          if (W::kFactors == 2) special = special || D::special_scale(scale[r] >> 8);
+        }
       }
       if (any_lane(special)) {
-        multiply_blocks<true>(slot, x, stride);
+        multiply_blocks<true>(words, scale, x, stride);
       } else {
-        multiply_blocks<false>(slot, x, stride);
+        multiply_blocks<false>(words, scale, x, stride);
       }
     } else {
-      multiply_blocks<false>(slot, x, stride);
+      multiply_blocks<false>(words, scale, x, stride);
     }
   }
 
   template <bool kEverything>
-  PYFMT_DEVICE void multiply_blocks(const Slot& slot, const char* x, int stride) {
+  PYFMT_DEVICE void multiply_blocks(const Words& words, const Scales& scale, const char* x,
+                                    int stride) {
     Factor factors[kRows][W::kFactors];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if constexpr (W::kScale == Scale::kE4M3) {
-        D::factors(slot.scale[r], factors[r]);
+        D::factors(scale[r], factors[r]);
       } else {
 #pragma unroll
         for (int i = 0; i < W::kFactors; ++i) {
-          const uint32_t byte = W::kFactors == 1 ? slot.scale[r] : slot.scale[r] >> (8 * i) & 0xffu;
+          const uint32_t byte = W::kFactors == 1 ? scale[r] : scale[r] >> (8 * i) & 0xffu;
           factors[r][i] = D::template factor<kEverything>(byte);
         }
       }
@@ -245,7 +277,7 @@ struct SkinnyWarp {
       uint32_t a[kRows][D::kPairs];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        D::template scaled<kEverything>(slot.words[r] + u * D::kWords,
+        D::template scaled<kEverything>(words[r] + u * D::kWords,
                                         factors[r][u * W::kFactors / W::kUnits], a[r]);
       }
       multiply_unit(sums, a, x, stride, u);
@@ -272,11 +304,11 @@ struct SkinnyWarp {
   }
 
   // Integers as they are; each group's sum times its scale, in float32.
-  PYFMT_DEVICE void multiply_groups(Slot& slot, const char* x, int stride) {
+  PYFMT_DEVICE void multiply_groups(Words& words, const Scales& scale, const char* x, int stride) {
     constexpr bool kTurned = W::kGrouping == Grouping::k32;
     if constexpr (kTurned) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) turn(slot.words[r]);
+      for (int r = 0; r < kRows; ++r) turn(words[r]);
     }
     constexpr int kParts = kTurned ? W::kUnits : 1;
 #pragma unroll
@@ -287,19 +319,22 @@ struct SkinnyWarp {
         uint32_t a[kRows][D::kPairs];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          D::template scaled<false>(slot.words[r] + u * D::kWords, D::unit_factor(), a[r]);
+          D::template scaled<false>(words[r] + u * D::kWords, D::unit_factor(), a[r]);
         }
         multiply_unit(part, a, x, stride, u);
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        uint32_t scale = slot.scale[r];
-        if (kTurned) scale = from_lane(scale, (lane & ~3) + g * (D::kBits == 8 ? 2 : 1));
+        // Only here, so that nothing waited for the scale to arrive.
+        uint32_t factor = p.scale == Scale::kFP32   ? scale[r]
+                          : p.scale == Scale::kBF16 ? scale[r] << 16
+                                                    : as_uint(from_half(scale[r]));
+        if (kTurned) factor = from_lane(factor, (lane & ~3) + g * (D::kBits == 8 ? 2 : 1));
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
           for (int c = 2 * (r & 1); c < 2 * (r & 1) + 2; ++c) {
-            sums[r / 2][j][c] = fused(as_float(scale), part[r / 2][j][c], sums[r / 2][j][c]);
+            sums[r / 2][j][c] = fused(as_float(factor), part[r / 2][j][c], sums[r / 2][j][c]);
           }
         }
       }
@@ -450,8 +485,9 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
     skinny(const __grid_constant__ SkinnyParams p) {
   using Warp = SkinnyWarp<W, kTiles, kInputs>;
   constexpr int kDepth = SkinnyShape<W, kTiles>::kDepth, kRows = 16 * Warp::kRowTiles;
-  char* const shared = dynamic_shared();
-  float* const partial = reinterpret_cast<float*>(shared + p.sums_at);
+  char* const ring = dynamic_shared();
+  char* const shared = ring + p.x_at;
+  float* const partial = reinterpret_cast<float*>(ring + p.sums_at);
   const int rank = int(blockIdx.x % unsigned(p.cluster)),
             cluster = int(blockIdx.x / unsigned(p.cluster));
   const int clusters = int(gridDim.x / unsigned(p.cluster));
@@ -464,18 +500,41 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
   const int columns = tokens * p.terms, stride = 64 * p.columns;
   const int group_rows = kRows * p.row_warps, pitch = group_rows + 4;
 
-  Warp warp(p);
-  typename Warp::Slot slots[kDepth];
+  Warp warp(p, ring);
+  typename Warp::Scales scales[kScaleDepth];
   const int64_t first_row = int64_t(cluster) * group_rows + of_n * kRows;
   const int64_t row_step = int64_t(clusters) * group_rows;
-  bool loading = first_row < p.n;
-  if (loading) {
-    warp.set_rows(first_row);
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      if (d < steps) warp.load(slots[d], first_step + d);
+  // What is fetched next: codes kDepth steps ahead and scales kScaleDepth, also of the next rows.
+  int64_t codes_row = first_row, scales_row = first_row;
+  int codes_step = 0, scales_step = 0, slot_in = 0, slot_out = 0;
+  const auto fetch_codes = [&] {
+    if (codes_row < p.n && codes_step < steps) warp.load_codes(slot_in, first_step + codes_step);
+    close_copies();
+    slot_in = slot_in + 1 == kDepth ? 0 : slot_in + 1;
+    if (++codes_step == p.part_steps) {
+      codes_step = 0;
+      codes_row += row_step;
+      if (codes_row < p.n) warp.set_codes(codes_row);
     }
+  };
+  const auto fetch_scales = [&](int which) {
+    if (scales_row < p.n && scales_step < steps) {
+      warp.load_scales(scales[which], first_step + scales_step);
+    }
+    if (++scales_step == p.part_steps) {
+      scales_step = 0;
+      scales_row += row_step;
+      if (scales_row < p.n) warp.set_scales(scales_row);
+    }
+  };
+  if (first_row < p.n) {
+    warp.set_codes(first_row);
+    warp.set_scales(first_row);
   }
+#pragma unroll 1
+  for (int d = 0; d < kDepth; ++d) fetch_codes();
+#pragma unroll
+  for (int d = 0; d < kScaleDepth; ++d) fetch_scales(d);
   wait_for_earlier_launch();
   allow_next_launch();
 
@@ -503,20 +562,18 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
       }
       if (!working) continue;
       const int end = min(slice + p.slice_steps, p.part_steps);
-      for (int base = slice; base < end; base += kDepth) {
-        // The loads that follow are of the next steps, or of the next rows' first ones.
-        int next = base + kDepth;
-        if (next >= p.part_steps) {
-          next = 0;
-          loading = row + row_step < p.n;
-          if (loading) warp.set_rows(row + row_step);
-        }
+#pragma unroll 1
+      for (int base = slice; base < end; base += kScaleDepth) {
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
+        for (int d = 0; d < kScaleDepth; ++d) {
+          copies_arrived<kDepth - 1>();
           if (base + d < steps) {
-            warp.multiply_step(slots[d], x + (base + d - slice) * (W::kFragments * stride), stride);
+            warp.multiply_step(slot_out, scales[d],
+                               x + (base + d - slice) * (W::kFragments * stride), stride);
           }
-          if (loading && next + d < steps) warp.load(slots[d], first_step + next + d);
+          slot_out = slot_out + 1 == kDepth ? 0 : slot_out + 1;
+          fetch_scales(d);
+          fetch_codes();
         }
       }
     }
@@ -562,14 +619,21 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
 // One of the compiled kernels and what a plan must know of it.
 struct SkinnyKernel {
   void (*run)(SkinnyParams) = nullptr;
-  int step = 0, depth = 0, fragments = 0, row_tile = 0, warps = 0, blocks = 0, tiles = 0;
+  int step = 0, depth = 0, slot = 0, fragments = 0, row_tile = 0, warps = 0, blocks = 0, tiles = 0;
 };
 
 template <class W, int kTiles, Inputs kInputs>
 SkinnyKernel describe_skinny() {
   using Shape = SkinnyShape<W, kTiles>;
-  return {skinny<W, kTiles, kInputs>, W::kStep,      Shape::kDepth,  W::kFragments,
-          16 * Shape::kRowTiles,      Shape::kWarps, Shape::kBlocks, kTiles};
+  return {skinny<W, kTiles, kInputs>,
+          W::kStep,
+          Shape::kDepth,
+          SkinnyWarp<W, kTiles, kInputs>::kSlotBytes,
+          W::kFragments,
+          16 * Shape::kRowTiles,
+          Shape::kWarps,
+          Shape::kBlocks,
+          kTiles};
 }
 
 template <class W>

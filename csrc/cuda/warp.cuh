@@ -116,16 +116,30 @@ PYFMT_DEVICE void allow_next_launch() {
 #endif
 }
 
-// Bytes that are read once, past the first cache; p: 16-byte aligned.
-PYFMT_DEVICE uint4 load_once(const void* p) {
+// ---- memory to shared memory, in the background -----------------------------------------------
+
+// Sixteen bytes, or zeros where not `real`; visible to this thread after `copies_arrived`.
+PYFMT_DEVICE void start_copy(void* to, const void* from, bool real) {
 #if defined(__CUDA_ARCH__)
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(real ? 16 : 0)
+               : "memory");
 #else
-  return *static_cast<const uint4*>(p);
+  *static_cast<uint4*>(to) = real ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+// The copies started since the last call make one group.
+PYFMT_DEVICE void close_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Wait until at most kLater of this thread's groups are under way.
+template <int kLater>
+PYFMT_DEVICE void copies_arrived() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 #endif
 }
 
