@@ -132,6 +132,11 @@ PYFMT_DEVICE void store_shared_byte(uint32_t at, uint32_t v) {
 #endif
 }
 
+PYFMT_DEVICE float4 load_floats(uint32_t at) {
+  const uint4 v = load_shared16(at);
+  return {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)};
+}
+
 // Four floats at a cluster_address.
 PYFMT_DEVICE float4 load_cluster16(uint32_t there) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
@@ -306,6 +311,17 @@ PYFMT_DEVICE uint32_t cluster_rank() {
   return 0;
 #else
   return emulated_rank();
+#endif
+}
+
+// For the start of a kernel: orders no memory but initialized barriers (barrier_init_fence), and so
+// waits for no copies under way.
+PYFMT_DEVICE void cluster_start() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#elif !defined(__CUDA_ARCH__)
+  emulated_cluster_sync();
 #endif
 }
 

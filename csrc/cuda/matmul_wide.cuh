@@ -39,46 +39,32 @@ constexpr int depth() {
   return kTokens == 64 && teams<F, kTokens>() == 1 ? 8 : kTokens >= 192 || F::kBits > 4 ? 4 : 5;
 }
 
+// Tiles of x of 64 columns under way or in use; a power of two.
+template <int kTokens>
+constexpr int stages() {
+  return kTokens >= 192 ? 4 : 8;
+}
+
 template <class F, int kTokens>
-constexpr int shared_bytes(int stages) {
+constexpr int shared_bytes() {
   using R = Ring<F, depth<F, kTokens>()>;
-  const int loop = kHeader + stages * kTokens * 128 + consumers<F, kTokens>() * int(R::kBytes);
+  const int loop =
+      kHeader + stages<kTokens>() * kTokens * 128 + consumers<F, kTokens>() * int(R::kBytes);
   const int epilogue = kHeader + teams<F, kTokens>() * kTokens * kPitch * 4;
   return loop > epilogue ? loop : epilogue;
 }
 
-template <class F, int kTokens>
-constexpr int most_stages() {
-  int stages = kStages;
-  while (shared_bytes<F, kTokens>(stages) > hopper::kMostShared) --stages;
-  return stages;
-}
-
-// Goes round the stages: where a tile lies, its barrier for "full" and 64 bytes on that for
-// "empty".
+// Step i of this block's part of K, 64 columns: its tile of x, the barriers of that tile's place.
 template <int kTokens>
-struct Turn {
+struct Step {
+  static constexpr uint32_t kPlaces = uint32_t(stages<kTokens>());
   static constexpr uint32_t kTile = kTokens * 128;
-  uint32_t first, last, full, tile, parity = 0;  // tile: by tile_code
+  uint32_t place, parity;
 
-  PYFMT_DEVICE Turn(const Params& p, const Place& at)
-      : first(at.base),
-        last(at.base + 8u * uint32_t(p.stages - 1)),
-        full(at.base),
-        tile(hopper::tile_code(at.base + kHeader)) {
-    hopper::keep(last);
-  }
-  PYFMT_DEVICE uint32_t empty() const { return full + 64; }
-  PYFMT_DEVICE void next() {
-    if (full == last) {
-      full = first;
-      tile = hopper::tile_code(first + kHeader);
-      parity ^= 1;
-    } else {
-      full += 8;
-      tile += kTile >> 4;
-    }
-  }
+  PYFMT_DEVICE explicit Step(uint32_t i) : place(i % kPlaces), parity(i / kPlaces & 1) {}
+  PYFMT_DEVICE uint32_t full(uint32_t base) const { return base + 8 * place; }
+  PYFMT_DEVICE uint32_t empty(uint32_t base) const { return base + 64 + 8 * place; }
+  PYFMT_DEVICE uint32_t tile(uint32_t base) const { return base + kHeader + kTile * place; }
 };
 
 // One thread: brings the tiles of x, each block of a cluster its part for all that share it.
@@ -89,95 +75,76 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
   const int64_t pitch = int64_t(p.panel_rows) * 128;
   const uint8_t* from = p.panel + int64_t(at.first) * 2 * pitch + int64_t(at.m0) * 128 + mine;
   hopper::wait_for_previous();
-  Turn<kTokens> turn(p, at);
-  uint32_t to = at.base + kHeader;
-  for (int i = 2 * (at.last - at.first); i > 0; --i, from += pitch) {
-    hopper::barrier_wait(turn.empty(), turn.parity ^ 1);
-    hopper::barrier_expect(turn.full, uint32_t(kTokens * 128));
-    hopper::bulk_copy(to + mine, from, bytes, turn.full, mask, p.share > 1);
-    turn.next();
-    to = turn.full == at.base ? at.base + kHeader : to + kTokens * 128;
+  const uint32_t steps = 2 * uint32_t(at.last - at.first);
+#pragma unroll 1
+  for (uint32_t i = 0; i < steps; ++i, from += pitch) {
+    const Step<kTokens> step(i);
+    const uint32_t full = step.full(at.base);
+    hopper::barrier_wait(step.empty(at.base), step.parity ^ 1);
+    hopper::barrier_expect(full, uint32_t(kTokens * 128));
+    hopper::bulk_copy(step.tile(at.base) + mine, from, bytes, full, mask, p.share > 1);
   }
 }
 
-// sums[i] += step's product: half a chunk, four steps of 16.
-template <int kTokens>
-PYFMT_DEVICE void multiply_half(float (&sums)[kTokens / 2], const uint32_t (&a)[4][4],
-                                uint32_t tile, int add) {
-  hopper::products_fence();
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    hopper::Product<kTokens>::add_to(sums, a[s], hopper::tile_descriptor(tile, s), s ? 1 : add);
-  }
-  hopper::products_commit();
-}
-
-// Four fragments from half a chunk: codes 16 kHalf to 16 kHalf + 15 of both rows' 32.
-template <class F, int kHalf, bool kAll>
-PYFMT_DEVICE void decode_half(const uint32_t (&words)[2][F::kBits], const Factor (&factor)[2],
-                              uint32_t (&a)[4][4]) {
+// The factors of a lane's codes of one row, for each half of them.
+template <class F>
+struct Factors {
   using D = typename F::D;
-  uint32_t pairs[2][8];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-#pragma unroll
-    for (int u = 0; u < 8 / D::kPairs; ++u) {
-      D::template scaled<kAll>(words[r] + kHalf * (F::kBits / 2) + u * D::kWords, factor[r],
-                               pairs[r] + u * D::kPairs);
+  // Codes of NaN and infinity take more steps; such scales are always prepared for.
+  static constexpr bool kAnyScale = F::kScaleBytes == 1 && !D::kHasSpecials;
+  Factor half[F::kScaleBytes == 2 ? 2 : 1];
+
+  template <bool kAll>
+  PYFMT_DEVICE void set(uint32_t raw) {
+    if constexpr (F::kScaleBytes == 1) {
+      half[0] = D::template factor < kAll || kAnyScale > (raw);
+    } else if constexpr (F::kScaleBytes == 2) {
+      D::factors(raw, half);
+    } else {
+      half[0] = D::unit_factor();
     }
   }
-#pragma unroll
-  for (int s = 0; s < 4; ++s) {
-    a[s][0] = pairs[0][2 * s];
-    a[s][1] = pairs[1][2 * s];
-    a[s][2] = pairs[0][2 * s + 1];
-    a[s][3] = pairs[1][2 * s + 1];
-  }
-}
+};
 
-// The factors of half a chunk's codes from a row's scale bytes.
-template <class F, int kHalf, bool kAll>
-PYFMT_DEVICE Factor factor_of(uint32_t raw) {
+// The fragment of step kStep (0 to 7) of a chunk: pairs 2 kStep and 2 kStep + 1 of both rows.
+template <class F, int kStep, bool kAll>
+PYFMT_DEVICE void decode(const uint32_t (&words)[2][F::kBits], const Factors<F> (&factors)[2],
+                         uint32_t (&a)[4]) {
   using D = typename F::D;
-  if constexpr (F::kScaleBytes == 1) {
-    return D::template factor<kAll>(raw);
-  } else if constexpr (F::kScaleBytes == 2) {
-    Factor two[2];
-    D::factors(raw, two);
-    return two[kHalf];
-  } else {
-    return D::unit_factor();
+  constexpr int kUnit = 2 * kStep / D::kPairs, kPair = 2 * kStep % D::kPairs;
+  constexpr int kHalf = F::kScaleBytes == 2 ? kStep / 4 : 0;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    uint32_t pairs[D::kPairs];
+    D::template scaled<kAll>(words[r] + kUnit * D::kWords, factors[r].half[kHalf], pairs);
+    a[r] = pairs[kPair];
+    a[2 + r] = pairs[kPair + 1];
   }
 }
 
-// special: some scale or code of the warp's needs more than the usual steps.
-template <class F, int kHalf>
-PYFMT_DEVICE void decode_half(const uint32_t (&words)[2][F::kBits], const uint32_t (&raw)[2],
-                              bool special, uint32_t (&a)[4][4]) {
-  constexpr bool kCanBe = F::kScaleBytes == 1 || F::D::kHasSpecials;
-  if (kCanBe && special) {
-    const Factor factor[2] = {factor_of<F, kHalf, true>(raw[0]), factor_of<F, kHalf, true>(raw[1])};
-    decode_half<F, kHalf, true>(words, factor, a);
-  } else {
-    const Factor factor[2] = {factor_of<F, kHalf, false>(raw[0]),
-                              factor_of<F, kHalf, false>(raw[1])};
-    decode_half<F, kHalf, false>(words, factor, a);
+// The same; special: some code or scale of the warp's asks for all steps.
+template <class F, int kStep>
+PYFMT_DEVICE void decode(const uint32_t (&words)[2][F::kBits], const uint32_t (&raw)[2],
+                         const Factors<F> (&factors)[2], bool special, uint32_t (&a)[4]) {
+  if constexpr (F::D::kHasSpecials) {
+    if (special) {
+      Factors<F> all[2];
+      all[0].template set<true>(raw[0]);
+      all[1].template set<true>(raw[1]);
+      decode<F, kStep, true>(words, all, a);
+      return;
+    }
   }
+  decode<F, kStep, Factors<F>::kAnyScale>(words, factors, a);
 }
 
 template <class F>
 PYFMT_DEVICE bool any_special(const uint32_t (&words)[2][F::kBits], const uint32_t (&raw)[2]) {
   using D = typename F::D;
-  bool special = false;
-  if constexpr (F::kScaleBytes == 1) {
-    special = D::special_scale(raw[0]) || D::special_scale(raw[1]);
-  }
-  if constexpr (D::kHasSpecials) {
-    special = special || D::template special_codes<F::kBits>(words[0]) ||
-              D::template special_codes<F::kBits>(words[1]);
-  }
-  if constexpr (F::kScaleBytes == 1 || D::kHasSpecials) return __any_sync(kAll, special);
-  return false;
+  if constexpr (!D::kHasSpecials) return false;
+  return __any_sync(kAll, D::special_scale(raw[0]) || D::special_scale(raw[1]) ||
+                              D::template special_codes<F::kBits>(words[0]) ||
+                              D::template special_codes<F::kBits>(words[1]));
 }
 
 // A team's warp: sums of its chunks of this block's part of K, as product fragments.
@@ -192,9 +159,7 @@ struct Consumer {
   const Place& at;
   int lane, team;
   R ring;
-  Turn<kTokens> turn;
-  uint32_t held = 0;  // the barrier for "empty" of the stage that products under way read
-  uint32_t peer = 0;  // what turns it into a peer's
+  uint32_t peer = 0;  // what turns an address of this block into a peer's
 
   PYFMT_DEVICE Consumer(const Params& p, const Place& at)
       : p(p),
@@ -202,8 +167,7 @@ struct Consumer {
         lane(int(threadIdx.x) & 31),
         team(int(threadIdx.x) >> 8),
         ring(p, at.ring + (threadIdx.x >> 5) * R::kBytes, at.n0, int(threadIdx.x >> 5) & 7, lane,
-             at.first + team),
-        turn(p, at) {
+             at.first + team) {
     if (lane < p.share) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
@@ -219,18 +183,35 @@ struct Consumer {
     }
   }
 
-  // The products before the last ones are over: their stage may be filled anew.
-  PYFMT_DEVICE void release() {
-    if (held && lane < p.share) hopper::barrier_arrive(held + peer);
+  // The products of step i - 1 are over: its place may be filled anew.
+  PYFMT_DEVICE void release(uint32_t i) {
+    if (lane < p.share) hopper::barrier_arrive(Step<kTokens>(i - 1).empty(at.base) + peer);
   }
 
-  PYFMT_DEVICE void half(float (&sums)[kCount], const uint32_t (&a)[4][4], int add) {
-    hopper::barrier_wait(turn.full, turn.parity);
-    multiply_half<kTokens>(sums, a, turn.tile, add);
-    hopper::products_wait<1>();
-    release();
-    held = turn.empty();
-    turn.next();
+  // Half a chunk, step i of x: products 4 kHalf to 4 kHalf + 3, each under way while the next one's
+  // fragment is decoded. Four fragments in turn: a product's is written again three products on.
+  template <int kHalf, int kFrom = 0>
+  PYFMT_DEVICE void half(float (&sums)[kCount], uint32_t (&a)[4][4], uint32_t (&words)[2][kBits],
+                         const uint32_t (&raw)[2], const Factors<F> (&factors)[2], bool special,
+                         uint32_t i, uint32_t tile, bool any_before) {
+    if constexpr (kFrom < 4) {
+      constexpr int kStep = 4 * kHalf + kFrom;
+      hopper::products_fence();
+      hopper::Product<kTokens>::add_to(sums, a[kFrom], hopper::tile_descriptor(tile, kFrom),
+                                       kGroups && kStep == 0 ? 0 : 1);
+      hopper::products_commit();
+      hopper::products_wait<2>();
+      if constexpr (kFrom == 2) {
+        // A team's own step before this one: the chunk's first half, or its last chunk's second.
+        if (kHalf || any_before) release(kHalf ? i : i - 2 * (kTeams - 1));
+      }
+      if constexpr (kStep < 7) {
+        hopper::pin(words[0]);
+        hopper::pin(words[1]);
+        decode<F, kStep + 1>(words, raw, factors, special, a[(kFrom + 1) % 4]);
+      }
+      half<kHalf, kFrom + 1>(sums, a, words, raw, factors, special, i, tile, any_before);
+    }
   }
 
   // Adds what a chunk's products gave, once they are over, times its group's scale.
@@ -239,10 +220,15 @@ struct Consumer {
                               const float (&scale)[2]) {
     hopper::products_wait<0>();
     hopper::pin(fresh);
-    release();
-    held = 0;
 #pragma unroll
     for (int i = 0; i < kFresh; ++i) sums[i] = fused(scale[i >> 1 & 1], fresh[i], sums[i]);
+  }
+
+  // What products add to: a chunk's own sums where its scale comes later.
+  template <bool kFresh, int kSums, int kOwn>
+  PYFMT_DEVICE static auto& target(float (&sums)[kSums], float (&fresh)[kOwn]) {
+    if constexpr (kFresh) return fresh;
+    if constexpr (!kFresh) return sums;
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
@@ -259,10 +245,8 @@ struct Consumer {
     }
     int in_group = kGroups ? at.first % p.group_chunks : 0;
 #pragma unroll 1
-    for (int i = 0; i < 2 * team; ++i) turn.next();
-#pragma unroll 1
     for (int c = at.first + team; c < at.last; c += kTeams) {
-      uint32_t words[2][kBits];
+      uint32_t words[2][kBits], a[4][4];
       hopper::wait_copies<kDepth - 2>();
       __syncwarp();
 #pragma unroll
@@ -278,35 +262,33 @@ struct Consumer {
         }
       }
       const bool special = any_special<F>(words, raw);
+      Factors<F> factors[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) factors[r].template set<false>(raw[r]);
       const int further = c + (kDepth - 1) * kTeams;
       if (further < at.last) ring.fetch(p, further, ring.ahead, kTeams);
       hopper::commit_copies();
       ring.next();
 
-      uint32_t a[2][4][4];
-      decode_half<F, 0>(words, raw, special, a[0]);
+      decode<F, 0>(words, raw, factors, special, a[0]);
       if constexpr (kGroups) {
         add_chunk(sums, fresh, scale);
         scale[0] = next_scale[0];
         scale[1] = next_scale[1];
-        half(fresh, a[0], 0);
-      } else {
-        half(sums, a[0], 1);
-      }
-      hopper::pin(words[0]);
-      hopper::pin(words[1]);
-      decode_half<F, 1>(words, raw, special, a[1]);
-      if constexpr (kGroups) {
-        half(fresh, a[1], 1);
         if (++in_group == p.group_chunks) {
           in_group = 0;
           ++groups;
         }
-      } else {
-        half(sums, a[1], 1);
       }
-#pragma unroll
-      for (int i = 0; i < 2 * (kTeams - 1); ++i) turn.next();
+      auto& into = target<kGroups>(sums, fresh);
+      const uint32_t i = 2 * uint32_t(c - at.first);
+      const Step<kTokens> one(i), two(i + 1);
+      hopper::barrier_wait(one.full(at.base), one.parity);
+      half<0>(into, a, words, raw, factors, special, i, hopper::tile_code(one.tile(at.base)),
+              c >= at.first + kTeams);
+      hopper::barrier_wait(two.full(at.base), two.parity);
+      half<1>(into, a, words, raw, factors, special, i + 1, hopper::tile_code(two.tile(at.base)),
+              true);
     }
     if constexpr (kGroups) {
       add_chunk(sums, fresh, scale);
@@ -333,11 +315,11 @@ template <class F, int kTokens>
 PYFMT_DEVICE void run_block(const Params& p) {
   constexpr int kConsumers = consumers<F, kTokens>();
   constexpr bool kTwoTeams = teams<F, kTokens>() > 1;
-  const Place at = Place::of<kTokens>(p);
+  const Place at = Place::of<kTokens>(p, stages<kTokens>());
   const bool clustered = p.share * p.split > 1;
   if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int s = 0; s < p.stages; ++s) {
+    for (int s = 0; s < stages<kTokens>(); ++s) {
       hopper::barrier_init(at.base + 8u * uint32_t(s), 1);
       hopper::barrier_init(at.base + 64u + 8u * uint32_t(s), uint32_t(8 * p.share));
     }
@@ -346,7 +328,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
   if (threadIdx.x >= kConsumers * 32) {
     if constexpr (moves_registers<F, kTokens>()) hopper::fewer_registers<kTwoTeams ? 32 : 40>();
     if (clustered) {
-      hopper::cluster_sync();
+      hopper::cluster_start();
     } else {
       __syncthreads();
     }
@@ -361,7 +343,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
     Consumer<F, kTokens> consumer(p, at);
     consumer.prefetch();
     if (clustered) {
-      hopper::cluster_sync();
+      hopper::cluster_start();
     } else {
       __syncthreads();
     }
@@ -396,13 +378,13 @@ __global__ void __launch_bounds__(PYFMT_WIDE_THREADS, 1)
 
 template <class F, int kTokens>
 void launch_tile(Params p, const WidePlan& plan, Stream stream) {
-  p.stages = most_stages<F, kTokens>();
   p.up = L::as_float(power_of_two_bits(F::D::kDown));
   const int clusters = p.n_clusters * ((p.m + kTokens - 1) / kTokens);
   const int blocks = clusters * plan.share * plan.split;
   const auto kernel = matmul_wide_kernel<F, kTokens>;
 #if defined(__CUDACC__)
-  constexpr int kBytes = shared_bytes<F, kTokens>(most_stages<F, kTokens>());
+  constexpr int kBytes = shared_bytes<F, kTokens>();
+  static_assert(kBytes <= hopper::kMostShared, "the block's shared memory");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
         "shared memory");
   cudaLaunchAttribute attributes[2];

@@ -8,7 +8,6 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-constexpr int kStages = 8;  // at most
 constexpr int kHeader = 1024, kPitch = kRows + 4;
 
 // Few tokens leave the tensor cores waiting for decoded weights: two teams of two warpgroups then
@@ -27,11 +26,11 @@ struct Place {
   int sub, part, n0, m0, first, last;
 
   template <int kTokens>
-  PYFMT_DEVICE static Place of(const Params& p) {
+  PYFMT_DEVICE static Place of(const Params& p, int stages) {
     Place at;
     at.base = hopper::shared_start();
     hopper::keep(at.base);
-    at.ring = at.base + kHeader + uint32_t(p.stages * kTokens * 128);
+    at.ring = at.base + kHeader + uint32_t(stages * kTokens * 128);
     const int size = p.share * p.split, rank = int(hopper::cluster_rank());
     const int cluster = int(blockIdx.x) / size;
     at.sub = rank % p.share;
@@ -65,14 +64,6 @@ PYFMT_DEVICE void store_four(const Params& p, int64_t at, const float (&v)[4], i
   }
 }
 
-// `from`: this block's address of what is read of the first team.
-template <int kTeams, int kTokens>
-PYFMT_DEVICE float4 read_part(const Params& p, const Place& at, uint32_t from, int part) {
-  return hopper::load_cluster16(
-      hopper::cluster_address(from + uint32_t(part % kTeams * kTokens * kPitch * 4),
-                              uint32_t(part / kTeams * p.share + at.sub)));
-}
-
 // Sums lie as [team][token][row of w] in shared memory; each part of K's block finishes some
 // tokens, parts and teams added in order.
 template <class F, int kTokens>
@@ -86,28 +77,35 @@ PYFMT_DEVICE void finish(const Params& p, const Place& at) {
   for (int i = 0; i < 4; ++i) bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
   const int count = kTokens / p.split, first = count * at.part;
   const int parts = p.split * kTeams;
+  constexpr int kBatch = 4;  // reads under way at once
 #pragma unroll 1
-  for (int i = warp; i < count; i += kWarpsHere) {
-    const int m = at.m0 + first + i;
-    if (m >= p.m) break;
-    const uint32_t from = at.base + kHeader + uint32_t(((first + i) * kPitch + 4 * lane) * 4);
-    float v[4];
+  for (int i = warp; i < count; i += kBatch * kWarpsHere) {
+    float v[kBatch][4];
 #pragma unroll 1
-    for (int part = 0; part < parts; part += 2) {
-      // Two reads under way at once; the second one counts where there is a second part.
-      const int other = part + 1 < parts ? part + 1 : part;
-      const float4 s = read_part<kTeams, kTokens>(p, at, from, part);
-      const float4 t = read_part<kTeams, kTokens>(p, at, from, other);
-      const float u[4] = {s.x, s.y, s.z, s.w}, w[4] = {t.x, t.y, t.z, t.w};
+    for (int part = 0; part < parts; ++part) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        v[e] = part ? v[e] + u[e] : u[e];
-        v[e] = other > part ? v[e] + w[e] : v[e];
+      for (int j = 0; j < kBatch; ++j) {
+        const int token = i + j * kWarpsHere < count ? i + j * kWarpsHere : i;
+        const uint32_t from =
+            at.base + kHeader +
+            uint32_t(((part % kTeams * kTokens + first + token) * kPitch + 4 * lane) * 4);
+        const float4 s = p.split == 1 ? hopper::load_floats(from)
+                                      : hopper::load_cluster16(hopper::cluster_address(
+                                            from, uint32_t(part / kTeams * p.share + at.sub)));
+        v[j][0] = part ? v[j][0] + s.x : s.x;
+        v[j][1] = part ? v[j][1] + s.y : s.y;
+        v[j][2] = part ? v[j][2] + s.z : s.z;
+        v[j][3] = part ? v[j][3] + s.w : s.w;
       }
     }
 #pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = v[e] * p.up * scale + bias[e];
-    if (here > 0) store_four(p, int64_t(m) * p.n + n, v, here);
+    for (int j = 0; j < kBatch; ++j) {
+      const int token = i + j * kWarpsHere, m = at.m0 + first + token;
+      if (token >= count || m >= p.m || here <= 0) continue;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) v[j][e] = v[j][e] * p.up * scale + bias[e];
+      store_four(p, int64_t(m) * p.n + n, v[j], here);
+    }
   }
 }
 

@@ -26,7 +26,7 @@ struct Params {
   int64_t row_bytes = 0, blocks = 0;  // of a row of w
   int whole = 0;  // chunks that all rows hold in full, with codes and scales aligned
   int m = 0, n = 0, panel_rows = 0, chunks = 0, group_chunks = 1;
-  int share = 1, split = 1, n_clusters = 1, stages = 2;
+  int share = 1, split = 1, n_clusters = 1;
   float up = 1.0f;  // what the decoder leaves out
 };
 
