@@ -41,6 +41,7 @@ from tests.test_quantize import (  # noqa: E402, F401
     test_rooms_on_every_shape_and_axis,
     test_rooms_take_every_seed,
     test_rooms_where_threads_share_the_work,
+    test_scales_cut_at_the_largest_power,
 )
 from tests.test_rotate import (  # noqa: E402, F401
     test_fused_rotation_of_every_size,

@@ -65,6 +65,11 @@ def test_quantize_and_back(room: Room, fmt: Format, dtype: str) -> None:
         same_everywhere([room], want, "dequantize", *parts, fmt, whole.shape, dtype=out)
 
 
+@pytest.mark.parametrize("name", ["mxint8", "mxint4", "int8q6-b32x32-e8m0"])
+def test_scales_cut_at_the_largest_power(room: Room, name: str) -> None:
+    test_quantize.test_scales_cut_at_the_largest_power([room], name, "bf16")
+
+
 @pytest.mark.parametrize("fmt", SOME, ids=str)
 def test_shapes_axes_and_views(room: Room, fmt: Format) -> None:
     for shape in ((1,), (33,), (3, 16), (2, 31), (4, 0), (0, 4), (2, 3, 130), (40, 64)):

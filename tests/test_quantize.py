@@ -364,6 +364,20 @@ def test_rooms_take_every_seed(every_room: list[Room], seed: int) -> None:
         same_quantized(every_room, x, FORMATS[name], rounding="stochastic", seed=seed)
 
 
+@pytest.mark.parametrize("name", [*FORMATS, "int8q6-b32x32-e8m0", "int4q2-b16x16-e8m0"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_scales_cut_at_the_largest_power(every_room: list[Room], name: str, dtype: str) -> None:
+    # Integers' largest number is below 2: no scale byte covers what is next to 2^128.
+    fmt = get_format(name)
+    largest = np.float32(FLT_MAX if dtype == "fp32" else 2.0**128 - 2.0**120)
+    x = np.full((32, 256), largest) * np.linspace(-1, 1, 256, dtype=np.float32)
+    x[:, 5], x[:, 40] = largest, -largest
+    x = x.astype(DTYPES[dtype])
+    for options in grids.options_of(fmt):
+        same_quantized(every_room, x, fmt, **options)
+        same_quantized(every_room, x, fmt, axis=0, **options)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_bf16_number_in_every_room(every_room: list[Room], name: str) -> None:
     # All 65536 of them: blocks of numbers of one size, then blocks of every size.

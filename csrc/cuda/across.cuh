@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
   for (int s = 0; s < kSides; ++s) scales_of<kPow2>(p, r, amax[s], b[s]);
   if constexpr (kSides == 2) {
-    if (kPow2 && p.scale.covers) {
+    if (kPow2 && covered<E>(p.scale, b[0]) && covered<E>(p.scale, b[1])) {
       encode_columns<E, kPow2, true, kIn>(x, b, p.limits, codes);
     } else {
       encode_columns<E, kPow2, false, kIn>(x, b, p.limits, codes);

@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kIn == DType::kFP32 ? 3 : 4)
       multiplier = b[1].multiplier;
     }
   };
-  if (kPow2 && p.scale.covers) {
+  if (kPow2 && covered<E>(p.scale, b)) {
     halves(std::true_type{});
   } else {
     halves(std::false_type{});

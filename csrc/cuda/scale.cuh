@@ -12,7 +12,7 @@ struct ScaleParams {
   Scale kind = Scale::kE8M0;
   Recipe recipe = Recipe::kNvidia;
   uint32_t addend = 0;  // E8M0: the rule's
-  bool covers = false;  // E8M0: by the rule, no element exceeds the largest
+  bool covers = false;  // E8M0: by the rule, no element exceeds the largest; see `covered`
   int emax = 0;
   float qmax = 1.0f, inverse_qmax = 1.0f, top = 1.0f;  // Q, fp32(1 / Q), 448 Q
   const float* given = nullptr;                        // the caller's tensor scale
@@ -111,6 +111,13 @@ struct BlockScale {
   float multiplier;  // of the elements; 0 for a poisoned block
   bool poisoned;     // NaN or infinity inside: NaN scale, codes 0
 };
+
+// Whether no number of two blocks exceeds the largest: by the rule, unless a scale was cut to
+// 2^127, which the integers' largest number, below 2, does not cover.
+template <class E>
+PYFMT_DEVICE bool covered(const ScaleParams& p, const BlockScale (&b)[2]) {
+  return p.covers && (!E::spec.is_int() || (b[0].code != 254u && b[1].code != 254u));
+}
 
 // kPow2: the scale is E8M0. amax: float32 bits, infinity's or more for non-finite blocks.
 template <bool kPow2>

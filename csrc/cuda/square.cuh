@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   scales_of<kPow2>(p, r, amax, b, known);
 
   uint32_t codes[kWords];
-  if (kPow2 && p.scale.covers) {
+  if (kPow2 && covered<E>(p.scale, b)) {
     encode_row<E, kPow2, true>(raw, b, p.limits, codes);
   } else {
     encode_row<E, kPow2, false>(raw, b, p.limits, codes);
