@@ -172,9 +172,13 @@ def splits_exactly(op: Skinny, dtype: torch.dtype) -> None:
     codes = np.zeros((k, k), np.uint8)
     np.fill_diagonal(codes, 64)
     scales = np.full((k, 2), 127, np.uint8)
-    bits = torch.from_numpy(np.random.default_rng(3).integers(0, 2**32, (9, k), np.uint32).view(np.int32))
+    bits = torch.from_numpy(
+        np.random.default_rng(3).integers(0, 2**32, (9, k), np.uint32).view(np.int32)
+    )
     x = bits.view(torch.float32) if dtype == torch.float32 else bits.view(dtype)[:, :k].contiguous()
-    x = torch.where(torch.isfinite(x.float()) & (x.float().abs() > 2.0**-100), x, torch.ones_like(x))
+    x = torch.where(
+        torch.isfinite(x.float()) & (x.float().abs() > 2.0**-100), x, torch.ones_like(x)
+    )
     got = op(x, codes, scales, None, fmt).cpu()
     assert torch.equal(got, x.float()), "a split activation lost bits"
 
