@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel for few tokens: packed weights stream from memory through registers into tensor cores.
+// The kernel for few tokens: packed weights stream through shared memory into tensor cores.
 //
 // The weight is the left operand, 16 rows of it a tensor-core tile, and up to 8 * kTiles columns
 // (tokens, or the two or three bfloat16 terms of wider ones) the right one. The order of k inside a
