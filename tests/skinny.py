@@ -29,15 +29,13 @@ class Skinny:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: np.ndarray | torch.Tensor,
-        scales: np.ndarray | torch.Tensor,
-        tensor_scale: Any,
-        fmt: Format,
-        *,
+        *weight: Any,
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         plan: list[int] | None = None,
     ) -> torch.Tensor:
+        codes, scales, tensor_scale, fmt = weight
+
         def there(t: Any) -> torch.Tensor:
             return t if isinstance(t, torch.Tensor) else self.tensor(t)
 
@@ -56,9 +54,7 @@ def random_codes(fmt: Format, n: int, k: int, seed: int) -> np.ndarray:
     return np.asarray(reference.pack(codes, fmt.bits))
 
 
-def weights(
-    fmt: Format, n: int, k: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
+def weights(fmt: Format, n: int, k: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
     """A quantized Gaussian weight, and its decoded values in float64."""
     w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
     codes, scales, tensor_scale = reference.quantize(w, fmt)
@@ -153,10 +149,10 @@ def exact_integers(op: Skinny, name: str, m: int, n: int, k: int, **given: Any) 
         w = decoded(codes, scales, 2.0, fmt, (n, k))
     elif fmt.scale == "e8m0":
         parts[1] = (rng.integers(125, 129, parts[1].shape)).astype(np.uint8)
-        w = decoded(*parts, fmt, (n, k))
+        w = decoded(parts[0], parts[1], parts[2], fmt, (n, k))
     else:
         parts[1] = np.ones_like(parts[1])
-        w = decoded(*parts, fmt, (n, k))
+        w = decoded(parts[0], parts[1], parts[2], fmt, (n, k))
     x = torch.from_numpy(rng.integers(-2, 3, (m, k)).astype(np.float32)).to(torch.bfloat16)
     bias = torch.from_numpy(rng.integers(-64, 65, n).astype(np.float32))
     got = op(x, *parts, fmt, bias=bias, **given).double().cpu().numpy()
