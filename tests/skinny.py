@@ -29,15 +29,13 @@ class Skinny:
     def __call__(
         self,
         x: torch.Tensor,
-        codes: np.ndarray | torch.Tensor,
-        scales: np.ndarray | torch.Tensor,
-        tensor_scale: Any,
-        fmt: Format,
-        *,
+        *weight: Any,
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         plan: list[int] | None = None,
     ) -> torch.Tensor:
+        codes, scales, tensor_scale, fmt = weight
+
         def there(t: Any) -> torch.Tensor:
             return t if isinstance(t, torch.Tensor) else self.tensor(t)
 
@@ -56,9 +54,7 @@ def random_codes(fmt: Format, n: int, k: int, seed: int) -> np.ndarray:
     return np.asarray(reference.pack(codes, fmt.bits))
 
 
-def weights(
-    fmt: Format, n: int, k: int, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, Any, np.ndarray]:
+def weights(fmt: Format, n: int, k: int, seed: int = 0) -> tuple[Any, Any, Any, Any]:
     """A quantized Gaussian weight, and its decoded values in float64."""
     w = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
     codes, scales, tensor_scale = reference.quantize(w, fmt)
@@ -153,10 +149,10 @@ def exact_integers(op: Skinny, name: str, m: int, n: int, k: int, **given: Any) 
         w = decoded(codes, scales, 2.0, fmt, (n, k))
     elif fmt.scale == "e8m0":
         parts[1] = (rng.integers(125, 129, parts[1].shape)).astype(np.uint8)
-        w = decoded(*parts, fmt, (n, k))
+        w = decoded(parts[0], parts[1], parts[2], fmt, (n, k))
     else:
         parts[1] = np.ones_like(parts[1])
-        w = decoded(*parts, fmt, (n, k))
+        w = decoded(parts[0], parts[1], parts[2], fmt, (n, k))
     x = torch.from_numpy(rng.integers(-2, 3, (m, k)).astype(np.float32)).to(torch.bfloat16)
     bias = torch.from_numpy(rng.integers(-64, 65, n).astype(np.float32))
     got = op(x, *parts, fmt, bias=bias, **given).double().cpu().numpy()
@@ -172,9 +168,13 @@ def splits_exactly(op: Skinny, dtype: torch.dtype) -> None:
     codes = np.zeros((k, k), np.uint8)
     np.fill_diagonal(codes, 64)
     scales = np.full((k, 2), 127, np.uint8)
-    bits = torch.from_numpy(np.random.default_rng(3).integers(0, 2**32, (9, k), np.uint32).view(np.int32))
+    bits = torch.from_numpy(
+        np.random.default_rng(3).integers(0, 2**32, (9, k), np.uint32).view(np.int32)
+    )
     x = bits.view(torch.float32) if dtype == torch.float32 else bits.view(dtype)[:, :k].contiguous()
-    x = torch.where(torch.isfinite(x.float()) & (x.float().abs() > 2.0**-100), x, torch.ones_like(x))
+    x = torch.where(
+        torch.isfinite(x.float()) & (x.float().abs() > 2.0**-100), x, torch.ones_like(x)
+    )
     got = op(x, codes, scales, None, fmt).cpu()
     assert torch.equal(got, x.float()), "a split activation lost bits"
 

@@ -13,7 +13,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int kShared = 224 * 1024;  // of a multiprocessor
+constexpr int kShared = 228 * 1024;  // of a multiprocessor, of which each block takes 1 KB more
 
 // Clusters of 1, 2, 4 and 8 blocks that run at once.
 struct Machine {
@@ -77,16 +77,19 @@ Plan cost_of(const SkinnyArgs& a, const SkinnyKernel& kernel, int cluster, int k
   const int64_t tiles = (a.n + kernel.row_tile - 1) / kernel.row_tile;
   const int most = machine(kernel).at_once(cluster);
   const int64_t shares = (tiles + most - 1) / most;  // of a cluster
-  const int64_t rounds = (shares * k_warps + kernel.warps - 1) / kernel.warps;
   plan.cluster = cluster;
   plan.k_warps = k_warps;
-  plan.row_warps = int((shares + rounds - 1) / rounds);
-  if (plan.row_warps * k_warps > kernel.warps) return plan;
+  // As many rows at once as there are warps for, or fewer where shared memory holds no more.
+  int64_t rounds = (shares * k_warps + kernel.warps - 1) / kernel.warps;
+  for (bool fits = false; !fits; ++rounds) {
+    plan.row_warps = int((shares + rounds - 1) / rounds);
+    const int need = ring_bytes(kernel, plan) +
+                     kernel.depth * step_bytes(kernel, plan, padded_columns(kernel, columns)) +
+                     sum_bytes(kernel, plan, columns);
+    fits = plan.row_warps * k_warps <= kernel.warps && need <= shared_limit(kernel);
+    if (!fits && plan.row_warps == 1) return plan;
+  }
   plan.clusters = int(std::min<int64_t>(most, (tiles + plan.row_warps - 1) / plan.row_warps));
-  const int need = ring_bytes(kernel, plan) +
-                   kernel.depth * step_bytes(kernel, plan, padded_columns(kernel, columns)) +
-                   sum_bytes(kernel, plan, columns);
-  if (need > shared_limit(kernel)) return plan;
   const double bits = a.format.bits() + 8.0 * scale_bytes(a.format.scale) / 32;
   const double steps = std::ceil(double(a.k) / kernel.step / cluster / k_warps) * k_warps;
   const double bytes = double(shares * kernel.row_tile) * steps * kernel.step * bits / 8;
@@ -102,7 +105,9 @@ Plan best_plan(const SkinnyArgs& a, const SkinnyKernel& kernel, int parts, int c
   Plan best;
   for (int cluster = 1; cluster <= 8; cluster *= 2) {
     for (int k_warps = 1; k_warps <= 8; ++k_warps) {
-      if (parts ? cluster * k_warps != parts : (cluster * k_warps > 16 || k_warps & 1)) continue;
+      if (parts ? cluster * k_warps != parts
+                : (cluster * k_warps > 16 || (k_warps & (k_warps - 1))))
+        continue;
       const Plan plan = cost_of(a, kernel, cluster, k_warps, columns);
       if (plan.cost < best.cost) best = plan;
     }
@@ -193,11 +198,11 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.even_steps = steps / plan.parts();
   p.longer_parts = steps % plan.parts();
   const int longest = (steps + plan.parts() - 1) / plan.parts();
-  p.part_steps = (longest + kScaleDepth - 1) / kScaleDepth * kScaleDepth;
+  p.part_steps = (longest + kernel.depth - 1) / kernel.depth * kernel.depth;
   const int sums = sum_bytes(kernel, plan, columns), step = step_bytes(kernel, plan, p.columns);
   p.x_at = ring_bytes(kernel, plan);
-  const int fits = (shared_limit(kernel) - p.x_at - sums) / step / kScaleDepth * kScaleDepth;
-  if (fits < kScaleDepth) {
+  const int fits = (shared_limit(kernel) - p.x_at - sums) / step / kernel.depth * kernel.depth;
+  if (fits < kernel.depth) {
     throw Error(
         "matmul for few tokens: no way to share the work fits the shared memory of this "
         "device; choose another path");

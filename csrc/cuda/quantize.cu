@@ -13,6 +13,7 @@ namespace cuda {
 
 void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // so that later launches do not report it again
     throw Error(std::string("CUDA ") + what + ": " + cudaGetErrorString(error));
   }
 }
