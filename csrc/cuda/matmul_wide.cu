@@ -133,19 +133,21 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
 #else
   if (best.tokens) return best;
   const int sms = device_number(cudaDevAttrMultiProcessorCount);
+  const bool groups = has_groups(a.format, a.format.element);
   double least = 0;
   for (int tokens : {64, 128, 192, 256}) {
-    if (tokens > 128 && has_groups(a.format, a.format.element)) break;
-    for (int split : {1, 2, 4}) {
+    if (tokens > 128 && groups) break;
+    for (int split : {1, 2}) {
       if (split > chunks) break;
       const int64_t blocks = n_tiles * ((a.m + tokens - 1) / tokens) * split;
-      // Clusters of four do not fill a device whose SMs come in groups that four does not divide.
-      const int64_t at_once = split == 4 ? sms * 9 / 10 : sms,
-                    waves = (blocks + at_once - 1) / at_once;
-      // Cycles of a chunk: products at full rate, or decoding.
-      const double chunk = 8.8 * tokens > 700 ? 8.8 * tokens : 700;
-      const double cost =
-          double(waves) * (double(chunks) / split * chunk + 8000 + (split > 1 ? 20 : 12) * tokens);
+      const int64_t waves = (blocks + sms - 1) / sms;
+      // Microseconds on an H200, measured: a chunk is products, and decoding beside them.
+      const double decoding = groups || a.format.bits() == 8 ? 0.75
+                              : a.format.bits() == 6         ? 0.6
+                                                             : 0.4;
+      const double products = 0.0043 * tokens, both = products + decoding - 0.0016 * tokens;
+      const double chunk = both > products ? both : products;
+      const double cost = double(waves) * (double(chunks) / split * chunk + 8 + 0.02 * tokens);
       if (!best.tokens || cost < least) {
         least = cost;
         best.tokens = tokens;
@@ -153,9 +155,6 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
       }
     }
   }
-  // Where x and w together come near to what L2 gives, neighbours share x.
-  const bool much = a.format.bits() > 4 || has_groups(a.format, a.format.element);
-  best.share = much && best.split == 1 && n_tiles % 2 == 0 ? 2 : 1;
   return best;
 #endif
 }

@@ -183,35 +183,37 @@ struct Consumer {
     }
   }
 
-  // The products of step i - 1 are over: its place may be filled anew.
-  PYFMT_DEVICE void release(uint32_t i) {
-    if (lane < p.share) hopper::barrier_arrive(Step<kTokens>(i - 1).empty(at.base) + peer);
+  // Half a chunk, step i of x: four products, under way while the next fragments are decoded.
+  // before: the step of this team before this one, if any; its products are over by the end, so
+  // that its place may be filled anew.
+  template <int kHalf>
+  PYFMT_DEVICE void half(float (&sums)[kCount], const uint32_t (&a)[4][4], uint32_t i,
+                         uint32_t before, bool any_before) {
+    const Step<kTokens> step(i);
+    hopper::barrier_wait(step.full(at.base), step.parity);
+    const uint32_t tile = hopper::tile_code(step.tile(at.base));
+    hopper::products_fence();
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      hopper::Product<kTokens>::add_to(sums, a[s], hopper::tile_descriptor(tile, s),
+                                       kGroups && kHalf == 0 && s == 0 ? 0 : 1);
+    }
+    hopper::products_commit();
+    hopper::products_wait<1>();
+    if (any_before && lane < p.share) {
+      hopper::barrier_arrive(Step<kTokens>(before).empty(at.base) + peer);
+    }
   }
 
-  // Half a chunk, step i of x: products 4 kHalf to 4 kHalf + 3, each under way while the next one's
-  // fragment is decoded. Four fragments in turn: a product's is written again three products on.
-  template <int kHalf, int kFrom = 0>
-  PYFMT_DEVICE void half(float (&sums)[kCount], uint32_t (&a)[4][4], uint32_t (&words)[2][kBits],
-                         const uint32_t (&raw)[2], const Factors<F> (&factors)[2], bool special,
-                         uint32_t i, uint32_t tile, bool any_before) {
-    if constexpr (kFrom < 4) {
-      constexpr int kStep = 4 * kHalf + kFrom;
-      hopper::products_fence();
-      hopper::Product<kTokens>::add_to(sums, a[kFrom], hopper::tile_descriptor(tile, kFrom),
-                                       kGroups && kStep == 0 ? 0 : 1);
-      hopper::products_commit();
-      hopper::products_wait<2>();
-      if constexpr (kFrom == 2) {
-        // A team's own step before this one: the chunk's first half, or its last chunk's second.
-        if (kHalf || any_before) release(kHalf ? i : i - 2 * (kTeams - 1));
-      }
-      if constexpr (kStep < 7) {
-        hopper::pin(words[0]);
-        hopper::pin(words[1]);
-        decode<F, kStep + 1>(words, raw, factors, special, a[(kFrom + 1) % 4]);
-      }
-      half<kHalf, kFrom + 1>(sums, a, words, raw, factors, special, i, tile, any_before);
-    }
+  // The fragments of half a chunk.
+  template <int kHalf>
+  PYFMT_DEVICE static void decode_half(const uint32_t (&words)[2][kBits], const uint32_t (&raw)[2],
+                                       const Factors<F> (&factors)[2], bool special,
+                                       uint32_t (&a)[4][4]) {
+    decode<F, 4 * kHalf>(words, raw, factors, special, a[0]);
+    decode<F, 4 * kHalf + 1>(words, raw, factors, special, a[1]);
+    decode<F, 4 * kHalf + 2>(words, raw, factors, special, a[2]);
+    decode<F, 4 * kHalf + 3>(words, raw, factors, special, a[3]);
   }
 
   // Adds what a chunk's products gave, once they are over, times its group's scale.
@@ -246,7 +248,7 @@ struct Consumer {
     int in_group = kGroups ? at.first % p.group_chunks : 0;
 #pragma unroll 1
     for (int c = at.first + team; c < at.last; c += kTeams) {
-      uint32_t words[2][kBits], a[4][4];
+      uint32_t words[2][kBits], a[2][4][4];
       hopper::wait_copies<kDepth - 2>();
       __syncwarp();
 #pragma unroll
@@ -270,7 +272,7 @@ struct Consumer {
       hopper::commit_copies();
       ring.next();
 
-      decode<F, 0>(words, raw, factors, special, a[0]);
+      decode_half<0>(words, raw, factors, special, a[0]);
       if constexpr (kGroups) {
         add_chunk(sums, fresh, scale);
         scale[0] = next_scale[0];
@@ -282,13 +284,11 @@ struct Consumer {
       }
       auto& into = target<kGroups>(sums, fresh);
       const uint32_t i = 2 * uint32_t(c - at.first);
-      const Step<kTokens> one(i), two(i + 1);
-      hopper::barrier_wait(one.full(at.base), one.parity);
-      half<0>(into, a, words, raw, factors, special, i, hopper::tile_code(one.tile(at.base)),
-              c >= at.first + kTeams);
-      hopper::barrier_wait(two.full(at.base), two.parity);
-      half<1>(into, a, words, raw, factors, special, i + 1, hopper::tile_code(two.tile(at.base)),
-              true);
+      half<0>(into, a[0], i, i - 2 * kTeams + 1, c >= at.first + kTeams);
+      hopper::pin(words[0]);
+      hopper::pin(words[1]);
+      decode_half<1>(words, raw, factors, special, a[1]);
+      half<1>(into, a[1], i + 1, i, true);
     }
     if constexpr (kGroups) {
       add_chunk(sums, fresh, scale);
