@@ -16,12 +16,12 @@ SMALL = 1 << 26
 Limit = int | tuple[int, int] | None
 
 TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
-    "fold-4": (("native", None), ("skinny", 64), ("wide", 192), ("fold", None)),
-    "fold-6": (("native", None), ("skinny", 64), ("wide", 192), ("fold", None)),
-    "fold-4 kept": (("skinny", 48), ("fold", None)),
-    "fold-6 kept": (("skinny", 48), ("fold", None)),
-    "bf16-4": (("skinny", 64), ("wide", 1024), ("exact", None)),
-    "bf16-6": (("skinny", 64), ("wide", 1024), ("exact", None)),
-    "bf16-8": (("skinny", 64), ("wide", 1024), ("exact", None)),
-    "any": (("skinny", 64), ("wide", None)),
+    "fold-4": (("native", None), ("skinny", 16), ("wide", 384), ("fold", None)),
+    "fold-6": (("native", None), ("skinny", 16), ("wide", 384), ("fold", None)),
+    "fold-4 kept": (("skinny", 16), ("wide", 64), ("fold", None)),
+    "fold-6 kept": (("skinny", 16), ("wide", 64), ("fold", None)),
+    "bf16-4": (("native", None), ("skinny", 16), ("wide", 2048), ("exact", None)),
+    "bf16-6": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
+    "bf16-8": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
+    "any": (("skinny", 16), ("wide", None)),
 }
