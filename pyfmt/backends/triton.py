@@ -91,7 +91,7 @@ def _ops(*tensors: Any) -> Any:
 
 def _in(x: Any) -> Any:
     """Return a CuPy array as a torch tensor on the same memory; anything else as it is."""
-    if type(x).__module__.partition(".")[0] != "cupy":
+    if x is None or _arrays.is_torch(x) or type(x).__module__.partition(".")[0] != "cupy":
         return x
     import torch
     from torch.utils.dlpack import from_dlpack
