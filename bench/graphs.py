@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import statistics
 import subprocess
@@ -113,5 +114,5 @@ def machine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "versions": {p: version(p) for p in packages if importlib.util.find_spec(p)},
-        "commit": said("git", "describe", "--always", "--dirty"),
+        "commit": os.environ.get("PYFMT_COMMIT") or said("git", "describe", "--always", "--dirty"),
     }
