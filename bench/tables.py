@@ -135,9 +135,41 @@ def gpu_table(record: dict[str, Any]) -> str:
     )
 
 
+def matmul_table(record: dict[str, Any]) -> str:
+    """Return the Markdown table: calls down, rows of the left operand across."""
+    n, k = 8192, 8192
+    timed = [line for line in record["lines"] if line.get("shape", [])[1:] == [n, k]]
+    found = {(line["name"], line["shape"][0]): line for line in timed}
+    counts = sorted({m for _, m in found})
+    base = "cuBLAS bf16"
+    names = [name for name in dict.fromkeys(name for name, _ in found) if name != base]
+
+    def row(name: str) -> str:
+        cells = [found.get((name, m)) for m in counts]
+        figures = ("-" if cell is None else f"{cell['of_bf16']:.2f}" for cell in cells)
+        return f"| {name} | {' | '.join(figures)} |"
+
+    versions, machine = record["machine"]["versions"], record["machine"]
+    times = " | ".join(f"{found[base, m]['median'] * 1e6:.0f} us" for m in counts)
+    return "\n".join(
+        [
+            "Times faster than cuBLAS bfloat16 of the same run on the unquantized tensors, N = K = "
+            f"{n}, M rows, CUDA graphs, {machine['gpu']}, torch {versions['torch']}; "
+            "dense: bfloat16 activations; rotate: rotated and quantized in the call; kept: the "
+            "expanded weight is kept:",
+            "",
+            f"| call | {' | '.join(f'M = {m}' for m in counts)} |",
+            f"|---|{'--:|' * len(counts)}",
+            f"| {base} | {times} |",
+            *map(row, names),
+        ]
+    )
+
+
 TABLES = {
     "speed": ("cpu_quantize.json", cpu_table),
     "speed on a GPU": ("h200_quantize.json", gpu_table),
+    "matmul on a GPU": ("h200_matmul.json", matmul_table),
 }
 
 

@@ -442,6 +442,11 @@ def expand_weight(codes: Tensor, scales: Tensor, format: str, k: int, kind: str)
     """A weight expanded once: for "fold" bytes, row scales and the rows that do not fold; for
     "exact" the bfloat16 matrix."""
     fmt = get_format(format)
+    if not hasattr(Parts.ops, "_fold"):
+        raise RuntimeError(
+            "expanded: keeping an expanded weight needs the compiled GPU library, which is "
+            "missing; build it with `make setup`, or leave the weight packed"
+        )
     if kind == "fold":
         if not paths.folds(fmt):
             raise RuntimeError(f"kind: {format} does not fold into fp8; pass 'exact'")

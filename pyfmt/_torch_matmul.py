@@ -258,7 +258,9 @@ _RUN = {**_torch_dense.RUN, "native": native, "portable": _portable_rows}
 
 
 @lru_cache(maxsize=64)
-def _machine(index: int) -> paths.Machine:
+def _machine(index: int) -> paths.Machine | None:
+    if not hasattr(_OPS, "_finish"):  # the compiled GPU library is not there
+        return None
     return paths.Machine(
         torch.cuda.get_device_capability(index),
         skinny=hasattr(_OPS, "_matmul_skinny"),
@@ -282,8 +284,8 @@ def _choose(call: paths.Call, device: torch.device, path: str | None) -> str:
     if machine is None:
         if path not in (None, "portable"):
             raise RuntimeError(
-                f"path: tensors on {device.type} have the portable path alone, got {path!r}; leave "
-                "it out"
+                f"path: tensors on {device.type} have the portable path alone here, got {path!r}; "
+                "leave it out (the others need CUDA tensors and the compiled GPU library)"
             )
         return "portable"
     if 0 in (call.m, call.n, call.k):
