@@ -14,7 +14,9 @@ from cases import Turns, rooms
 from device import event_time, graph_time
 from harness import machine
 
-GRAPH = 22  # up to 2^this elements calls are timed within a graph
+# Up to 2^this elements calls are timed within a graph: launched one by one, those of 2^25 elements
+# would still show the host's time.
+GRAPH = 28
 LABELS = {
     "copy_us": "copy of the input",
     "cuda_us": "quantize to mxfp4, CUDA room",
@@ -42,10 +44,10 @@ def points(smallest: int = 12, largest: int = 31, columns: int = 1024) -> list[d
             call()
             torch.cuda.synchronize()
             if power <= GRAPH:
-                seconds = graph_time([call] * 64, repeats=2, rounds=7)
+                count = max(8, min(64, (1 << 29) // n))
+                seconds = graph_time([call] * count, repeats=2, rounds=7)
             else:
-                count = 8 if power < 29 else 3
-                seconds = statistics.median(event_time(call, count) for _ in range(5))
+                seconds = statistics.median(event_time(call, 3) for _ in range(5))
             record[what] = seconds * 1e6
         found.append(record)
         words = ", ".join(f"{LABELS[what]} {record[what]:.2f} us" for what in calls)
