@@ -34,6 +34,7 @@ PUBLIC = [
     "nn",
     "ops",
     "quantize",
+    "quantize_dual",
     "save",
 ]
 
