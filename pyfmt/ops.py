@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt import _check, _torch_autograd, _torch_matmul
+from pyfmt import _check, _torch_autograd, _torch_matmul, _torch_matmul_cpu
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
 from pyfmt.backends import cuda
 from pyfmt.backends.cpu import torch_library_path
@@ -268,9 +268,9 @@ def _define() -> None:
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
         library.impl(verb, _no_kernel(verb), "CompositeExplicitAutograd")
     library.impl("quantize_dual", _quantize_twice, "CPU")
-    for device in ("CPU", "CUDA"):
-        library.impl("matmul", _torch_matmul.matmul, device)
-        library.impl("linear", _torch_matmul.linear, device)
+    for device, room in (("CPU", _torch_matmul_cpu), ("CUDA", _torch_matmul)):
+        library.impl("matmul", room.matmul, device)
+        library.impl("linear", room.linear, device)
     _torch_autograd.register(library)
     ops._library = library
 

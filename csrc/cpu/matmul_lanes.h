@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the products of every level use: multiply-add, sums across lanes, rows of b, the epilogue.
+#pragma once
+
+#include "kernels_dequantize.h"
+#include "matmul.h"
+
+namespace pyfmt {
+namespace PYFMT_ISA {
+
+using cpu::Packed;
+
+// a * b + c, in one rounding where the level has it.
+PYFMT_INLINE F multiply_add(F a, F b, F c) {
+#if PYFMT_AVX512
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif PYFMT_AVX2
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+PYFMT_INLINE F all(float x) {
+  return x - F{};
+}
+
+// The sum of all lanes, by halves.
+PYFMT_INLINE float sum_lanes(F v) {
+  if constexpr (kLanes > 8) v += exchange<(kLanes > 8 ? 8 : 1)>(v);
+  if constexpr (kLanes > 4) v += exchange<(kLanes > 4 ? 4 : 1)>(v);
+  v += exchange<2>(v);
+  v += exchange<1>(v);
+  return v[0];
+}
+
+// kLanes rows of kLanes lanes to columns: log2(kLanes) rounds of taking turns.
+PYFMT_INLINE void transpose(U v[kLanes]) {
+  for (int round = 1; round < kLanes; round *= 2) {
+    U w[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      w[2 * i] = lower_in_turn(v[i], v[i + kLanes / 2]);
+      w[2 * i + 1] = upper_in_turn(v[i], v[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
+// Where the scales of a row begin, in scales.
+PYFMT_INLINE int64_t first_scale(const Packed& p, int64_t row, int64_t k) {
+  const int64_t r = p.format.block_rows, strips = (p.batch_rows + r - 1) / r;
+  const int64_t batch = r == 1 ? row : row / p.batch_rows * strips + row % p.batch_rows / r;
+  return batch * p.format.blocks(k);
+}
+
+// The float32 bits of scales `from` to `from + n` of a row.
+PYFMT_INLINE void row_scales(const Packed& p, int64_t row, int64_t k, int64_t from, int64_t n,
+                             uint32_t* out) {
+  const int64_t first = first_scale(p, row, k) + from;
+  decode_scales(p.format.scale, (const char*)p.scales + first * scale_bytes(p.format.scale), n,
+                out);
+}
+
+PYFMT_INLINE float float_at(const void* p, DType dtype, int64_t i) {
+  using S = codec::Lane<uint32_t>;
+  switch (dtype) {
+    case DType::kBF16:
+      return S::as_float(codec::float_from_bf16<uint32_t>(((const uint16_t*)p)[i]));
+    case DType::kFP16:
+      return S::as_float(codec::float_from_half<uint32_t>(((const uint16_t*)p)[i]));
+    default:
+      return ((const float*)p)[i];
+  }
+}
+
+PYFMT_INLINE void store_at(void* p, DType dtype, int64_t i, float x) {
+  const uint32_t bits = codec::Lane<uint32_t>::as_uint(x);
+  switch (dtype) {
+    case DType::kBF16:
+      ((uint16_t*)p)[i] = uint16_t(codec::bf16_from_float<uint32_t>(bits));
+      return;
+    case DType::kFP16:
+      ((uint16_t*)p)[i] = uint16_t(codec::half_from_float<uint32_t>(bits));
+      return;
+    default:
+      ((uint32_t*)p)[i] = codec::canonical_nan<uint32_t>(bits, kFloatNaN);
+  }
+}
+
+// Whether every finite number among n is zero or has an exponent within +-60.
+static bool tame(const void* a, DType dtype, int64_t n) {
+  constexpr int64_t kRow = 256;
+  alignas(64) uint32_t row[kRow];
+  U wild{};
+  for (int64_t i = 0; i < n; i += kRow) {
+    const int64_t count = n - i < kRow ? n - i : kRow;
+    load_row(at(a, dtype, i), dtype, count, round_up(count, kGroup), row);
+    for (int64_t k = 0; k < round_up(count, kGroup); k += kLanes) {
+      const U bits = load<U>(row + k) & 0x7fffffffu;
+      // Out of [2^-60, 2^61), less zero and what is no number.
+      const U outside = (U)((bits - (67u << 23)) >= (121u << 23));
+      wild |= outside & (U)(bits != 0u) & (U)((I)bits < int32_t(kFloatInf));
+    }
+  }
+  uint32_t any = 0;
+  for (int k = 0; k < kLanes; ++k) any |= wild[k];
+  return any == 0;
+}
+
+// Whether products with tame numbers, and sums of them, stay far from overflow and underflow.
+PYFMT_INLINE bool moderate(const ElementSpec& e) {
+  return e.step_exp() >= -20 && e.emax() <= 20;
+}
+
+}  // namespace PYFMT_ISA
+}  // namespace pyfmt

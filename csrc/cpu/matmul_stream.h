@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+// A few dense rows times a packed matrix: each row of b is read once, decoded in registers and
+// multiplied there. Elements are multiplied as they stand, sums of a few of them by the block's
+// scale: one float32 multiply-add an element and one a scale.
+#pragma once
+
+#include "matmul_lanes.h"
+
+namespace pyfmt {
+namespace PYFMT_ISA {
+
+using cpu::StreamArgs;
+
+// Four-bit codes where a lookup serves: a vector holds 8 * kLanes of them, lane i the elements
+// 8 i to 8 i + 7, and each shift by four bits brings up the next one. a is permuted likewise.
+constexpr int kNibbleStep = 8 * kLanes;
+
+PYFMT_INLINE bool by_nibbles(const FormatSpec& f) {
+  return kHasLookup && f.bits() == 4;
+}
+
+static bool stream_serves(const FormatSpec& f, int64_t k) {
+  const int64_t block = f.columns(k);
+  const bool whole = f.element.special == Special::kNone || k % block == 0;
+  return moderate(f.element) && whole && block % (by_nibbles(f) ? 8 : kGroup) == 0;
+}
+
+static int64_t stream_columns(const FormatSpec& f, int64_t k) {
+  return round_up(k, by_nibbles(f) ? kNibbleStep : kGroup);
+}
+
+static void stream_prepare(const StreamArgs& s) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k);
+  const bool nibbles = by_nibbles(f);
+  Scratch scratch(nibbles ? columns * 4 : 0);
+  uint32_t* const row = nibbles ? scratch.take<uint32_t>(columns) : nullptr;
+  for (int64_t m = 0; m < s.m; ++m) {
+    uint32_t* const out = (uint32_t*)s.prepared + m * columns;
+    load_row(at(s.a, s.a_dtype, m * s.k), s.a_dtype, s.k, columns, nibbles ? row : out);
+    if (!nibbles) continue;
+    for (int64_t i = 0; i < columns; i += kNibbleStep) {
+      for (int j = 0; j < 8; ++j) {
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[i + j * kLanes + lane] = row[i + lane * 8 + j];
+      }
+    }
+  }
+}
+
+// y, bias and rounding for R rows of b from `row`.
+template <int R, int M>
+PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) {
+      float y = sum_lanes(sum[r][m]);
+      if (s.right.has_tensor_scale) y *= s.right.tensor_scale;
+      if (s.bias) y += float_at(s.bias, s.bias_dtype, row + r);
+      store_at(s.out, s.out_dtype, m * s.n + row + r, y);
+    }
+  }
+}
+
+// ---- four bits ------------------------------------------------------------------------
+
+// One scale for each lane of each vector of codes: scales repeated block / 8 times, zeros beyond.
+static void scales_by_lane(const uint32_t* scales, int64_t blocks, int64_t each, int64_t lanes,
+                           uint32_t* out) {
+  int64_t i = 0;
+  if (each < kLanes && kLanes % each == 0) {
+    I index[kLanes];
+    for (int v = 0; v < each; ++v) {
+      for (int k = 0; k < kLanes; ++k) index[v][k] = int32_t((v * kLanes + k) / each);
+    }
+    for (int64_t b = 0; b + kLanes <= blocks && i + each * kLanes <= lanes; b += kLanes) {
+      const U some = load<U>(scales + b);
+      for (int v = 0; v < each; ++v, i += kLanes) {
+        store<U>(out + i, __builtin_shuffle(some, (U)index[v]));
+      }
+    }
+  }
+  for (int64_t b = i / each; b < blocks && i < lanes; ++b) {
+    for (const int64_t end = (b + 1) * each < lanes ? (b + 1) * each : lanes; i < end; ++i) {
+      out[i] = scales[b];
+    }
+  }
+  for (; i < lanes; ++i) out[i] = 0;
+}
+
+template <int R, int M>
+PYFMT_INLINE void nibble_step(const Lookup& values, const U (&codes)[R], const float* a,
+                              int64_t columns, const float* scales, int64_t scale_stride,
+                              F (&sum)[R][M]) {
+  F part[R][M];
+  for (int j = 0; j < 8; ++j) {
+    F left[M];
+    for (int m = 0; m < M; ++m) left[m] = load<F>(a + m * columns + j * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const F w = values[j ? codes[r] >> (4 * j) : codes[r]];
+      for (int m = 0; m < M; ++m) {
+        part[r][m] = j ? multiply_add(w, left[m], part[r][m]) : w * left[m];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    const F scale = load<F>(scales + r * scale_stride);
+    for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
+  }
+}
+
+template <int R, int M>
+static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
+                        uint32_t* scale_room, uint32_t* lane_scales) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k), lanes = columns / 8;
+  const int64_t bytes = f.row_bytes(s.k), blocks = f.blocks(s.k), each = f.columns(s.k) / 8;
+  for (int r = 0; r < R; ++r) {
+    row_scales(s.right, row + r, s.k, 0, blocks, scale_room);
+    scales_by_lane(scale_room, blocks, each, lanes, lane_scales + r * lanes);
+  }
+  const uint8_t* const codes = s.right.codes + row * bytes;
+  const float* const scales = (const float*)lane_scales;
+  F sum[R][M] = {};
+  U words[R];
+  const int64_t whole = s.k / kNibbleStep * kNibbleStep;
+  for (int64_t i = 0; i < whole; i += kNibbleStep) {
+    for (int r = 0; r < R; ++r) words[r] = load<U>(codes + r * bytes + i / 2);
+    nibble_step<R, M>(values, words, s.prepared + i, columns, scales + i / 8, lanes, sum);
+  }
+  if (whole < s.k) {
+    for (int r = 0; r < R; ++r) {
+      words[r] = U{};
+      memcpy(&words[r], codes + r * bytes + whole / 2, size_t((s.k - whole + 1) / 2));
+    }
+    nibble_step<R, M>(values, words, s.prepared + whole, columns, scales + whole / 8, lanes, sum);
+  }
+  finish_rows<R, M>(s, row, sum);
+}
+
+template <int R, int M>
+static void stream_nibbles(const StreamArgs& s, int64_t begin, int64_t end) {
+  const FormatSpec& f = s.right.format;
+  const int64_t lanes = stream_columns(f, s.k) / 8;
+  Scratch scratch((f.blocks(s.k) + kGroup + R * lanes) * 4 + 256);
+  uint32_t* const scales = scratch.take<uint32_t>(f.blocks(s.k) + kGroup);
+  uint32_t* const lane_scales = scratch.take<uint32_t>(R * lanes);
+  uint32_t table[16];
+  for (uint32_t code = 0; code < 16; ++code) {
+    table[code] = f.element.is_int()
+                      ? codec::decode_int<uint32_t>(codec::IntCodec(f.element, false), code)
+                      : codec::decode_float<uint32_t>(codec::FloatCodec(f.element), code);
+  }
+  const Lookup values(table);
+  int64_t row = begin;
+  for (; row + R <= end; row += R) nibble_rows<R, M>(s, row, values, scales, lane_scales);
+  for (; row < end; ++row) nibble_rows<1, M>(s, row, values, scales, lane_scales);
+}
+
+// ---- one byte a code ------------------------------------------------------------------
+
+// Integers as they stand; their step goes into the scales, exactly.
+template <bool kSigned8>
+struct Steps {
+  int extend;
+  PYFMT_HD explicit Steps(const ElementSpec& e) : extend(e.is_signed ? 32 - e.bits() : 0) {}
+  PYFMT_HD void decode(const uint8_t* codes, F (&w)[kVectors]) const {
+#if PYFMT_AVX512
+    if constexpr (kSigned8) {
+      const __m128i bytes = _mm_loadu_si128((const __m128i*)codes);
+      w[0] = (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+      return;
+    }
+#endif
+    const Group g = load_u8(codes);
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = __builtin_convertvector((I)(g.v[v] << extend) >> extend, F);
+    }
+  }
+  static float step(const ElementSpec& e) {
+    return codec::Lane<uint32_t>::as_float(power_of_two_bits(-e.frac));
+  }
+};
+
+template <class Element>
+struct Values {
+  decltype(Element::make(ElementSpec{}, false)) c;
+  PYFMT_HD explicit Values(const ElementSpec& e) : c(Element::make(e, false)) {}
+  PYFMT_HD void decode(const uint8_t* codes, F (&w)[kVectors]) const {
+    const Group g = load_u8(codes);
+    for (int v = 0; v < kVectors; ++v) w[v] = (F)Element::decode(c, g.v[v]);
+  }
+  static float step(const ElementSpec&) { return 1.0f; }
+};
+
+template <class Decode, int R, int M>
+static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, uint32_t* scales,
+                      uint8_t* unpacked) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k), blocks = f.blocks(s.k), block = f.columns(s.k);
+  const int64_t bytes = f.row_bytes(s.k), room = round_up(blocks, kGroup);
+  const uint8_t* codes[R];
+  const float step = Decode::step(f.element);
+  for (int r = 0; r < R; ++r) {
+    codes[r] = s.right.codes + (row + r) * bytes;
+    if (unpacked) {
+      uint8_t* const to = unpacked + r * round_up(f.padded(s.k), 64);
+      unpack_row(codes[r], bytes, f.padded(s.k), f.bits(), to);
+      codes[r] = to;
+    }
+    row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+    float* const each = (float*)scales + r * room;
+    for (int64_t b = 0; b < blocks; ++b) each[b] *= step;
+  }
+  F sum[R][M] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t end = (b + 1) * block < columns ? (b + 1) * block : columns;
+    F part[R][M] = {};
+    for (int64_t i = b * block; i < end; i += kGroup) {
+      F w[R][kVectors];
+      for (int r = 0; r < R; ++r) values.decode(codes[r] + i, w[r]);
+      for (int v = 0; v < kVectors; ++v) {
+        for (int m = 0; m < M; ++m) {
+          const F left = load<F>(s.prepared + m * columns + i + v * kLanes);
+          for (int r = 0; r < R; ++r) part[r][m] = multiply_add(w[r][v], left, part[r][m]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const F scale = (F)broadcast(scales[r * room + b]);
+      for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
+    }
+  }
+  finish_rows<R, M>(s, row, sum);
+}
+
+template <class Decode, int R, int M>
+static void stream_bytes(const StreamArgs& s, int64_t begin, int64_t end) {
+  const FormatSpec& f = s.right.format;
+  const int64_t room = round_up(f.blocks(s.k), kGroup);
+  const int64_t width = f.bits() == 8 ? 0 : round_up(f.padded(s.k), 64);
+  Scratch scratch(R * (room * 4 + width) + 256);
+  uint32_t* const scales = scratch.take<uint32_t>(R * room);
+  uint8_t* const unpacked = width ? scratch.take<uint8_t>(R * width) : nullptr;
+  const Decode values(f.element);
+  int64_t row = begin;
+  for (; row + R <= end; row += R) byte_rows<Decode, R, M>(s, row, values, scales, unpacked);
+  for (; row < end; ++row) byte_rows<Decode, 1, M>(s, row, values, scales, unpacked);
+}
+
+// ---- by format and rows of a ----------------------------------------------------------
+
+template <int R, int M>
+static void stream_rows(const StreamArgs& s, int64_t begin, int64_t end) {
+  const ElementSpec& e = s.right.format.element;
+  if (by_nibbles(s.right.format)) return stream_nibbles<R, M>(s, begin, end);
+  if (e.is_int()) {
+    return e.is_signed && e.bits() == 8 ? stream_bytes<Steps<true>, R, M>(s, begin, end)
+                                        : stream_bytes<Steps<false>, R, M>(s, begin, end);
+  }
+  if (e == elements::e4m3fn) {
+    return stream_bytes<Values<StaticFloat<e4m3fn_element>>, R, M>(s, begin, end);
+  }
+  if (e == elements::e5m2ieee) {
+    return stream_bytes<Values<StaticFloat<e5m2ieee_element>>, R, M>(s, begin, end);
+  }
+  stream_bytes<Values<AnyFloat>, R, M>(s, begin, end);
+}
+
+static void stream(const StreamArgs& s, int64_t begin, int64_t end) {
+  GradualUnderflow guard;
+  switch (s.m) {
+    case 1:
+      return stream_rows<4, 1>(s, begin, end);
+    case 2:
+      return stream_rows<4, 2>(s, begin, end);
+    case 3:
+      return stream_rows<2, 3>(s, begin, end);
+    default:
+      return stream_rows<2, 4>(s, begin, end);
+  }
+}
+
+}  // namespace PYFMT_ISA
+}  // namespace pyfmt

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""matmul and linear on CPU tensors: one call of the compiled kernels (csrc/cpu/matmul.h).
+
+Packed operands are decoded in registers or once per panel, never expanded in memory; sums are
+float32, a result's bits depend on nothing but its inputs and the processor's instruction set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyfmt._torch_matmul import _check_linear, _check_matmul
+
+_OPS: Any = torch.ops.pyfmt
+
+
+def matmul(
+    a: Tensor,
+    a_scales: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    a_format: str | None,
+    b: Tensor,
+    b_scales: Tensor,
+    b_tensor_scale: Tensor | None,
+    b_format: str,
+    k: int,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """y = a b^T + bias; a of shape (*lead, K) dense or quantized, b of shape (N, K) quantized."""
+    out = _check_matmul(a, a_scales, a_format, b, k, bias, dtype)
+    left = (a, a_scales, a_tensor_scale, a_format)
+    y: Tensor = _OPS._matmul_cpu.default(*left, b, b_scales, b_tensor_scale, b_format, k, bias, out)
+    return y
+
+
+def linear(
+    x: Tensor,
+    w_codes: Tensor,
+    w_scales: Tensor,
+    w_tensor_scale: Tensor | None,
+    w_format: str,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    rotation: int = 0,
+    signs: Tensor | None = None,
+    scale_rule: str | None = None,
+    recipe: str | None = None,
+    clip: str = "symmetric",
+) -> Tensor:
+    """matmul(quantize(x, activation, rotation=...), w) + bias in x's dtype.
+
+    Without an activation format the left operand is hadamard(x), rounded to x's dtype.
+    """
+    _check_linear(x, w_codes, bias)
+    weight = (w_codes, w_scales, w_tensor_scale, w_format)
+    options = (scale_rule, recipe, clip)
+    y: Tensor = _OPS._linear_cpu.default(x, *weight, bias, activation, rotation, signs, *options)
+    return y
