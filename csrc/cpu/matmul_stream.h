@@ -19,10 +19,30 @@ PYFMT_INLINE bool by_nibbles(const FormatSpec& f) {
   return kHasLookup && f.bits() == 4;
 }
 
+// Which of a vector's scales belong to its lanes of eight elements: blocks of 8, 16, 32, ... or as
+// long as the row.
+struct LaneScales {
+  I index;
+  int64_t shift;  // scales of vector i begin at (i * kLanes) >> shift
+
+  PYFMT_HD LaneScales(int64_t block, int64_t k)
+      : shift(block >= k ? 62 : __builtin_ctzll(uint64_t(block / 8))) {
+    for (int lane = 0; lane < kLanes; ++lane) index[lane] = int32_t(int64_t(lane) >> shift);
+  }
+  static bool serves(int64_t block, int64_t k) {
+    return block >= k || (block % 8 == 0 && (block & (block - 1)) == 0);
+  }
+  // Vector i's; kLanes scales are readable wherever one is.
+  PYFMT_HD F of(const uint32_t* scales, int64_t i) const {
+    return (F)__builtin_shuffle(load<U>(scales + ((i * kLanes) >> shift)), (U)index);
+  }
+};
+
 static bool stream_serves(const FormatSpec& f, int64_t k) {
   const int64_t block = f.columns(k);
   const bool whole = f.element.special == Special::kNone || k % block == 0;
-  return moderate(f.element) && whole && block % (by_nibbles(f) ? 8 : kGroup) == 0;
+  if (!moderate(f.element) || !whole) return false;
+  return by_nibbles(f) ? LaneScales::serves(block, k) : block % kGroup == 0;
 }
 
 static int64_t stream_columns(const FormatSpec& f, int64_t k) {
@@ -63,34 +83,9 @@ PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R
 
 // ---- four bits ------------------------------------------------------------------------
 
-// One scale for each lane of each vector of codes: scales repeated block / 8 times, zeros beyond.
-static void scales_by_lane(const uint32_t* scales, int64_t blocks, int64_t each, int64_t lanes,
-                           uint32_t* out) {
-  int64_t i = 0;
-  if (each < kLanes && kLanes % each == 0) {
-    I index[kLanes];
-    for (int v = 0; v < each; ++v) {
-      for (int k = 0; k < kLanes; ++k) index[v][k] = int32_t((v * kLanes + k) / each);
-    }
-    for (int64_t b = 0; b + kLanes <= blocks && i + each * kLanes <= lanes; b += kLanes) {
-      const U some = load<U>(scales + b);
-      for (int v = 0; v < each; ++v, i += kLanes) {
-        store<U>(out + i, __builtin_shuffle(some, (U)index[v]));
-      }
-    }
-  }
-  for (int64_t b = i / each; b < blocks && i < lanes; ++b) {
-    for (const int64_t end = (b + 1) * each < lanes ? (b + 1) * each : lanes; i < end; ++i) {
-      out[i] = scales[b];
-    }
-  }
-  for (; i < lanes; ++i) out[i] = 0;
-}
-
 template <int R, int M>
 PYFMT_INLINE void nibble_step(const Lookup& values, const U (&codes)[R], const float* a,
-                              int64_t columns, const float* scales, int64_t scale_stride,
-                              F (&sum)[R][M]) {
+                              int64_t columns, const F (&scale)[R], F (&sum)[R][M]) {
   F part[R][M];
   for (int j = 0; j < 8; ++j) {
     F left[M];
@@ -103,36 +98,38 @@ PYFMT_INLINE void nibble_step(const Lookup& values, const U (&codes)[R], const f
     }
   }
   for (int r = 0; r < R; ++r) {
-    const F scale = load<F>(scales + r * scale_stride);
-    for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
+    for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale[r], part[r][m], sum[r][m]);
   }
 }
 
 template <int R, int M>
 static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
-                        uint32_t* scale_room, uint32_t* lane_scales) {
+                        const LaneScales& lanes, uint32_t* scales) {
   const FormatSpec& f = s.right.format;
-  const int64_t columns = stream_columns(f, s.k), lanes = columns / 8;
-  const int64_t bytes = f.row_bytes(s.k), blocks = f.blocks(s.k), each = f.columns(s.k) / 8;
-  for (int r = 0; r < R; ++r) {
-    row_scales(s.right, row + r, s.k, 0, blocks, scale_room);
-    scales_by_lane(scale_room, blocks, each, lanes, lane_scales + r * lanes);
-  }
+  const int64_t columns = stream_columns(f, s.k), bytes = f.row_bytes(s.k);
+  const int64_t blocks = f.blocks(s.k), room = blocks + kGroup;
+  for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
   const uint8_t* const codes = s.right.codes + row * bytes;
-  const float* const scales = (const float*)lane_scales;
-  F sum[R][M] = {};
+  F sum[R][M] = {}, scale[R];
   U words[R];
-  const int64_t whole = s.k / kNibbleStep * kNibbleStep;
-  for (int64_t i = 0; i < whole; i += kNibbleStep) {
-    for (int r = 0; r < R; ++r) words[r] = load<U>(codes + r * bytes + i / 2);
-    nibble_step<R, M>(values, words, s.prepared + i, columns, scales + i / 8, lanes, sum);
+  int64_t i = 0, v = 0;
+  for (; i + kNibbleStep <= s.k; i += kNibbleStep, ++v) {
+    for (int r = 0; r < R; ++r) {
+      words[r] = load<U>(codes + r * bytes + i / 2);
+      scale[r] = lanes.of(scales + r * room, v);
+    }
+    nibble_step<R, M>(values, words, s.prepared + i, columns, scale, sum);
   }
-  if (whole < s.k) {
+  if (i < s.k) {
     for (int r = 0; r < R; ++r) {
       words[r] = U{};
-      memcpy(&words[r], codes + r * bytes + whole / 2, size_t((s.k - whole + 1) / 2));
+      memcpy(&words[r], codes + r * bytes + i / 2, size_t((s.k - i + 1) / 2));
+      scale[r] = lanes.of(scales + r * room, v);
+      // Lanes beyond the row have no scale; what lies there must not be a NaN.
+      const int64_t used = (s.k - i + 7) / 8;
+      for (int lane = int(used); lane < kLanes; ++lane) scale[r][lane] = 0.0f;
     }
-    nibble_step<R, M>(values, words, s.prepared + whole, columns, scales + whole / 8, lanes, sum);
+    nibble_step<R, M>(values, words, s.prepared + i, columns, scale, sum);
   }
   finish_rows<R, M>(s, row, sum);
 }
@@ -140,10 +137,9 @@ static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
 template <int R, int M>
 static void stream_nibbles(const StreamArgs& s, int64_t begin, int64_t end) {
   const FormatSpec& f = s.right.format;
-  const int64_t lanes = stream_columns(f, s.k) / 8;
-  Scratch scratch((f.blocks(s.k) + kGroup + R * lanes) * 4 + 256);
-  uint32_t* const scales = scratch.take<uint32_t>(f.blocks(s.k) + kGroup);
-  uint32_t* const lane_scales = scratch.take<uint32_t>(R * lanes);
+  Scratch scratch(R * (f.blocks(s.k) + kGroup) * 4 + 64);
+  uint32_t* const scales = scratch.take<uint32_t>(R * (f.blocks(s.k) + kGroup));
+  const LaneScales lanes(f.columns(s.k), s.k);
   uint32_t table[16];
   for (uint32_t code = 0; code < 16; ++code) {
     table[code] = f.element.is_int()
@@ -152,8 +148,8 @@ static void stream_nibbles(const StreamArgs& s, int64_t begin, int64_t end) {
   }
   const Lookup values(table);
   int64_t row = begin;
-  for (; row + R <= end; row += R) nibble_rows<R, M>(s, row, values, scales, lane_scales);
-  for (; row < end; ++row) nibble_rows<1, M>(s, row, values, scales, lane_scales);
+  for (; row + R <= end; row += R) nibble_rows<R, M>(s, row, values, lanes, scales);
+  for (; row < end; ++row) nibble_rows<1, M>(s, row, values, lanes, scales);
 }
 
 // ---- one byte a code ------------------------------------------------------------------

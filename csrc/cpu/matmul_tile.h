@@ -15,12 +15,17 @@ namespace PYFMT_ISA {
 #define PYFMT_UNROLL _Pragma("GCC unroll 16")
 #endif
 
-// The arithmetic within a segment, on 32 bits of K at a time.
+// The arithmetic within a segment, on 32 bits of K at a time. By name: compilers keep copies of
+// the sums around the intrinsics.
 struct ByFloat {
   using Part = F;
   PYFMT_INLINE Part start(const int32_t*) { return F{}; }
-  PYFMT_INLINE Part dot(uint32_t a, U b, Part sum) {
-    return multiply_add((F)broadcast(a), (F)b, sum);
+  PYFMT_INLINE void dot(U a, U b, Part& sum) {
+#if PYFMT_AVX512
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+    sum = multiply_add((F)a, (F)b, sum);
+#endif
   }
   PYFMT_INLINE F value(Part sum) { return sum; }
 };
@@ -29,8 +34,8 @@ struct ByFloat {
 struct ByBF16 {
   using Part = F;
   PYFMT_INLINE Part start(const int32_t*) { return F{}; }
-  PYFMT_INLINE Part dot(uint32_t a, U b, Part sum) {
-    return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(int32_t(a)), (__m512bh)b);
+  PYFMT_INLINE void dot(U a, U b, Part& sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
   PYFMT_INLINE F value(Part sum) { return sum; }
 };
@@ -41,8 +46,8 @@ struct ByInt8 {
   using Part = __m512i;
   // The left bytes are kBias too large, which the sums of the right bytes take back.
   PYFMT_INLINE Part start(const int32_t* sums) { return _mm512_loadu_si512(sums); }
-  PYFMT_INLINE Part dot(uint32_t a, U b, Part sum) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(int32_t(a)), (__m512i)b);
+  PYFMT_INLINE void dot(U a, U b, Part& sum) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
   }
   PYFMT_INLINE F value(Part sum) { return (F)_mm512_cvtepi32_ps(sum); }
 };
@@ -56,13 +61,11 @@ struct LeftRows {
 };
 
 // Products of scales beyond the normal numbers: by way of double, rounded to float32 once.
-template <int kVectorsWide>
-static void add_wide(const F* parts, float left, const float* right, float* sum) {
-  for (int v = 0; v < kVectorsWide; ++v) {
-    for (int i = 0; i < kLanes; ++i) {
-      const float term = float(double(parts[v][i]) * left * right[v * kLanes + i]);
-      sum[v * kLanes + i] += term;
-    }
+static __attribute__((noinline)) void add_wide(const float* parts, int rows, const LeftRows& l,
+                                               int64_t segment, const float* scales, float* sums) {
+  for (int i = 0; i < rows * kPanel; ++i) {
+    const double left = l.scales[i / kPanel * l.scale_stride + segment];
+    sums[i] += float(parts[i] * left * scales[i % kPanel]);
   }
 }
 
@@ -83,18 +86,19 @@ static void tile(const Panel& p, int64_t words, const LeftRows& l, float* sums) 
       PYFMT_UNROLL for (int m = 0; m < kRows; ++m) {
         uint32_t four;
         memcpy(&four, a + m * l.stride, 4);
-        PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) {
-          part[m][v] = By::dot(four, right[v], part[m][v]);
-        }
+        const U left = broadcast(four);
+        PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) By::dot(left, right[v], part[m][v]);
       }
     }
     const float* const scales = p.scales + s * kPanel;
     if (kLeft && p.wide) {
-      for (int m = 0; m < kRows; ++m) {
-        F values[kAcross];
-        for (int v = 0; v < kAcross; ++v) values[v] = By::value(part[m][v]);
-        add_wide<kAcross>(values, l.scales[m * l.scale_stride + s], scales, sums + m * kPanel);
+      alignas(64) float parts[kRows * kPanel];
+      PYFMT_UNROLL for (int m = 0; m < kRows; ++m) {
+        PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) {
+          store<F>(parts + m * kPanel + v * kLanes, By::value(part[m][v]));
+        }
       }
+      add_wide(parts, kRows, l, s, scales, sums);
       continue;
     }
     PYFMT_UNROLL for (int m = 0; m < kRows; ++m) {
