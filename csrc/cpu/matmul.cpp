@@ -153,7 +153,7 @@ void choose_tile(const MatmulCall& c, const FormatSpec* left, TileArgs* t) {
   t->kind = TileKind::kFP32;
   t->decoded = true;
   t->multiplier = 1.0f;
-  t->segment = std::min<int64_t>(1024, std::max<int64_t>(16, up(c.k, 16)));
+  t->segment = std::min<int64_t>(128, std::max<int64_t>(16, up(c.k, 16)));
 }
 
 // Every call on its own thread.

@@ -34,8 +34,34 @@ PYFMT_INLINE float sum_lanes(F v) {
   return v[0];
 }
 
-// kLanes rows of kLanes lanes to columns: log2(kLanes) rounds of taking turns.
+// kLanes rows of kLanes lanes to columns.
 PYFMT_INLINE void transpose(U v[kLanes]) {
+#if PYFMT_AVX512
+  __m512i a[16], b[16];
+  for (int i = 0; i < 8; ++i) {
+    const __m512i x = (__m512i)v[2 * i], y = (__m512i)v[2 * i + 1];
+    a[2 * i] = _mm512_unpacklo_epi32(x, y);
+    a[2 * i + 1] = _mm512_unpackhi_epi32(x, y);
+  }
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      b[4 * i + 2 * j] = _mm512_unpacklo_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+      b[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(a[4 * i + j], a[4 * i + 2 + j]);
+    }
+  }
+  // b[4 i + j]: column j of each quarter, rows 4 i to 4 i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512i low = _mm512_shuffle_i32x4(b[j], b[4 + j], 0x88);
+    const __m512i high = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0x88);
+    const __m512i low_odd = _mm512_shuffle_i32x4(b[j], b[4 + j], 0xdd);
+    const __m512i high_odd = _mm512_shuffle_i32x4(b[8 + j], b[12 + j], 0xdd);
+    v[j] = (U)_mm512_shuffle_i32x4(low, high, 0x88);
+    v[8 + j] = (U)_mm512_shuffle_i32x4(low, high, 0xdd);
+    v[4 + j] = (U)_mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+    v[12 + j] = (U)_mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+  }
+#else
+  // log2(kLanes) rounds of taking turns.
   for (int round = 1; round < kLanes; round *= 2) {
     U w[kLanes];
     for (int i = 0; i < kLanes / 2; ++i) {
@@ -44,6 +70,7 @@ PYFMT_INLINE void transpose(U v[kLanes]) {
     }
     for (int i = 0; i < kLanes; ++i) v[i] = w[i];
   }
+#endif
 }
 
 // Where the scales of a row begin, in scales.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "matmul_lanes.h"
+#include "matmul_turn.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
@@ -24,10 +25,12 @@ constexpr int kBias = 128;       // what makes the left bytes unsigned
 constexpr int element_bytes(TileKind kind) {
   return kind == TileKind::kInt8 ? 1 : kind == TileKind::kBF16 ? 2 : 4;
 }
-// Elements of K in one panel.
+// Elements of K in one panel: long runs of each row where b streams by, else what the first-level
+// cache holds beside the left rows.
 PYFMT_INLINE int64_t chunk_of(const TileArgs& t) {
-  const int64_t most = t.kind == TileKind::kFP32 ? 1024 : 2048;
-  return most / t.segment * t.segment;
+  const int64_t bytes = t.m_chunk > 64 ? int64_t(kPanel) * 512 : int64_t(kPanel) * 4096;
+  const int64_t most = bytes / (kPanel * element_bytes(t.kind));
+  return most > t.segment ? most / t.segment * t.segment : t.segment;
 }
 
 // A part of b (or of the left side) that panels are made of.
@@ -66,6 +69,12 @@ static bool empty_block(const Packed& p, int64_t row, int64_t k, int64_t block) 
   return true;
 }
 
+// What scales are multiplied by: the step that bytes count.
+PYFMT_INLINE float step_of(const TileArgs& t, const ElementSpec& e) {
+  if (t.kind != TileKind::kInt8) return 1.0f;
+  return codec::Lane<uint32_t>::as_float(power_of_two_bits(e.step_exp()));
+}
+
 // The scales of segments `from` to `from + n` of a row, `step` included, `stride` apart. An empty
 // block's scale, a subnormal number, becomes 1: its products are zeros all the same.
 static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, int64_t stride,
@@ -74,9 +83,7 @@ static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, 
   const int64_t block = f.columns(r.k), first = from * r.t.segment / block;
   const int64_t last = ((from + n) * r.t.segment - 1) / block;
   const int64_t blocks = (last < f.blocks(r.k) ? last + 1 : f.blocks(r.k)) - first;
-  const bool steps = r.t.kind == TileKind::kInt8;
-  const float step =
-      steps ? codec::Lane<uint32_t>::as_float(power_of_two_bits(f.element.step_exp())) : 1.0f;
+  const float step = step_of(r.t, f.element);
   constexpr int64_t kRoom = 256;
   alignas(64) uint32_t scales[kRoom];
   int64_t have = first, end = first;
@@ -88,7 +95,7 @@ static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, 
       row_scales(r.p, row, r.k, have, end - have, scales);
     }
     float scale = codec::Lane<uint32_t>::as_float(scales[b - have]);
-    if (scales[b - have] < 0x00800000u && empty_block(r.p, row, r.k, b)) scale = 1.0f;
+    if (scales[b - have] - 1u < 0x007fffffu && empty_block(r.p, row, r.k, b)) scale = 1.0f;
     scale *= step;
     extremes->see(codec::Lane<uint32_t>::as_uint(scale));
     out[s * stride] = scale;
@@ -261,13 +268,26 @@ class RightPacker {
       : t_(t),
         rows_{t.right, t.k, t},
         decoder_(rows_, t.kind == TileKind::kBF16 ? DType::kBF16 : DType::kFP32),
-        table_(t.right.format.element) {}
+        table_(t.right.format.element),
+        step_(all(step_of(t, t.right.format.element)))
+#if PYFMT_VNNI
+        ,
+        turner_(t.right.format.element, t.k, t.kind == TileKind::kInt8, table_.of)
+#endif
+  {
+  }
 
   PYFMT_HD void run(int64_t row, int64_t from, int64_t n, Panel* p) {
     p->segments = (n + t_.segment - 1) / t_.segment;
     const int64_t padded = p->segments * t_.segment;
     const int64_t per = 4 / element_bytes(t_.kind);
     for (int v = 0; v < kAcross; ++v) {
+#if PYFMT_VNNI
+      if (t_.kind != TileKind::kFP32 && turner_.serves()) {
+        turn(row + v * kLanes, from, padded, p->data + v * kLanes);
+        continue;
+      }
+#endif
       for (int64_t i = 0; i < padded; i += kPiece) {
         const int64_t width = padded - i < kPiece ? padded - i : kPiece;
         piece(row + v * kLanes, from + i, width, p->data + i / per * kPanel + v * kLanes);
@@ -276,13 +296,25 @@ class RightPacker {
     p->wide = false;
     if (t_.decoded) return;
     Extremes extremes;
-    for (int64_t lane = 0; lane < kPanel; ++lane) {
-      if (row + lane < t_.n) {
-        segment_scales(rows_, row + lane, from / t_.segment, p->segments, kPanel, p->scales + lane,
-                       &extremes);
-        continue;
+    least_ = broadcast(255);
+    most_ = U{};
+    for (int v = 0; v < kAcross; ++v) {
+      for (int64_t i = 0; i < p->segments; i += kLanes) {
+        const int64_t count = p->segments - i < kLanes ? p->segments - i : kLanes;
+        U x[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int64_t r = row + v * kLanes + lane;
+          x[lane] = U{};
+          if (r < t_.n) x[lane] = some_scales(r, from / t_.segment + i, count, &extremes);
+        }
+        transpose(x);
+        float* const to = p->scales + i * kPanel + v * kLanes;
+        for (int64_t j = 0; j < count; ++j) store<U>(to + j * kPanel, x[j]);
       }
-      for (int64_t s = 0; s < p->segments; ++s) p->scales[s * kPanel + lane] = 0.0f;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (least_[lane] < extremes.least) extremes.least = least_[lane];
+      if (most_[lane] > extremes.most) extremes.most = most_[lane];
     }
     // Products of scales that might leave the normal numbers.
     p->wide = t_.a_scales && extremes.most && t_.a_most &&
@@ -293,6 +325,37 @@ class RightPacker {
   }
 
  private:
+  // The scales of up to kLanes segments of a row.
+  PYFMT_HD U some_scales(int64_t row, int64_t from, int64_t count, Extremes* extremes) {
+    alignas(64) uint32_t scales[kLanes];
+    for (uint32_t& scale : scales) scale = 0x3f800000u;
+    const int64_t block = t_.right.format.columns(t_.k);
+    if (block != t_.segment) {
+      segment_scales(rows_, row, from, count, 1, (float*)scales, extremes);
+      return load<U>(scales);
+    }
+    row_scales(t_.right, row, t_.k, from, count, scales);
+    const U bits = load<U>(scales);
+    uint32_t subnormal = 0;
+    const U odd = (U)(bits - 1u < 0x007fffffu);
+    for (int lane = 0; lane < kLanes; ++lane) subnormal |= odd[lane];
+    if (subnormal) {
+      segment_scales(rows_, row, from, count, 1, (float*)scales, extremes);
+      return load<U>(scales);
+    }
+    const U scaled = (U)((F)bits * step_);
+    if (t_.a_scales) see(scaled);
+    return scaled;
+  }
+
+  // The same for many scales at a time: zeros and what is no number do not count.
+  PYFMT_HD void see(U scaled) {
+    const U e = scaled >> 23;
+    const U counts = (U)(e - 1u < broadcast(254u));
+    least_ = min_u(least_, e | ~counts);
+    most_ = max_u(most_, e & counts);
+  }
+
   // kLanes rows of `width` elements, turned.
   PYFMT_HD void piece(int64_t row, int64_t from, int64_t width, uint32_t* out) {
     const int64_t bytes = element_bytes(t_.kind), left = t_.k - from;
@@ -325,6 +388,35 @@ class RightPacker {
   }
 
 #if PYFMT_VNNI
+  // The same for all of a panel, by way of packed codes.
+  PYFMT_HD void turn(int64_t row, int64_t from, int64_t padded, uint32_t* out) {
+    const int bits = t_.right.format.bits();
+    const int64_t bytes = t_.right.format.row_bytes(t_.k), per = 4 / element_bytes(t_.kind);
+    const int64_t step = 16 * turner_.codes_per_word(),
+                  n = t_.k - from < padded ? t_.k - from : padded;
+    const int64_t rows = t_.n - row < 16 ? t_.n - row : 16;
+    const uint8_t* const codes = t_.right.codes + row * bytes;
+    const uint8_t* const unpacked = (const uint8_t*)room_;
+    for (int64_t i = 0; i < padded; i += step, out += step / per * kPanel) {
+      const int64_t have = n - i < 0 ? 0 : n - i < step ? n - i : step;
+      const int64_t words = (padded - i < step ? padded - i : step) / per;
+      const int64_t offset = (from + i) * bits / 8, lanes = have ? rows : 0;
+      if (turner_.packed()) {
+        turner_.run(codes + offset, bytes, lanes, (have * bits + 7) / 8, out, words, kPanel);
+        continue;
+      }
+      // One byte a code, a piece at a time.
+      if (i % kPiece == 0) {
+        const int64_t left = n - i < kPiece ? n - i : kPiece;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          unpack_row(codes + lane * bytes + offset, bytes - offset, left, bits,
+                     (uint8_t*)(room_ + lane * kPiece));
+        }
+      }
+      turner_.run(unpacked + i % kPiece, kPiece * 4, lanes, have, out, words, kPanel);
+    }
+  }
+
   PYFMT_HD void sum(Panel* p) const {
     const int64_t words = t_.segment / 4;
     const __m512i ones = _mm512_set1_epi8(1);
@@ -346,6 +438,11 @@ class RightPacker {
   Rows rows_;
   RowDecoder decoder_;
   StepTable table_;
+  F step_;          // what the scales are multiplied by
+  U least_, most_;  // biased exponents of a panel's scales
+#if PYFMT_VNNI
+  Turner turner_;
+#endif
   alignas(64) uint32_t room_[kLanes * kPiece];
 };
 

@@ -75,6 +75,8 @@ static void tile(const Panel& p, int64_t words, const LeftRows& l, float* sums) 
   const uint32_t* b = p.data;
   const char* a = l.a;
   for (int64_t s = 0; s < p.segments; ++s) {
+    // Sums stay in memory: compilers would carry them in registers that the parts need.
+    asm volatile("" ::: "memory");
     typename By::Part part[kRows][kAcross];
     PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) {
       const auto start = By::start(p.sums + s * kPanel + v * kLanes);
