@@ -114,6 +114,19 @@ PYFMT_INLINE void store_at(void* p, DType dtype, int64_t i, float x) {
   }
 }
 
+// Whether a mask has a lane set.
+PYFMT_INLINE bool any(U mask) {
+#if PYFMT_AVX512
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif PYFMT_AVX2
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  uint32_t all = 0;
+  for (int k = 0; k < kLanes; ++k) all |= mask[k];
+  return all != 0;
+#endif
+}
+
 // Whether every finite number among n is zero or has an exponent within +-60.
 static bool tame(const void* a, DType dtype, int64_t n) {
   constexpr int64_t kRow = 256;
@@ -129,9 +142,7 @@ static bool tame(const void* a, DType dtype, int64_t n) {
       wild |= outside & (U)(bits != 0u) & (U)((I)bits < int32_t(kFloatInf));
     }
   }
-  uint32_t any = 0;
-  for (int k = 0; k < kLanes; ++k) any |= wild[k];
-  return any == 0;
+  return !any(wild);
 }
 
 // Whether products with tame numbers, and sums of them, stay far from overflow and underflow.

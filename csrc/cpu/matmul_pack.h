@@ -252,6 +252,20 @@ static void left(const LeftArgs& a, int64_t begin, int64_t end, int64_t* least, 
 
 // ---- right ----------------------------------------------------------------------------
 
+// Packed codes that the next panel will need, fetched while this one is multiplied: rows of b are
+// more streams than the hardware foresees, and memory would rest during the products.
+struct Ahead {
+  uintptr_t first = 0;
+  int64_t row_bytes = 0, lines = 0;  // lines of 64 bytes in all, those of each column in turn
+
+  PYFMT_HD void fetch(int64_t from, int64_t count) const {
+    for (int64_t i = from; i < from + count && i < lines; ++i) {
+      __builtin_prefetch((const void*)(first + uintptr_t(i % kPanel * row_bytes + i / kPanel * 64)),
+                         0, 2);
+    }
+  }
+};
+
 // A panel: kPanel rows of b from `row`, elements `from` to `from + n` of K, n a whole number of
 // segments where the last may be cut by k.
 struct Panel {
@@ -260,6 +274,7 @@ struct Panel {
   int32_t* sums;   // (segments, kPanel): -kBias times the sum of a segment's bytes
   int64_t segments = 0;
   bool wide = false;
+  Ahead ahead;
 };
 
 class RightPacker {
@@ -334,12 +349,18 @@ class RightPacker {
       segment_scales(rows_, row, from, count, 1, (float*)scales, extremes);
       return load<U>(scales);
     }
-    row_scales(t_.right, row, t_.k, from, count, scales);
-    const U bits = load<U>(scales);
-    uint32_t subnormal = 0;
-    const U odd = (U)(bits - 1u < 0x007fffffu);
-    for (int lane = 0; lane < kLanes; ++lane) subnormal |= odd[lane];
-    if (subnormal) {
+    U bits;
+    const Scale kind = t_.right.format.scale;
+    if (count == kLanes && kLanes == kGroup && scale_bytes(kind) == 1) {
+      const int64_t first = first_scale(t_.right, row, t_.k) + from;
+      bits = load_u8((const uint8_t*)t_.right.scales + first).v[0];
+      bits = kind == Scale::kE8M0 ? codec::decode_scale<U>(Scale::kE8M0, bits)
+                                  : codec::decode_scale<U>(Scale::kE4M3, bits);
+    } else {
+      row_scales(t_.right, row, t_.k, from, count, scales);
+      bits = load<U>(scales);
+    }
+    if (any((U)(bits - 1u < 0x007fffffu))) {
       segment_scales(rows_, row, from, count, 1, (float*)scales, extremes);
       return load<U>(scales);
     }

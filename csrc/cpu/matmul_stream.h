@@ -68,6 +68,11 @@ static void stream_prepare(const StreamArgs& s) {
   }
 }
 
+// Towards the next rows, perhaps beyond the last one: fetching never faults.
+PYFMT_INLINE void prefetch(const uint8_t* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
 // y, bias and rounding for R rows of b from `row`.
 template <int R, int M>
 PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
@@ -116,6 +121,8 @@ static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
   for (; i + kNibbleStep <= s.k; i += kNibbleStep, ++v) {
     for (int r = 0; r < R; ++r) {
       words[r] = load<U>(codes + r * bytes + i / 2);
+      // The rows after these: a row is too short for the hardware to foresee the next ones.
+      if (i / 2 % 64 == 0) prefetch(codes + (r + R) * bytes + i / 2);
       scale[r] = lanes.of(scales + r * room, v);
     }
     nibble_step<R, M>(values, words, s.prepared + i, columns, scale, sum);
@@ -213,6 +220,9 @@ static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, ui
     F part[R][M] = {};
     for (int64_t i = b * block; i < end; i += kGroup) {
       F w[R][kVectors];
+      if (!unpacked && i % 64 == 0) {
+        for (int r = 0; r < R; ++r) prefetch(codes[r] + R * bytes + i);
+      }
       for (int r = 0; r < R; ++r) values.decode(codes[r] + i, w[r]);
       for (int v = 0; v < kVectors; ++v) {
         for (int m = 0; m < M; ++m) {

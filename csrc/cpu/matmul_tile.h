@@ -58,6 +58,7 @@ struct LeftRows {
   int64_t stride;        // bytes
   const float* scales;   // of this chunk's first segment
   int64_t scale_stride;  // segments of a row
+  bool first;            // of those that this panel is multiplied with
 };
 
 // Products of scales beyond the normal numbers: by way of double, rounded to float32 once.
@@ -74,9 +75,11 @@ template <class By, int kRows, bool kLeft>
 static void tile(const Panel& p, int64_t words, const LeftRows& l, float* sums) {
   const uint32_t* b = p.data;
   const char* a = l.a;
+  const int64_t ahead = l.first ? (p.ahead.lines + p.segments - 1) / p.segments : 0;
   for (int64_t s = 0; s < p.segments; ++s) {
     // Sums stay in memory: compilers would carry them in registers that the parts need.
     asm volatile("" ::: "memory");
+    if (ahead) p.ahead.fetch(s * ahead, ahead);
     typename By::Part part[kRows][kAcross];
     PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) {
       const auto start = By::start(p.sums + s * kPanel + v * kLanes);
@@ -174,6 +177,16 @@ static void finish(const TileArgs& t, int64_t row, int64_t rows, int64_t column,
   }
 }
 
+static Ahead ahead_of(const TileArgs& t, int64_t row, int64_t from, int64_t n) {
+  Ahead a;
+  const int64_t bits = t.right.format.bits();
+  n = t.k - from < n ? t.k - from : n;
+  a.row_bytes = t.right.format.row_bytes(t.k);
+  a.first = uintptr_t(t.right.codes) + uintptr_t(row * a.row_bytes + from * bits / 8);
+  if (row + kPanel <= t.n) a.lines = (n * bits / 8 + 63) / 64 * kPanel;
+  return a;
+}
+
 static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
   GradualUnderflow guard;
   const int64_t chunk = chunk_of(t), bytes = element_bytes(t.kind);
@@ -183,7 +196,7 @@ static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
   float* const room = (float*)t.workspace(floats * 4 + 256);
   float* const sums = room;
   Panel panel{(uint32_t*)room + kPanel * (t.m_chunk + 2 * most), room + kPanel * t.m_chunk,
-              (int32_t*)room + kPanel * (t.m_chunk + most)};
+              (int32_t*)room + kPanel * (t.m_chunk + most), 0, false, Ahead{}};
   if (t.decoded) {
     for (int64_t i = 0; i < most * kPanel; ++i) panel.scales[i] = 1.0f;
   }
@@ -194,10 +207,13 @@ static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
     const int64_t rows = t.m - row < t.m_chunk ? t.m - row : t.m_chunk;
     for (int64_t i = 0; i < rows * kPanel; ++i) sums[i] = 0.0f;
     for (int64_t from = 0; from < t.k; from += chunk) {
+      const bool last = from + chunk >= t.k;
+      panel.ahead = ahead_of(t, last ? column + kPanel : column, last ? 0 : from + chunk, chunk);
       packer.run(column, from, t.k - from < chunk ? t.k - from : chunk, &panel);
       for (int64_t m = 0; m < rows; m += kTileRows) {
         const int count = int(rows - m < kTileRows ? rows - m : kTileRows);
         LeftRows l;
+        l.first = m == 0;
         l.stride = t.a_columns * bytes;
         l.a = (const char*)t.a + (row + m) * l.stride + from * bytes;
         l.scale_stride = t.segments();

@@ -82,6 +82,15 @@ class Turner {
   template <Way kWay, bool kBytes>
   PYFMT_HD void widen(const U (&v)[16], uint32_t* out, int64_t words, int64_t stride) const {
     constexpr int kEach = (kBytes ? 1 : 2) * (kWay == kNibbles ? 2 : 1);
+    if (words >= 16 * kEach) {
+      for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < kEach; ++j, out += stride) {
+          const __m512i x = (__m512i)v[i];
+          _mm512_storeu_si512(out, kBytes ? bytes_of<kWay>(x, j) : halves_of<kWay>(x, j));
+        }
+      }
+      return;
+    }
     for (int i = 0; i < 16; ++i) {
       for (int j = 0; j < kEach; ++j, out += stride) {
         if (i * kEach + j >= words) return;
