@@ -4,6 +4,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/matmul.h"
 #include "torch_cpu.h"
 
 namespace pyfmt {
@@ -146,7 +147,7 @@ std::string cpu_levels() {
 }
 
 void set_cpu_level(std::string level) {
-  options::expect(cpu::set_level(level.c_str()), "level: this processor has ", cpu::levels(),
+  options::expect(cpu::set_level(level.c_str()), "level: this processor has ", cpu::matmul_levels(),
                   " (or best), got ", level);
 }
 

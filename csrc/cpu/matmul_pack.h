@@ -69,21 +69,14 @@ static bool empty_block(const Packed& p, int64_t row, int64_t k, int64_t block) 
   return true;
 }
 
-// What scales are multiplied by: the step that bytes count.
-PYFMT_INLINE float step_of(const TileArgs& t, const ElementSpec& e) {
-  if (t.kind != TileKind::kInt8) return 1.0f;
-  return codec::Lane<uint32_t>::as_float(power_of_two_bits(e.step_exp()));
-}
-
-// The scales of segments `from` to `from + n` of a row, `step` included, `stride` apart. An empty
+// The scales of segments `from` to `from + n` of a row, multiplied by `step`. An empty
 // block's scale, a subnormal number, becomes 1: its products are zeros all the same.
-static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, int64_t stride,
+static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, float step,
                            float* out, Extremes* extremes) {
   const FormatSpec& f = r.p.format;
   const int64_t block = f.columns(r.k), first = from * r.t.segment / block;
   const int64_t last = ((from + n) * r.t.segment - 1) / block;
   const int64_t blocks = (last < f.blocks(r.k) ? last + 1 : f.blocks(r.k)) - first;
-  const float step = step_of(r.t, f.element);
   constexpr int64_t kRoom = 256;
   alignas(64) uint32_t scales[kRoom];
   int64_t have = first, end = first;
@@ -98,7 +91,7 @@ static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, 
     if (scales[b - have] - 1u < 0x007fffffu && empty_block(r.p, row, r.k, b)) scale = 1.0f;
     scale *= step;
     extremes->see(codec::Lane<uint32_t>::as_uint(scale));
-    out[s * stride] = scale;
+    out[s] = scale;
   }
 }
 
@@ -158,15 +151,19 @@ struct StepTable {
   alignas(64) int8_t of[256];
   int bits;
   bool as_is;
+  float step;
 
-  explicit StepTable(const ElementSpec& e) : bits(e.bits()), as_is(e.is_int() && bits == 8) {
-    const float step = codec::Lane<uint32_t>::as_float(power_of_two_bits(-e.step_exp()));
+  explicit StepTable(const ElementSpec& e)
+      : bits(e.bits()),
+        as_is(e.is_int() && bits == 8),
+        step(codec::Lane<uint32_t>::as_float(power_of_two_bits(e.step_exp()))) {
+    const float steps = codec::Lane<uint32_t>::as_float(power_of_two_bits(-e.step_exp()));
     for (uint32_t i = 0; i < 256; ++i) {
       const uint32_t code = i & ((1u << bits) - 1);
       const uint32_t value = e.is_int()
                                  ? codec::decode_int<uint32_t>(codec::IntCodec(e, false), code)
                                  : codec::decode_float<uint32_t>(codec::FloatCodec(e), code);
-      of[i] = int8_t(codec::Lane<uint32_t>::as_float(value) * step);
+      of[i] = int8_t(codec::Lane<uint32_t>::as_float(value) * steps);
     }
   }
 };
@@ -228,6 +225,7 @@ static void left(const LeftArgs& a, int64_t begin, int64_t end, int64_t* least, 
   const Rows rows{*a.left, t.k, t};
   RowDecoder decoder(rows, t.kind == TileKind::kBF16 ? DType::kBF16 : DType::kFP32);
   const StepTable table(a.left->format.element);
+  const float step = t.kind == TileKind::kInt8 ? table.step : 1.0f;
   for (int64_t row = begin; row < end; ++row) {
     char* const to = (char*)t.a + (a.first_row + row) * stride;
     for (int64_t i = 0; i < t.k; i += kPiece) {
@@ -243,7 +241,7 @@ static void left(const LeftArgs& a, int64_t begin, int64_t end, int64_t* least, 
     // Zero times whatever lies there; beyond the last 64 bytes nothing was written.
     memset(to + t.k * width, 0, size_t(t.a_columns - t.k) * width);
     if (!t.a_scales) continue;
-    segment_scales(rows, row, 0, segments, 1, t.a_scales + (a.first_row + row) * segments,
+    segment_scales(rows, row, 0, segments, step, t.a_scales + (a.first_row + row) * segments,
                    &extremes);
   }
   *least = extremes.least;
@@ -274,7 +272,7 @@ struct Panel {
   int32_t* sums;   // (segments, kPanel): -kBias times the sum of a segment's bytes
   int64_t segments = 0;
   bool wide = false;
-  Ahead ahead;
+  Ahead codes, scale_codes;
 };
 
 class RightPacker {
@@ -284,12 +282,16 @@ class RightPacker {
         rows_{t.right, t.k, t},
         decoder_(rows_, t.kind == TileKind::kBF16 ? DType::kBF16 : DType::kFP32),
         table_(t.right.format.element),
-        step_(all(step_of(t, t.right.format.element)))
+        step_(all(t.kind == TileKind::kInt8 ? table_.step : 1.0f)),
+        blocks_(t.right.format.blocks(t.k))
 #if PYFMT_VNNI
         ,
         turner_(t.right.format.element, t.k, t.kind == TileKind::kInt8, table_.of)
 #endif
   {
+#if PYFMT_VNNI
+    if (t.kind == TileKind::kBF16 && turner_.counts_steps()) step_ = all(table_.step);
+#endif
   }
 
   PYFMT_HD void run(int64_t row, int64_t from, int64_t n, Panel* p) {
@@ -344,16 +346,16 @@ class RightPacker {
   PYFMT_HD U some_scales(int64_t row, int64_t from, int64_t count, Extremes* extremes) {
     alignas(64) uint32_t scales[kLanes];
     for (uint32_t& scale : scales) scale = 0x3f800000u;
-    const int64_t block = t_.right.format.columns(t_.k);
-    if (block != t_.segment) {
-      segment_scales(rows_, row, from, count, 1, (float*)scales, extremes);
+    if (t_.right.format.columns(t_.k) != t_.segment) {
+      segment_scales(rows_, row, from, count, step_[0], (float*)scales, extremes);
       return load<U>(scales);
     }
     U bits;
     const Scale kind = t_.right.format.scale;
     if (count == kLanes && kLanes == kGroup && scale_bytes(kind) == 1) {
-      const int64_t first = first_scale(t_.right, row, t_.k) + from;
-      bits = load_u8((const uint8_t*)t_.right.scales + first).v[0];
+      const int64_t first =
+          t_.right.format.block_rows == 1 ? row * blocks_ : first_scale(t_.right, row, t_.k);
+      bits = load_u8((const uint8_t*)t_.right.scales + first + from).v[0];
       bits = kind == Scale::kE8M0 ? codec::decode_scale<U>(Scale::kE8M0, bits)
                                   : codec::decode_scale<U>(Scale::kE4M3, bits);
     } else {
@@ -361,7 +363,7 @@ class RightPacker {
       bits = load<U>(scales);
     }
     if (any((U)(bits - 1u < 0x007fffffu))) {
-      segment_scales(rows_, row, from, count, 1, (float*)scales, extremes);
+      segment_scales(rows_, row, from, count, step_[0], (float*)scales, extremes);
       return load<U>(scales);
     }
     const U scaled = (U)((F)bits * step_);
@@ -460,6 +462,7 @@ class RightPacker {
   RowDecoder decoder_;
   StepTable table_;
   F step_;          // what the scales are multiplied by
+  int64_t blocks_;  // of a row
   U least_, most_;  // biased exponents of a panel's scales
 #if PYFMT_VNNI
   Turner turner_;

@@ -75,11 +75,15 @@ template <class By, int kRows, bool kLeft>
 static void tile(const Panel& p, int64_t words, const LeftRows& l, float* sums) {
   const uint32_t* b = p.data;
   const char* a = l.a;
-  const int64_t ahead = l.first ? (p.ahead.lines + p.segments - 1) / p.segments : 0;
+  const int64_t codes = (p.codes.lines + p.segments - 1) / p.segments;
+  const int64_t scale_codes = (p.scale_codes.lines + p.segments - 1) / p.segments;
   for (int64_t s = 0; s < p.segments; ++s) {
     // Sums stay in memory: compilers would carry them in registers that the parts need.
     asm volatile("" ::: "memory");
-    if (ahead) p.ahead.fetch(s * ahead, ahead);
+    if (l.first) {
+      p.codes.fetch(s * codes, codes);
+      p.scale_codes.fetch(s * scale_codes, scale_codes);
+    }
     typename By::Part part[kRows][kAcross];
     PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) {
       const auto start = By::start(p.sums + s * kPanel + v * kLanes);
@@ -177,14 +181,19 @@ static void finish(const TileArgs& t, int64_t row, int64_t rows, int64_t column,
   }
 }
 
-static Ahead ahead_of(const TileArgs& t, int64_t row, int64_t from, int64_t n) {
-  Ahead a;
-  const int64_t bits = t.right.format.bits();
+// What the panel of `n` elements from row `row` and element `from` on is made of.
+static void look_ahead(const TileArgs& t, int64_t row, int64_t from, int64_t n, Panel* p) {
+  p->codes = p->scale_codes = Ahead{};
+  const FormatSpec& f = t.right.format;
+  if (row + kPanel > t.n || f.block_rows > 1) return;
   n = t.k - from < n ? t.k - from : n;
-  a.row_bytes = t.right.format.row_bytes(t.k);
-  a.first = uintptr_t(t.right.codes) + uintptr_t(row * a.row_bytes + from * bits / 8);
-  if (row + kPanel <= t.n) a.lines = (n * bits / 8 + 63) / 64 * kPanel;
-  return a;
+  const int64_t bytes = f.row_bytes(t.k), block = f.columns(t.k), each = scale_bytes(f.scale);
+  const int64_t start = row * bytes + from * f.bits() / 8;
+  p->codes = {uintptr_t(t.right.codes) + uintptr_t(start), bytes,
+              (n * f.bits() / 8 + 63) / 64 * kPanel};
+  const int64_t first = row * f.blocks(t.k) + from / block;
+  p->scale_codes = {uintptr_t(t.right.scales) + uintptr_t(first * each), f.blocks(t.k) * each,
+                    (n / block * each + 63) / 64 * kPanel};
 }
 
 static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
@@ -195,8 +204,13 @@ static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
   const int64_t floats = kPanel * (t.m_chunk + 2 * most) + chunk * kPanel * bytes / 4;
   float* const room = (float*)t.workspace(floats * 4 + 256);
   float* const sums = room;
-  Panel panel{(uint32_t*)room + kPanel * (t.m_chunk + 2 * most), room + kPanel * t.m_chunk,
-              (int32_t*)room + kPanel * (t.m_chunk + most), 0, false, Ahead{}};
+  Panel panel{(uint32_t*)room + kPanel * (t.m_chunk + 2 * most),
+              room + kPanel * t.m_chunk,
+              (int32_t*)room + kPanel * (t.m_chunk + most),
+              0,
+              false,
+              Ahead{},
+              Ahead{}};
   if (t.decoded) {
     for (int64_t i = 0; i < most * kPanel; ++i) panel.scales[i] = 1.0f;
   }
@@ -208,7 +222,7 @@ static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < rows * kPanel; ++i) sums[i] = 0.0f;
     for (int64_t from = 0; from < t.k; from += chunk) {
       const bool last = from + chunk >= t.k;
-      panel.ahead = ahead_of(t, last ? column + kPanel : column, last ? 0 : from + chunk, chunk);
+      look_ahead(t, last ? column + kPanel : column, last ? 0 : from + chunk, chunk, &panel);
       packer.run(column, from, t.k - from < chunk ? t.k - from : chunk, &panel);
       for (int64_t m = 0; m < rows; m += kTileRows) {
         const int count = int(rows - m < kTileRows ? rows - m : kTileRows);

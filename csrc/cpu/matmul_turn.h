@@ -32,13 +32,13 @@ class Turner {
       values[i] = uint16_t(codec::bf16_from_float<uint32_t>(value));
     }
     for (int i = 0; i < 4; ++i) table_[i] = _mm512_load_si512(values + 32 * i);
-    step_ = _mm512_set1_ps(
-        codec::Lane<uint32_t>::as_float(power_of_two_bits(e.is_int() ? -e.frac : 0)));
   }
 
   bool serves() const { return way_ != kNone; }
   bool nibbles() const { return way_ == kNibbles; }
   bool packed() const { return way_ == kNibbles || way_ == kSigned || way_ == kSignTable128; }
+  // Whether bfloat16 panels hold integers, which the scales bring to their values.
+  bool counts_steps() const { return way_ == kSigned; }
   int codes_per_word() const { return nibbles() ? 8 : 4; }
 
   // 64 bytes of each of `rows` rows, `count` of them used, to `words` vectors of the panel.
@@ -121,8 +121,7 @@ class Turner {
       const __m512 a = _mm512_cvtepi32_ps(_mm512_srai_epi32(even, 24));
       const __m512 b = _mm512_cvtepi32_ps(_mm512_srai_epi32(odd, 24));
       // Eight significant bits: the low halves are zero.
-      return _mm512_or_si512(_mm512_srli_epi32((__m512i)_mm512_mul_ps(a, step_), 16),
-                             (__m512i)_mm512_mul_ps(b, step_));
+      return _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
     }
     const __m512i index = _mm512_multishift_epi64_epi8(pairs8_[j & 1], x);
     const __m512i low = _mm512_permutex2var_epi16(table_[0], index, table_[1]);
@@ -137,7 +136,6 @@ class Turner {
   bool bytes_;
   Way way_;
   __m512i steps_{}, table_[4] = {};
-  __m512 step_{};
   __m512i quads4_[2] = {offsets(0, 4), offsets(16, 4)};
   // Two codes, each at the low end of 16 bits; what lies above does not count or is masked.
   __m512i pairs4_[4] = {halves(0, 4), halves(8, 4), halves(16, 4), halves(24, 4)};
