@@ -335,7 +335,7 @@ class RightPacker {
     }
     // Products of scales that might leave the normal numbers.
     p->wide = t_.a_scales && extremes.most && t_.a_most &&
-              (extremes.least + t_.a_least < 128 || extremes.most + t_.a_most > 379);
+              (extremes.least + t_.a_least < 128 || extremes.most + t_.a_most > 357);
 #if PYFMT_VNNI
     if (t_.kind == TileKind::kInt8) sum(p);
 #endif
