@@ -171,7 +171,7 @@ def test_results_do_not_depend_on_threads(level: str) -> None:
 def test_tensors_and_arrays_give_the_same_bits() -> None:
     import torch
 
-    import pyfmt.ops  # noqa: F401  (registers the ops)
+    import pyfmt.ops
 
     assert torch.ops.pyfmt._cpu_matmul_levels().split(",") == LEVELS
     for m in (1, 3, 40):
