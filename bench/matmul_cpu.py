@@ -76,7 +76,7 @@ def clone_packed(p: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def readers() -> list[Case]:
     """Plain readers of memory: the fastest is what reading can be."""
-    x = torch.zeros(128 << 20, dtype=torch.uint8)
+    x = torch.ones(256 << 20, dtype=torch.uint8)
     words, numbers = x.view(torch.int64), x.view(torch.bfloat16)
     return [
         Case("read sum", lambda: words.sum(), x.nbytes, x.numel(), "read"),

@@ -73,6 +73,12 @@ PYFMT_INLINE void transpose(U v[kLanes]) {
 #endif
 }
 
+// The float32 bits of a code's value.
+PYFMT_INLINE uint32_t value_of(const ElementSpec& e, uint32_t code) {
+  return e.is_int() ? codec::decode_int<uint32_t>(codec::IntCodec(e, false), code)
+                    : codec::decode_float<uint32_t>(codec::FloatCodec(e), code);
+}
+
 // Where the scales of a row begin, in scales.
 PYFMT_INLINE int64_t first_scale(const Packed& p, int64_t row, int64_t k) {
   const int64_t r = p.format.block_rows, strips = (p.batch_rows + r - 1) / r;

@@ -160,9 +160,7 @@ struct StepTable {
     const float steps = codec::Lane<uint32_t>::as_float(power_of_two_bits(-e.step_exp()));
     for (uint32_t i = 0; i < 256; ++i) {
       const uint32_t code = i & ((1u << bits) - 1);
-      const uint32_t value = e.is_int()
-                                 ? codec::decode_int<uint32_t>(codec::IntCodec(e, false), code)
-                                 : codec::decode_float<uint32_t>(codec::FloatCodec(e), code);
+      const uint32_t value = value_of(e, code);
       of[i] = int8_t(codec::Lane<uint32_t>::as_float(value) * steps);
     }
   }

@@ -26,9 +26,7 @@ class Turner {
     alignas(64) uint16_t values[128];
     for (uint32_t i = 0; i < 128; ++i) {
       const uint32_t code = bits < 8 ? i & ((1u << bits) - 1) : i;
-      const uint32_t value = e.is_int()
-                                 ? codec::decode_int<uint32_t>(codec::IntCodec(e, false), code)
-                                 : codec::decode_float<uint32_t>(codec::FloatCodec(e), code);
+      const uint32_t value = value_of(e, code);
       values[i] = uint16_t(codec::bf16_from_float<uint32_t>(value));
     }
     for (int i = 0; i < 4; ++i) table_[i] = _mm512_load_si512(values + 32 * i);
