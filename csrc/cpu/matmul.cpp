@@ -243,11 +243,13 @@ void run_tiles(const ParallelFor& parallel, const MatmulCall& c) {
     pack_left(parallel, c, &t);
   }
 
-  // Enough items for every thread to have several, but few that pack the same panel again.
+  // Enough items for every thread to have several, but few that pack the same panel again; equal
+  // ones, since each thread gets as many as the others.
   const int64_t panels = (c.n + kernels.panel - 1) / kernels.panel;
-  constexpr int64_t kMostRows = 504;  // whole tiles of 6 and of 4 rows
-  const int64_t wanted = std::max<int64_t>(1, 16 / panels);
-  t.m_chunk = std::min(kMostRows, std::max<int64_t>(48, up((c.m + wanted - 1) / wanted, 12)));
+  constexpr int64_t kMostRows = 504, kFewRows = 48;
+  const int64_t most = std::max<int64_t>(1, c.m / kFewRows);
+  const int64_t wanted = std::max((c.m + kMostRows - 1) / kMostRows, std::min(16 / panels, most));
+  t.m_chunk = up((c.m + wanted - 1) / wanted, 12);  // whole tiles of 6 and of 4 rows
   const int64_t chunks = (c.m + t.m_chunk - 1) / t.m_chunk;
   const int64_t work = t.m_chunk * kernels.panel * c.k;
   parallel(panels * chunks, std::max<int64_t>(1, (int64_t(1) << 20) / std::max<int64_t>(1, work)),

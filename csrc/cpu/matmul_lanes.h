@@ -86,10 +86,52 @@ PYFMT_INLINE int64_t first_scale(const Packed& p, int64_t row, int64_t k) {
   return batch * p.format.blocks(k);
 }
 
+#if PYFMT_VNNI
+// The magnitudes of E4M3 as bfloat16.
+struct E4M3Table {
+  alignas(64) uint16_t of[128];
+  constexpr E4M3Table() : of{} {
+    for (int code = 0; code < 127; ++code) {
+      int exponent = code >> 3, fraction = code & 7;
+      if (exponent == 0 && fraction) {
+        // Subnormal: up to the leading bit, which the exponent then stands for.
+        exponent = 1;
+        for (; fraction < 8; fraction *= 2) --exponent;
+        fraction &= 7;
+      }
+      of[code] = code ? uint16_t((exponent + 120) << 7 | fraction << 4) : uint16_t(0);
+    }
+    of[127] = 0x7fc0;
+  }
+};
+
+static void e4m3_scales(const uint8_t* codes, int64_t n, uint32_t* out) {
+  static constexpr E4M3Table table;
+  const __m512i a = _mm512_load_si512(table.of), b = _mm512_load_si512(table.of + 32);
+  const __m512i c = _mm512_load_si512(table.of + 64), d = _mm512_load_si512(table.of + 96);
+  for (int64_t i = 0; i < n; i += 32) {
+    const __mmask32 mask = n - i >= 32 ? ~__mmask32(0) : (__mmask32(1) << (n - i)) - 1;
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, codes + i));
+    const __mmask32 upper = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+    const __m512i high = _mm512_permutex2var_epi16(c, code, d);
+    const __m512i value = _mm512_mask_mov_epi16(_mm512_permutex2var_epi16(a, code, b), upper, high);
+    const __m512i signed_value = _mm512_ternarylogic_epi32(_mm512_set1_epi16(int16_t(0x8000)),
+                                                           _mm512_slli_epi16(code, 8), value, 0xca);
+    const __m512i first = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(signed_value));
+    const __m512i second = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(signed_value, 1));
+    _mm512_mask_storeu_epi32(out + i, __mmask16(mask), _mm512_slli_epi32(first, 16));
+    _mm512_mask_storeu_epi32(out + i + 16, __mmask16(mask >> 16), _mm512_slli_epi32(second, 16));
+  }
+}
+#endif
+
 // The float32 bits of scales `from` to `from + n` of a row.
 PYFMT_INLINE void row_scales(const Packed& p, int64_t row, int64_t k, int64_t from, int64_t n,
                              uint32_t* out) {
   const int64_t first = first_scale(p, row, k) + from;
+#if PYFMT_VNNI
+  if (p.format.scale == Scale::kE4M3) return e4m3_scales((const uint8_t*)p.scales + first, n, out);
+#endif
   decode_scales(p.format.scale, (const char*)p.scales + first * scale_bytes(p.format.scale), n,
                 out);
 }
