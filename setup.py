@@ -2,7 +2,7 @@
 """Build the C++ libraries of pyfmt; all else about the package stands in pyproject.toml.
 
     pyfmt/_native.<python>.so   NumPy side: pybind11, csrc/numpy_bindings.cpp + csrc/cpu, no torch
-    pyfmt/_torch_ops.so         torch side: stable ABI, csrc/torch_bindings.cpp + csrc/cpu
+    pyfmt/_torch_ops.so         torch side: stable ABI, csrc/torch_bindings{,_matmul}.cpp + csrc/cpu
     pyfmt/_torch_ops_cuda.so    GPUs: stable ABI, csrc/torch_bindings_cuda*.cpp + csrc/cuda
 
 The kernels in csrc/cpu are compiled once and linked into both. The torch side is built where
@@ -259,23 +259,21 @@ class BuildExt(build_ext):
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
             # The bindings first: they take longest.
             bindings = {
-                ext.name: pool.submit(compile_, ROOT / ext.sources[0], self.compile_flags(ext.name))
+                ext.name: [
+                    pool.submit(compile_, ROOT / source, self.compile_flags(ext.name))
+                    for source in ext.sources
+                ]
                 for ext in self.extensions
             }
             gpu = sorted((CSRC / "cuda").glob("*.cu")) if self.nvcc else []
             nvcc = nvcc_command(self.nvcc, self.toolchain.cxx) if self.nvcc else []
             gpu_kernels = [pool.submit(compile_, source, (), nvcc) for source in gpu]
-            more = [
-                pool.submit(compile_, source, self.compile_flags(TORCH_OPS_CUDA))
-                for source in sorted(CSRC.glob("torch_bindings_cuda_*.cpp"))
-                if self.nvcc
-            ]
             kernels = list(pool.map(compile_, sorted((CSRC / "cpu").glob("*.cpp"))))
             for ext in self.extensions:
                 target = Path(self.get_ext_fullpath(ext.name))
                 cuda = ext.name == TORCH_OPS_CUDA
-                objects = [k.result() for k in more + gpu_kernels] if cuda else kernels
-                objects = [bindings[ext.name].result(), *objects]
+                objects = [k.result() for k in gpu_kernels] if cuda else kernels
+                objects = [*(b.result() for b in bindings[ext.name]), *objects]
                 self.toolchain.link(objects, target, self.link_flags(ext.name))
 
     def compile_flags(self, name: str) -> list[str]:
@@ -329,8 +327,11 @@ class Build(build):
 setup(
     ext_modules=[
         Extension(NATIVE, ["csrc/numpy_bindings.cpp"]),
-        Extension(TORCH_OPS, ["csrc/torch_bindings.cpp"]),
-        Extension(TORCH_OPS_CUDA, ["csrc/torch_bindings_cuda.cpp"]),
+        Extension(TORCH_OPS, ["csrc/torch_bindings.cpp", "csrc/torch_bindings_matmul.cpp"]),
+        Extension(
+            TORCH_OPS_CUDA,
+            sorted(str(p.relative_to(ROOT)) for p in CSRC.glob("torch_bindings_cuda*.cpp")),
+        ),
     ],
     cmdclass={"build": Build, "build_ext": BuildExt},
 )

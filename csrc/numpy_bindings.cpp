@@ -14,6 +14,10 @@
 //   fake_quantize(x, dtype, format, scale_rule=None, recipe=None, rounding="nearest", seed=None,
 //                 clip="symmetric", tensor_scale=None) -> x's shape and bits
 //   hadamard(x, dtype, size, signs=None) -> x's shape and bits
+//   matmul(left, right, k, bias, bias_dtype, dtype) -> (M, N): a b^T + bias. left: (a, dtype) with
+//   a
+//       of (M, K), or a tuple like right's; right: (codes, scales, tensor_scale, format), with
+//       codes of (rows, row_bytes) or (batches, rows, row_bytes). bias: (N,) or None
 //   pack(codes (rows, n), bits) -> (rows, bytes)       unpack(packed (rows, bytes), bits, length)
 //   amax(x, dtype, block=None) -> float, or (rows, blocks) float32 for a block
 //   level() -> str    levels() -> str, by commas    set_level(name)    threads() -> int
@@ -30,7 +34,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/cpu.h"
+#include "cpu/matmul.h"
 #include "options.h"
 
 namespace py = pybind11;
@@ -307,8 +311,70 @@ py::object amax(const py::array& x, const std::string& dtype, const std::optiona
   return out;
 }
 
+// A quantized matrix as its tuple holds it.
+cpu::Packed packed_of(const char* what, const py::tuple& parts, int64_t k) {
+  options::expect(parts.size() == 4, what, ": expected (codes, scales, tensor_scale, format)");
+  const py::array codes = parts[0], scales = parts[1];
+  cpu::Packed p;
+  p.format = get_format(parts[3].cast<std::string>());
+  expect_array(what, codes, py::dtype::of<uint8_t>());
+  expect_array("scales", scales, scale_raw_dtype(p.format.scale));
+  cpu::View v = view_of(what, codes);
+  options::expect(v.columns == p.format.row_bytes(k), what, ": expected rows of ",
+                  p.format.row_bytes(k), " bytes, got ", v.columns);
+  v.columns = k;
+  options::expect(shape_of(scales) == scales_shape(shape_of(codes), p.format, v),
+                  "scales: expected ", (v.rows + p.format.block_rows - 1) / p.format.block_rows,
+                  " rows of ", p.format.blocks(k), " for these codes");
+  p.codes = static_cast<const uint8_t*>(codes.data());
+  p.scales = scales.data();
+  p.rows = v.batches * v.rows;
+  p.batch_rows = v.rows;
+  p.has_tensor_scale = !parts[2].is_none();
+  if (p.has_tensor_scale) p.tensor_scale = parts[2].cast<float>();
+  return p;
+}
+
+py::array matmul(const py::tuple& left, const py::tuple& right, int64_t k,
+                 const std::optional<py::array>& bias, const std::string& bias_dtype,
+                 const std::string& dtype) {
+  cpu::MatmulCall c;
+  c.right = packed_of("b", right, k);
+  cpu::Packed packed;
+  if (left.size() == 2) {
+    const py::array a = left[0];
+    const cpu::Source s = source_of(a, left[1].cast<std::string>());
+    options::expect(s.view.columns == k, "a: expected rows of ", k, " elements, got ",
+                    s.view.columns);
+    c.a = s.x;
+    c.a_dtype = s.dtype;
+    c.m = s.view.batches * s.view.rows;
+  } else {
+    packed = packed_of("a", left, k);
+    c.left = &packed;
+    c.m = packed.rows;
+  }
+  c.n = c.right.rows;
+  c.k = k;
+  if (bias) {
+    c.bias_dtype = dtype_of(bias_dtype);
+    expect_array("bias", *bias, raw_dtype(c.bias_dtype));
+    options::expect(bias->size() == c.n, "bias: expected ", c.n, " numbers, got ",
+                    int64_t(bias->size()));
+    c.bias = bias->data();
+  }
+  c.out_dtype = dtype_of(dtype);
+  py::array out = new_array(raw_dtype(c.out_dtype), Shape{c.m, c.n});
+  c.out = out.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    cpu::matmul(kParallel, c);
+  }
+  return out;
+}
+
 void set_level(const std::string& name) {
-  options::expect(cpu::set_level(name.c_str()), "level: this processor has ", cpu::levels(),
+  options::expect(cpu::set_level(name.c_str()), "level: this processor has ", cpu::matmul_levels(),
                   " (or best), got ", name);
 }
 
@@ -334,6 +400,8 @@ PYBIND11_MODULE(_native, m) {
         "recipe"_a = py::none(), "rounding"_a = "nearest", "seed"_a = py::none(),
         "clip"_a = "symmetric", "tensor_scale"_a = py::none());
   m.def("hadamard", &hadamard, "x"_a, "dtype"_a, "size"_a, "signs"_a = py::none());
+  m.def("matmul", &matmul, "left"_a, "right"_a, "k"_a, "bias"_a, "bias_dtype"_a, "dtype"_a);
+  m.def("matmul_levels", &cpu::matmul_levels);
   m.def("pack", &pack, "codes"_a, "bits"_a);
   m.def("unpack", &unpack, "packed"_a, "bits"_a, "length"_a);
   m.def("amax", &amax, "x"_a, "dtype"_a, "block"_a = py::none());

@@ -4,48 +4,16 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/cpu.h"
-#include "options.h"
-#include "torch_tensors.h"
+#include "cpu/matmul.h"
+#include "torch_cpu.h"
 
 namespace pyfmt {
 namespace {
 
 using namespace tensors;
-
-// ---- torch's threads --------------------------------------------------------------------------
-
-void run_torch(void*, int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t),
-               void* context) {
-  if (n <= grain) {
-    if (n > 0) body(context, 0, n);
-    return;
-  }
-  torch::stable::parallel_for(0, n, grain,
-                              [&](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-const cpu::ParallelFor kParallel{run_torch, nullptr};
+using namespace cpu_tensors;
 
 // ---- tensors ----------------------------------------------------------------------------------
-
-Tensor new_tensor(const Shape& shape, ScalarType type) {
-  Tensor t = empty(shape, type, aoti_torch_device_type_cpu(), 0);
-  int64_t bytes = aoti_torch_dtype_element_size(shim_dtype(type));
-  for (int64_t n : shape) bytes *= n;
-  if (size_t(bytes) >= cpu::kHugePageBytes) {
-    cpu::prefer_huge_pages(t.mutable_data_ptr(), size_t(bytes));
-  }
-  return t;
-}
-
-cpu::View view_of(const Shape& moved) {
-  cpu::View v;
-  v.columns = moved.back();
-  if (moved.size() > 1) v.rows = moved[moved.size() - 2];
-  for (size_t i = 0; i + 2 < moved.size(); ++i) v.batches *= moved[i];
-  return v;
-}
 
 // A tensor with the quantized axis last, contiguous.
 struct Rows {
@@ -64,35 +32,6 @@ struct Rows {
   Tensor new_like() const { return new_tensor(shape, tensor.scalar_type()); }
   Tensor moved_back(const Tensor& y) const { return dense(move_axis(y, last, axis)); }
 };
-
-float scalar_of(const Tensor& t) {
-  options::expect(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.numel() == 1,
-                  "tensor_scale: expected one float32 number on the CPU, got ", t.numel(),
-                  " of dtype ", name_of(t.scalar_type()));
-  return *static_cast<const float*>(t.const_data_ptr());
-}
-
-// signs as contiguous float32, kept alive by the caller.
-cpu::Rotation rotation_of(int64_t size, int64_t length, std::optional<Tensor>& signs) {
-  if (!signs) return options::rotation(size, length, nullptr, 0);
-  options::expect(signs->is_cpu() && signs->dim() == 1,
-                  "signs: expected a CPU tensor of one dimension, got ", signs->dim());
-  if (signs->scalar_type() != ScalarType::Float) {
-    signs = torch::stable::to(*signs, ScalarType::Float);
-  }
-  signs = dense(*signs);
-  static const float nothing = 1.0f;
-  const float* data = static_cast<const float*>(signs->const_data_ptr());
-  return options::rotation(size, length, data ? data : &nothing, signs->numel());
-}
-
-cpu::Options options_of(const std::string& format, const Text& scale_rule, const Text& recipe,
-                        const std::string& rounding, std::optional<int64_t> seed,
-                        const std::string& clip, const std::optional<Tensor>& tensor_scale) {
-  cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
-  if (tensor_scale) options::set_tensor_scale(o, scalar_of(*tensor_scale));
-  return o;
-}
 
 // ---- the verbs --------------------------------------------------------------------------------
 
@@ -134,25 +73,9 @@ Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scal
     options::expect(n >= 0, "shape: expected no negative sizes, got ", text_of(shape));
   }
   const Shape moved = move_axis(shape, from, last);
-  expect_bytes("codes", codes);
-  const Shape want = with_last(moved, f.row_bytes(moved.back())), have = shape_of(codes);
-  options::expect(have == want, "codes: expected shape ", text_of(want), " for ", format,
-                  " of logical shape ", text_of(moved), " (quantized axis last), got ",
-                  text_of(have));
-  const Shape grid = scales_shape(moved, f), scales_have = shape_of(scales);
-  options::expect(scales_have == grid, "scales: expected shape ", text_of(grid), " for ", format,
-                  ", got ", text_of(scales_have));
-  options::expect(scales.scalar_type() == scale_type(f.scale), "scales: expected dtype ",
-                  name_of(scale_type(f.scale)), " for ", format, ", got ",
-                  name_of(scales.scalar_type()));
-  options::expect(scales.is_cpu(), "scales: expected a CPU tensor, as codes are");
-  // Formats without a tensor scale come with the empty one that quantize returned.
+  expect_quantized("codes", "scales", codes, scales, f, format, moved);
   float multiplier = 1.0f;
-  const bool multiplies = tensor_scale && tensor_scale->numel() != 0;
-  if (multiplies) {
-    options::expect(f.tensor_scale, "tensor_scale: ", format, " has none; pass None");
-    multiplier = scalar_of(*tensor_scale);
-  }
+  const bool multiplies = has_tensor_scale(tensor_scale, f, format, &multiplier);
   const Tensor packed = dense(codes), grid_scales = dense(scales);
   Tensor out = new_tensor(moved, dtype);
   cpu::dequantize(kParallel, static_cast<const uint8_t*>(packed.const_data_ptr()),
@@ -224,7 +147,7 @@ std::string cpu_levels() {
 }
 
 void set_cpu_level(std::string level) {
-  options::expect(cpu::set_level(level.c_str()), "level: this processor has ", cpu::levels(),
+  options::expect(cpu::set_level(level.c_str()), "level: this processor has ", cpu::matmul_levels(),
                   " (or best), got ", level);
 }
 

@@ -249,11 +249,14 @@ def matmul(
     a: (..., M, K), a QTensor or a dense array; b: a QTensor of shape (N, K); both quantized along
     their last axis; bias: (N,). float32 accumulation, float32 bias, one rounding to `dtype`
     (a's dtype where a is dense, else float32). Returns (..., M, N).
-    |err| <= c * sum|a||b| + half an output ulp against the exact sum; on the CPU rooms
-    c = K * 2^-24 (the reference room sums in float64); on a GPU c depends on the path.
+    |err| <= c * (sum|a||b| + |bias|) + half an output ulp against the exact sum; on the CPU
+    c = (K + 3) * 2^-24. Where both sides are integers or short floats such as E2M1 under E8M0
+    scales, a block's dot product is exact and c = (blocks + 3) * 2^-24, bit for bit
+    `pyfmt.reference.matmul_by_blocks`. A tensor scale multiplies the sums. The reference room sums
+    in float64. On a GPU c depends on the path (docs/matmul.md).
 
     On a GPU a table made by measurement chooses the path; `path` names one ("skinny", "wide",
-    "fold", "exact", "portable", "native"; see docs/matmul.md), and never falls back.
+    "fold", "exact", "portable", "native"), and never falls back.
     precision="fast" lets the fold path keep its sums in the fp8 units' narrow accumulator.
     batch_invariant=True gives each row of a the same bits whatever the other rows are.
 

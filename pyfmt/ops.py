@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt import _check, _torch_autograd, _torch_dense, _torch_matmul, _torch_triton
+from pyfmt import (
+    _check,
+    _torch_autograd,
+    _torch_dense,
+    _torch_matmul,
+    _torch_matmul_cpu,
+    _torch_triton,
+)
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
 from pyfmt.backends import cuda, triton
 from pyfmt.backends.cpu import torch_library_path
@@ -296,9 +303,9 @@ def _define() -> None:
     if cuda_kernels() == "triton":
         _torch_triton.register(library)
         library.impl("quantize_dual", _quantize_twice, "CUDA")
-    for device in ("CPU", "CUDA"):
-        library.impl("matmul", _torch_matmul.matmul, device)
-        library.impl("linear", _torch_matmul.linear, device)
+    for device, room in (("CPU", _torch_matmul_cpu), ("CUDA", _torch_matmul)):
+        library.impl("matmul", room.matmul, device)
+        library.impl("linear", room.linear, device)
     library.impl("_expand_weight", _torch_dense.expand_weight, "CUDA")
     _torch_autograd.register(library)
     ops._library = library

@@ -12,6 +12,7 @@ from pyfmt import _arrays, _check
 from pyfmt.formats import SCALES, Format
 from pyfmt.reference.codec import FLOAT_DTYPES
 from pyfmt.reference.quantize import Blocks
+from pyfmt.tensor import QTensor
 
 Array = np.ndarray
 
@@ -152,6 +153,36 @@ def hadamard(x: Array, size: int, signs: Array | None, axis: int) -> Array:
     rows, lead, dtype = _row_view(x, axis)
     _check.rotation(size, signs, rows.shape[-1])
     return _back(native().hadamard(rows, dtype, size, signs), lead, axis, dtype)
+
+
+def _packed(q: QTensor) -> tuple[Array, Array, float | None, str]:
+    """Return a QTensor quantized along its last axis as the compiled module takes it."""
+    lead, length = q.shape[:-1], q.shape[-1]
+    view = Blocks.of((*lead, length), q.format)
+    square = q.format.block_rows > 1
+    grid = (view.lead, view.rows) if square else (view.lead * view.rows,)
+    scale_rows = (view.lead, view.grid[0]) if square else grid
+    bits = np.ascontiguousarray(q.scales).view(f"uint{SCALES[q.format.scale].bits}")
+    return (
+        np.ascontiguousarray(q.codes).reshape(*grid, q.codes.shape[-1]),
+        bits.reshape(*scale_rows, view.grid[1]),
+        None if q.tensor_scale is None else float(np.asarray(q.tensor_scale).reshape(())),
+        q.format.key,
+    )
+
+
+def matmul(a: Any, b: QTensor, bias: Array | None, dtype: Any) -> Array:
+    k, name = b.shape[1], np.dtype(_arrays.numpy_dtype(dtype)).name
+    lead = a.shape[:-1]
+    if isinstance(a, QTensor):
+        left: tuple[Any, ...] = _packed(a)
+    else:
+        rows = np.ascontiguousarray(a).reshape(int(np.prod(lead, dtype=np.int64)), k)
+        left = (_raw(rows), a.dtype.name)
+    given = None if bias is None else np.ascontiguousarray(_raw(bias))
+    bias_name = "float32" if bias is None else bias.dtype.name
+    y: Array = native().matmul(left, _packed(b), k, given, bias_name, name)
+    return y.view(_arrays.numpy_dtype(dtype)).reshape(*lead, b.shape[0])
 
 
 def _byte_rows(x: Array) -> Array:

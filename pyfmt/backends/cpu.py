@@ -10,7 +10,6 @@ from typing import Any
 from pyfmt import _arrays, _check
 from pyfmt.backends import _cpu_numpy
 from pyfmt.formats import Format
-from pyfmt.reference.codec import from_float32, to_float32
 from pyfmt.tensor import QTensor
 
 _REBUILD = "build it with `make setup` in a checkout, or `pip install .`"
@@ -226,20 +225,10 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
 
 
 def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
-    """Expand both operands to float32, one dense GEMM, float32 bias, one rounding."""
+    """Multiply packed operands as they are: see csrc/cpu/matmul.h."""
     quantized = isinstance(a, QTensor)
     if _arrays.is_torch(b.codes):
         left = (a.codes, a.scales, a.tensor_scale, a.format.key) if quantized else (a, *[None] * 3)
         right = (b.codes, b.scales, b.tensor_scale, b.format.key)
         return _torch_ops().matmul(*left, *right, b.shape[1], bias, _arrays.torch_dtype(dtype))
-    dense = (
-        dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis)
-        if isinstance(q, QTensor)
-        else to_float32(q)
-        for q in (a, b)
-    )
-    left, right = dense
-    y = left @ right.T
-    if bias is not None:
-        y += to_float32(bias)
-    return from_float32(y, _arrays.numpy_dtype(dtype))
+    return _cpu_numpy.matmul(a, b, bias, dtype)

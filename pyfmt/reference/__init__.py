@@ -6,7 +6,7 @@ The code asks its input for the array namespace, so it runs unchanged on NumPy a
 
 from pyfmt.reference.codec import decode, encode, philox
 from pyfmt.reference.layout import from_blocked, pack, to_blocked, unpack
-from pyfmt.reference.matmul import matmul
+from pyfmt.reference.matmul import matmul, matmul_by_blocks
 from pyfmt.reference.quantize import amax, dequantize, fake_quantize, quantize
 from pyfmt.reference.rotate import hadamard
 
@@ -19,6 +19,7 @@ __all__ = [
     "from_blocked",
     "hadamard",
     "matmul",
+    "matmul_by_blocks",
     "pack",
     "philox",
     "quantize",

@@ -1,0 +1,402 @@
+// SPDX-License-Identifier: Apache-2.0
+// A few dense rows times a packed matrix: each row of b is read once, decoded in registers and
+// multiplied there. Elements are multiplied as they stand, sums of a few of them by the block's
+// scale: one float32 multiply-add an element and one a scale.
+#pragma once
+
+#include "matmul_lanes.h"
+
+namespace pyfmt {
+namespace PYFMT_ISA {
+
+using cpu::StreamArgs;
+
+// Four-bit codes where a lookup serves: a vector holds 8 * kLanes of them, lane i the elements
+// 8 i to 8 i + 7, and each shift by four bits brings up the next one. a is permuted likewise.
+constexpr int kNibbleStep = 8 * kLanes;
+
+PYFMT_INLINE bool by_nibbles(const FormatSpec& f) {
+  return kHasLookup && f.bits() == 4;
+}
+
+// Six bits, and floats of eight, where tables of 64 entries are: thirty-two values at a time as
+// bfloat16, the even and the odd ones in two vectors, and a likewise.
+PYFMT_INLINE bool by_tables(const FormatSpec& f, int64_t k) {
+  const int bits = f.bits();
+  const bool known = bits == 6 || (bits == 8 && !f.element.is_int() && f.element.is_signed);
+  return PYFMT_VNNI && known && f.columns(k) % kPairs == 0 && f.block_columns != 0;
+}
+
+// Which of a vector's scales belong to its lanes of eight elements: blocks of 8, 16, 32, ... or as
+// long as the row.
+struct LaneScales {
+  I index;
+  int64_t shift;  // scales of vector i begin at (i * kLanes) >> shift
+
+  PYFMT_HD LaneScales(int64_t block, int64_t k)
+      : shift(block >= k ? 62 : __builtin_ctzll(uint64_t(block / 8))) {
+    for (int lane = 0; lane < kLanes; ++lane) index[lane] = int32_t(int64_t(lane) >> shift);
+  }
+  static bool serves(int64_t block, int64_t k) {
+    return block >= k || (block % 8 == 0 && (block & (block - 1)) == 0);
+  }
+  // Vector i's; kLanes scales are readable wherever one is.
+  PYFMT_HD F of(const uint32_t* scales, int64_t i) const {
+    return (F)__builtin_shuffle(load<U>(scales + ((i * kLanes) >> shift)), (U)index);
+  }
+};
+
+static bool stream_serves(const FormatSpec& f, int64_t k) {
+  const int64_t block = f.columns(k);
+  const bool whole = f.element.special == Special::kNone || k % block == 0;
+  if (!moderate(f.element) || !whole) return false;
+  return by_nibbles(f) ? LaneScales::serves(block, k) : block % kGroup == 0;
+}
+
+static int64_t stream_columns(const FormatSpec& f, int64_t k) {
+  return round_up(k, by_nibbles(f) ? kNibbleStep : by_tables(f, k) ? kPairs : kGroup);
+}
+
+static void stream_prepare(const StreamArgs& s) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k);
+  const bool nibbles = by_nibbles(f), pairs = by_tables(f, s.k), turned = nibbles || pairs;
+  Scratch scratch(turned ? columns * 4 : 0);
+  uint32_t* const row = turned ? scratch.take<uint32_t>(columns) : nullptr;
+  for (int64_t m = 0; m < s.m; ++m) {
+    uint32_t* const out = (uint32_t*)s.prepared + m * columns;
+    load_row(at(s.a, s.a_dtype, m * s.k), s.a_dtype, s.k, columns, turned ? row : out);
+    for (int64_t i = 0; pairs && i < columns; ++i) out[paired_place(i)] = row[i];
+    if (!nibbles) continue;
+    for (int64_t i = 0; i < columns; i += kNibbleStep) {
+      for (int j = 0; j < 8; ++j) {
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[i + j * kLanes + lane] = row[i + lane * 8 + j];
+      }
+    }
+  }
+}
+
+// Towards the next rows, perhaps beyond the last one: fetching never faults.
+PYFMT_INLINE void prefetch(const uint8_t* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
+// y, bias and rounding for R rows of b from `row`.
+template <int R, int M>
+PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) {
+      float y = sum_lanes(sum[r][m]);
+      if (s.right.has_tensor_scale) y *= s.right.tensor_scale;
+      if (s.bias) y += float_at(s.bias, s.bias_dtype, row + r);
+      store_at(s.out, s.out_dtype, m * s.n + row + r, y);
+    }
+  }
+}
+
+// ---- four bits ------------------------------------------------------------------------
+
+template <int R, int M>
+PYFMT_INLINE void nibble_step(const Lookup& values, const U (&codes)[R], const float* a,
+                              int64_t columns, const F (&scale)[R], F (&sum)[R][M]) {
+  F part[R][M];
+  for (int j = 0; j < 8; ++j) {
+    F left[M];
+    for (int m = 0; m < M; ++m) left[m] = load<F>(a + m * columns + j * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const F w = values[j ? codes[r] >> (4 * j) : codes[r]];
+      for (int m = 0; m < M; ++m) {
+        part[r][m] = j ? multiply_add(w, left[m], part[r][m]) : w * left[m];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale[r], part[r][m], sum[r][m]);
+  }
+}
+
+template <int R, int M>
+static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
+                        const LaneScales& lanes, uint32_t* scales) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k), bytes = f.row_bytes(s.k);
+  const int64_t blocks = f.blocks(s.k), room = blocks + kGroup;
+  for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+  const uint8_t* const codes = s.right.codes + row * bytes;
+  F sum[R][M] = {}, scale[R];
+  U words[R];
+  int64_t i = 0, v = 0;
+  for (; i + kNibbleStep <= s.k; i += kNibbleStep, ++v) {
+    for (int r = 0; r < R; ++r) {
+      words[r] = load<U>(codes + r * bytes + i / 2);
+      // The rows after these: a row is too short for the hardware to foresee the next ones.
+      if (i / 2 % 64 == 0) prefetch(codes + (r + R) * bytes + i / 2);
+      scale[r] = lanes.of(scales + r * room, v);
+    }
+    nibble_step<R, M>(values, words, s.prepared + i, columns, scale, sum);
+  }
+  if (i < s.k) {
+    for (int r = 0; r < R; ++r) {
+      words[r] = U{};
+      memcpy(&words[r], codes + r * bytes + i / 2, size_t((s.k - i + 1) / 2));
+      scale[r] = lanes.of(scales + r * room, v);
+      // Lanes beyond the row have no scale; what lies there must not be a NaN.
+      const int64_t used = (s.k - i + 7) / 8;
+      for (int lane = int(used); lane < kLanes; ++lane) scale[r][lane] = 0.0f;
+    }
+    nibble_step<R, M>(values, words, s.prepared + i, columns, scale, sum);
+  }
+  finish_rows<R, M>(s, row, sum);
+}
+
+template <int R, int M>
+static void stream_nibbles(const StreamArgs& s, int64_t begin, int64_t end) {
+  const FormatSpec& f = s.right.format;
+  Scratch scratch(R * (f.blocks(s.k) + kGroup) * 4 + 64);
+  uint32_t* const scales = scratch.take<uint32_t>(R * (f.blocks(s.k) + kGroup));
+  const LaneScales lanes(f.columns(s.k), s.k);
+  uint32_t table[16];
+  for (uint32_t code = 0; code < 16; ++code) {
+    table[code] = value_of(f.element, code);
+  }
+  const Lookup values(table);
+  int64_t row = begin;
+  for (; row + R <= end; row += R) nibble_rows<R, M>(s, row, values, lanes, scales);
+  for (; row < end; ++row) nibble_rows<1, M>(s, row, values, lanes, scales);
+}
+
+// ---- one byte a code ------------------------------------------------------------------
+
+// Integers as they stand; their step goes into the scales, exactly.
+template <bool kSigned8>
+struct Steps {
+  int extend;
+  PYFMT_HD explicit Steps(const ElementSpec& e) : extend(e.is_signed ? 32 - e.bits() : 0) {}
+  PYFMT_HD void decode(const uint8_t* codes, F (&w)[kVectors]) const {
+#if PYFMT_AVX512
+    if constexpr (kSigned8) {
+      const __m128i bytes = _mm_loadu_si128((const __m128i*)codes);
+      w[0] = (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+      return;
+    }
+#endif
+    const Group g = load_u8(codes);
+    for (int v = 0; v < kVectors; ++v) {
+      w[v] = __builtin_convertvector((I)(g.v[v] << extend) >> extend, F);
+    }
+  }
+  static float step(const ElementSpec& e) {
+    return codec::Lane<uint32_t>::as_float(power_of_two_bits(-e.frac));
+  }
+};
+
+template <class Element>
+struct Values {
+  decltype(Element::make(ElementSpec{}, false)) c;
+  PYFMT_HD explicit Values(const ElementSpec& e) : c(Element::make(e, false)) {}
+  PYFMT_HD void decode(const uint8_t* codes, F (&w)[kVectors]) const {
+    const Group g = load_u8(codes);
+    for (int v = 0; v < kVectors; ++v) w[v] = (F)Element::decode(c, g.v[v]);
+  }
+  static float step(const ElementSpec&) { return 1.0f; }
+};
+
+template <class Decode, int kBlock, int R, int M>
+static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, uint32_t* scales,
+                      uint8_t* unpacked) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k), blocks = f.blocks(s.k);
+  const int64_t block = kBlock ? kBlock : f.columns(s.k);
+  const int64_t bytes = f.row_bytes(s.k), room = round_up(blocks, kGroup);
+  const uint8_t* codes[R];
+  const float step = Decode::step(f.element);
+  for (int r = 0; r < R; ++r) {
+    codes[r] = s.right.codes + (row + r) * bytes;
+    if (unpacked) {
+      uint8_t* const to = unpacked + r * round_up(f.padded(s.k), 64);
+      unpack_row(codes[r], bytes, f.padded(s.k), f.bits(), to);
+      codes[r] = to;
+    }
+    row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+    float* const each = (float*)scales + r * room;
+    for (int64_t b = 0; b < blocks; ++b) each[b] *= step;
+  }
+  F sum[R][M] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t most = columns - b * block, width = block < most ? block : most;
+    F part[R][M] = {};
+    for (int64_t i = b * block; i < b * block + (kBlock ? kBlock : width); i += kGroup) {
+      F w[R][kVectors];
+      if (!unpacked && i % 64 == 0) {
+        for (int r = 0; r < R; ++r) prefetch(codes[r] + R * bytes + i);
+      }
+      for (int r = 0; r < R; ++r) values.decode(codes[r] + i, w[r]);
+      for (int v = 0; v < kVectors; ++v) {
+        for (int m = 0; m < M; ++m) {
+          const F left = load<F>(s.prepared + m * columns + i + v * kLanes);
+          for (int r = 0; r < R; ++r) part[r][m] = multiply_add(w[r][v], left, part[r][m]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const F scale = (F)broadcast(scales[r * room + b]);
+      for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
+    }
+  }
+  finish_rows<R, M>(s, row, sum);
+}
+
+template <class Decode, int R, int M>
+static void stream_bytes(const StreamArgs& s, int64_t begin, int64_t end) {
+  const FormatSpec& f = s.right.format;
+  const int64_t room = round_up(f.blocks(s.k), kGroup);
+  const int64_t width = f.bits() == 8 ? 0 : round_up(f.padded(s.k), 64);
+  Scratch scratch(R * (room * 4 + width) + 256);
+  uint32_t* const scales = scratch.take<uint32_t>(R * room);
+  uint8_t* const unpacked = width ? scratch.take<uint8_t>(R * width) : nullptr;
+  const Decode values(f.element);
+  int64_t row = begin;
+  // Blocks of the usual size, each whole, in a loop without counters.
+  const bool usual = f.columns(s.k) == 32 && s.k % 32 == 0;
+  for (; row + R <= end; row += R) {
+    usual ? byte_rows<Decode, 32, R, M>(s, row, values, scales, unpacked)
+          : byte_rows<Decode, 0, R, M>(s, row, values, scales, unpacked);
+  }
+  for (; row < end; ++row) byte_rows<Decode, 0, 1, M>(s, row, values, scales, unpacked);
+}
+
+#if PYFMT_VNNI
+// ---- by tables ------------------------------------------------------------------------
+
+// Values as bfloat16 by their codes without the sign.
+struct ValueTable {
+  __m512i low[2], high[2];
+
+  explicit ValueTable(const ElementSpec& e) {
+    alignas(64) uint16_t values[128];
+    for (uint32_t code = 0; code < 128; ++code) {
+      const uint32_t value = value_of(e, code & ((1u << e.bits()) - 1));
+      values[code] = uint16_t(codec::bf16_from_float<uint32_t>(value));
+    }
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(values + 32 * i);
+      high[i] = _mm512_load_si512(values + 64 + 32 * i);
+    }
+  }
+  // Codes in 16-bit lanes; of six bits, what lies above them does not count.
+  template <int kBits>
+  PYFMT_HD __m512i of(__m512i codes) const {
+    const __m512i first = _mm512_permutex2var_epi16(low[0], codes, low[1]);
+    if (kBits == 6) return first;
+    const __m512i second = _mm512_permutex2var_epi16(high[0], codes, high[1]);
+    const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
+    const __m512i sign = _mm512_set1_epi16(int16_t(0x8000));
+    // Where the mask is set: the sign from the codes, the rest from the table.
+    return _mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(codes, 8),
+                                     _mm512_mask_mov_epi16(first, upper, second), 0xca);
+  }
+};
+
+// Thirty-two codes in 16-bit lanes, from the start of p.
+template <int kBits>
+PYFMT_INLINE __m512i load_codes(const uint8_t* p) {
+  if (kBits == 8) return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  // 24 bytes: four codes lie in three bytes, which a 32-bit word of their own takes apart.
+  alignas(64) static constexpr uint8_t kBytes[64] = {0,  1, 2,  0,  3,  4,  5,  0,  6,  7,  8,
+                                                     0,  9, 10, 11, 0,  12, 13, 14, 0,  15, 16,
+                                                     17, 0, 18, 19, 20, 0,  21, 22, 23, 0};
+  const __m256i bytes = _mm256_maskz_loadu_epi8(0xffffffu, p);
+  const __m256i words = _mm256_permutexvar_epi8(_mm256_load_si256((const __m256i*)kBytes), bytes);
+  const __m512i wide = _mm512_cvtepu32_epi64(words);
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0012000c00060000ll), wide);
+}
+
+template <int kBits, int R, int M>
+static void table_rows(const StreamArgs& s, int64_t row, const ValueTable& table,
+                       uint32_t* scales) {
+  const FormatSpec& f = s.right.format;
+  const int64_t columns = stream_columns(f, s.k), blocks = f.blocks(s.k), block = f.columns(s.k);
+  const int64_t bytes = f.row_bytes(s.k), room = round_up(blocks, kGroup);
+  for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+  const uint8_t* const codes = s.right.codes + row * bytes;
+  const __m512i odd = _mm512_set1_epi32(int32_t(0xffff0000u));
+  F sum[R][M] = {};
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t end = (b + 1) * block < columns ? (b + 1) * block : columns;
+    F part[R][M] = {};
+    for (int64_t i = b * block; i < end; i += kPairs) {
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* const p = codes + r * bytes + i * kBits / 8;
+        if (i % 64 == 0) prefetch(p + R * bytes);
+        const __m512i values = table.of<kBits>(load_codes<kBits>(p));
+        const F even_value = (F)_mm512_slli_epi32(values, 16);
+        const F odd_value = (F)_mm512_and_si512(values, odd);
+        for (int m = 0; m < M; ++m) {
+          const float* const left = s.prepared + m * columns + i;
+          part[r][m] = multiply_add(even_value, load<F>(left), part[r][m]);
+          part[r][m] = multiply_add(odd_value, load<F>(left + kGroup), part[r][m]);
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      const F scale = (F)broadcast(scales[r * room + b]);
+      for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
+    }
+  }
+  finish_rows<R, M>(s, row, sum);
+}
+
+template <int kBits, int R, int M>
+static void stream_tables(const StreamArgs& s, int64_t begin, int64_t end) {
+  const int64_t room = round_up(s.right.format.blocks(s.k), kGroup);
+  Scratch scratch(R * room * 4 + 64);
+  uint32_t* const scales = scratch.take<uint32_t>(R * room);
+  const ValueTable table(s.right.format.element);
+  int64_t row = begin;
+  for (; row + R <= end; row += R) table_rows<kBits, R, M>(s, row, table, scales);
+  for (; row < end; ++row) table_rows<kBits, 1, M>(s, row, table, scales);
+}
+#endif
+
+// ---- by format and rows of a ----------------------------------------------------------
+
+template <int R, int M>
+static void stream_rows(const StreamArgs& s, int64_t begin, int64_t end) {
+  const ElementSpec& e = s.right.format.element;
+  if (by_nibbles(s.right.format)) return stream_nibbles<R, M>(s, begin, end);
+#if PYFMT_VNNI
+  if (by_tables(s.right.format, s.k)) {
+    return e.bits() == 6 ? stream_tables<6, R, M>(s, begin, end)
+                         : stream_tables<8, R, M>(s, begin, end);
+  }
+#endif
+  if (e.is_int()) {
+    return e.is_signed && e.bits() == 8 ? stream_bytes<Steps<true>, R, M>(s, begin, end)
+                                        : stream_bytes<Steps<false>, R, M>(s, begin, end);
+  }
+  if (e == elements::e4m3fn) {
+    return stream_bytes<Values<StaticFloat<e4m3fn_element>>, R, M>(s, begin, end);
+  }
+  if (e == elements::e5m2ieee) {
+    return stream_bytes<Values<StaticFloat<e5m2ieee_element>>, R, M>(s, begin, end);
+  }
+  stream_bytes<Values<AnyFloat>, R, M>(s, begin, end);
+}
+
+static void stream(const StreamArgs& s, int64_t begin, int64_t end) {
+  GradualUnderflow guard;
+  switch (s.m) {
+    case 1:
+      return stream_rows<4, 1>(s, begin, end);
+    case 2:
+      return stream_rows<4, 2>(s, begin, end);
+    case 3:
+      return stream_rows<2, 3>(s, begin, end);
+    default:
+      return stream_rows<2, 4>(s, begin, end);
+  }
+}
+
+}  // namespace PYFMT_ISA
+}  // namespace pyfmt
