@@ -47,8 +47,8 @@ demo: build ## quantize a real model into every format; table, JSON and chart in
 demo-quick: build ## the same in under a minute
 	$(BIN)/pyfmt compare --quick $(ARGS)
 
-bench: build ## measure the CPU kernels against their rivals
-	for job in $(wildcard $(patsubst %,bench/%.py,quantize rotate layout matmul overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
+bench: build ## measure this machine's kernels against their rivals (a GPU's where there is one)
+	for job in $(wildcard $(patsubst %,bench/%.py,quantize matmul_cpu overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
 
 lint: build ## what CI checks beside the tests
 	$(BIN)/ruff check .

@@ -349,6 +349,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each line's cases")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this measures a GPU and none is visible; bench/matmul_cpu.py measures the CPU")
     facts = machine()
     print(json.dumps(facts))
     check()
