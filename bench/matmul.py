@@ -350,7 +350,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("this measures a GPU and none is visible; bench/matmul_cpu.py measures the CPU")
+        parser.error("no GPU is visible, which this measures; bench/matmul_cpu.py is for the CPU")
     facts = machine()
     print(json.dumps(facts))
     check()
