@@ -128,8 +128,8 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels;
 
 // The kernels in use: the best level that this processor has, unless set_level chose another.
 const Kernels& kernels();
-// "baseline", "avx2" or "avx512", and what matmul.h adds; set_level returns false for a level that is not there, and
-// "best" restores the choice made at start.
+// "baseline", "avx2" or "avx512", and what matmul.h adds; set_level returns false for a level that
+// is not there, and "best" restores the choice made at start.
 const char* level();
 bool set_level(const char* name);
 // The levels of this build that this processor can run, separated by commas.
