@@ -69,7 +69,7 @@ codegen: $(STAMP) ## write what follows from pyfmt/formats.py: csrc/formats.inc,
 # is loaded early too, else the sanitizer stops at the first C++ exception.
 SANITIZED := build/sanitize
 PRELOAD = $(foreach lib,libasan.so libstdc++.so.6,$(shell $${CXX:-c++} -print-file-name=$(lib)))
-ROOMS := $(patsubst %,tests/test_%.py,quantize rotate layout matmul ops nn)
+ROOMS := $(patsubst %,tests/test_%.py,quantize rotate layout matmul matmul_levels ops nn)
 sanitize: build ## test the compiled rooms under the address and undefined-behaviour sanitizers
 	NVCC= PYFMT_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	cp -R tests csrc README.md pyproject.toml $(SANITIZED)
