@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graphs import machine
+from harness import machine
 
 import pyfmt.nn
 

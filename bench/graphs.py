@@ -3,14 +3,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import platform
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,23 +90,3 @@ def _once(call: Callable[[int], Any]) -> float:
     end.record()
     end.synchronize()
     return max(start.elapsed_time(end) / 3e3, 1e-6)
-
-
-def machine() -> dict[str, Any]:
-    """What was measured on: GPU, driver, versions, commit."""
-
-    def said(*command: str) -> str:
-        here = Path(__file__).parent
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    query = ("nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader")
-    packages = ("torch", "triton", "gemlite", "transformers")
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": said(*query),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in packages if importlib.util.find_spec(p)},
-        "commit": os.environ.get("PYFMT_COMMIT") or said("git", "describe", "--always", "--dirty"),
-    }

@@ -65,6 +65,9 @@ class Line:
         return self.aim is not None and (self.of_copy or 0.0) < self.aim
 
 
+PACKAGES = ("torch", "torchao", "numpy", "triton", "gemlite", "transformers")
+
+
 def machine() -> dict[str, Any]:
     """Return what was measured on: processor, threads, versions, commit."""
 
@@ -96,7 +99,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         # A copy without its history is told what it is a copy of.
         "commit": os.environ.get("PYFMT_COMMIT") or said("git", "describe", "--always", "--dirty"),
-        "versions": {n: installed(n) for n in ("torch", "torchao", "numpy", "triton")},
+        "versions": {n: installed(n) for n in PACKAGES},
     }
     if torch.cuda.is_available():
         record["gpu"] = torch.cuda.get_device_name()

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from graphs import in_turn, machine
+from graphs import in_turn
+from harness import machine
 
 import pyfmt
 import pyfmt.nn

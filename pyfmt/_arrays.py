@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which library an array belongs to, and moves between NumPy and torch without losing bits."""
+"""Which library an array belongs to, and moves between libraries without losing bits."""
 
 from __future__ import annotations
 
@@ -74,6 +74,43 @@ def to_torch(x: np.ndarray, device: Any = None) -> Any:
     else:
         tensor = torch.from_numpy(x)
     return tensor if device is None else tensor.to(device)
+
+
+def from_cupy(x: Any) -> Any:
+    """Return a CuPy array as a torch tensor on the same memory; anything else as it is."""
+    if x is None or is_torch(x) or type(x).__module__.partition(".")[0] != "cupy":
+        return x
+    import torch
+    from torch.utils.dlpack import from_dlpack
+
+    if _check.dtype_name(x.dtype) == "bfloat16":
+        return from_dlpack(x.view("int16")).view(torch.bfloat16)
+    return from_dlpack(x)
+
+
+def back_to(y: Any, like: Any) -> Any:
+    """Return a tensor as the library of `like` has it, torch or CuPy, on the same memory."""
+    if y is None or is_torch(like):
+        return y
+    import cupy
+    import torch
+
+    if y.dtype == torch.bfloat16:
+        return cupy.from_dlpack(y.view(torch.int16)).view(ml_dtypes.bfloat16)
+    return cupy.from_dlpack(y)
+
+
+def signs_for(signs: Any, x: Any) -> Any:
+    """Return a rotation's signs as a contiguous tensor on x's device, or None."""
+    signs = from_cupy(signs)
+    if signs is None:
+        return None
+    return (signs if is_torch(signs) else to_torch(signs)).to(x.device).contiguous()
+
+
+def unread(value: Any) -> Any:
+    """Return a stand-in for one number on a GPU, so that checking it does not wait for it."""
+    return 1.0 if is_torch(value) and value.is_cuda and value.numel() == 1 else value
 
 
 def torch_dtype(dtype: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pyfmt import _arrays, _check
+from pyfmt._arrays import back_to, from_cupy, signs_for, unread
 from pyfmt.formats import Format
 from pyfmt.tensor import QTensor
 
@@ -109,49 +110,16 @@ def _ops() -> Any:
     return torch.ops.pyfmt
 
 
-def _in(x: Any) -> Any:
-    """Return a CuPy array as a torch tensor on the same memory; anything else as it is."""
-    if x is None or _arrays.is_torch(x) or type(x).__module__.partition(".")[0] != "cupy":
-        return x
-    import torch
-    from torch.utils.dlpack import from_dlpack
-
-    if _check.dtype_name(x.dtype) == "bfloat16":
-        return from_dlpack(x.view("int16")).view(torch.bfloat16)
-    return from_dlpack(x)
-
-
-def _out(y: Any, like: Any) -> Any:
-    """Return a tensor as the library of `like` has it, on the same memory."""
-    if y is None or _arrays.is_torch(like):
-        return y
-    import cupy
-    import ml_dtypes
-    import torch
-
-    if y.dtype == torch.bfloat16:
-        return cupy.from_dlpack(y.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return cupy.from_dlpack(y)
-
-
 def _scalar(value: Any, x: Any) -> Any:
     """Return a tensor scale as one float32 on x's device; what lies there already is not read."""
     import torch
 
-    value = _in(value)
+    value = from_cupy(value)
     if value is None:
         return None
     if not _arrays.is_torch(value):
         return torch.full((), float(value), dtype=torch.float32, device=x.device)
     return value.to(x.device, torch.float32).reshape(())
-
-
-def _signs(signs: Any, x: Any) -> Any:
-    """Return signs as a tensor on x's device, or None."""
-    signs = _in(signs)
-    if signs is None:
-        return None
-    return (signs if _arrays.is_torch(signs) else _arrays.to_torch(signs)).to(x.device)
 
 
 def _signed(seed: int | None) -> int | None:
@@ -163,9 +131,8 @@ def _given(value: Any, fmt: Format, recipe: str | None, x: Any) -> Any:
     """Check a caller's tensor scale as far as the host knows it, and put it on the device."""
     if value is None:
         return None
-    on_device = _arrays.is_torch(value) and value.is_cuda
     recipe = recipe or next(iter(fmt.recipes), "")
-    _check.tensor_scale(1.0 if on_device and value.numel() == 1 else value, fmt, recipe)
+    _check.tensor_scale(unread(value), fmt, recipe)
     return _scalar(value, x)
 
 
@@ -186,7 +153,7 @@ def quantize(
     rotation: int | None = None,
     signs: Any = None,
 ) -> tuple[Any, Any, Any]:
-    tensor = _in(x)
+    tensor = from_cupy(x)
     codes, scales, stored = _ops().quantize(
         tensor,
         fmt.key,
@@ -198,9 +165,13 @@ def quantize(
         clip,
         _given(tensor_scale, fmt, recipe, tensor),
         rotation or 0,
-        _signs(signs, tensor),
+        signs_for(signs, tensor),
     )
-    return _out(codes, x), _out(scales, x), _out(stored, x) if stored.numel() else None
+    return (
+        back_to(codes, x),
+        back_to(scales, x),
+        back_to(stored, x) if stored.numel() else None,
+    )
 
 
 def quantize_dual(
@@ -216,7 +187,7 @@ def quantize_dual(
     rotation: int | None = None,
     signs: Any = None,
 ) -> tuple[Any, Any, Any, Any, Any, Any]:
-    tensor = _in(x)
+    tensor = from_cupy(x)
     parts = _ops().quantize_dual(
         tensor,
         fmt.key,
@@ -227,10 +198,14 @@ def quantize_dual(
         clip,
         _given(tensor_scale, fmt, recipe, tensor),
         rotation or 0,
-        _signs(signs, tensor),
+        signs_for(signs, tensor),
     )
     along, across = (
-        (_out(codes, x), _out(scales, x), _out(stored, x) if stored.numel() else None)
+        (
+            back_to(codes, x),
+            back_to(scales, x),
+            back_to(stored, x) if stored.numel() else None,
+        )
         for codes, scales, stored in (parts[:3], parts[3:])
     )
     return (*along, *across)
@@ -246,17 +221,17 @@ def dequantize(
     axis: int = -1,
     dtype: Any = "float32",
 ) -> Any:
-    packed = _in(codes)
+    packed = from_cupy(codes)
     y = _ops().dequantize(
         packed,
-        _in(scales),
+        from_cupy(scales),
         _scalar(tensor_scale, packed),
         fmt.key,
         shape,
         axis,
         _arrays.torch_dtype(dtype),
     )
-    return _out(y, codes)
+    return back_to(y, codes)
 
 
 def fake_quantize(
@@ -271,7 +246,7 @@ def fake_quantize(
     clip: str = "symmetric",
     tensor_scale: Any = None,
 ) -> Any:
-    tensor = _in(x)
+    tensor = from_cupy(x)
     y = _ops().fake_quantize(
         tensor,
         fmt.key,
@@ -283,24 +258,24 @@ def fake_quantize(
         clip,
         _given(tensor_scale, fmt, recipe, tensor),
     )
-    return _out(y, x)
+    return back_to(y, x)
 
 
 def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
-    tensor = _in(x)
-    return _out(_ops().hadamard(tensor, size, _signs(signs, tensor), axis), x)
+    tensor = from_cupy(x)
+    return back_to(_ops().hadamard(tensor, size, signs_for(signs, tensor), axis), x)
 
 
 def pack(codes: Any, bits: int) -> Any:
-    return _out(_ops().pack(_in(codes), bits), codes)
+    return back_to(_ops().pack(from_cupy(codes), bits), codes)
 
 
 def unpack(packed: Any, bits: int, length: int) -> Any:
-    return _out(_ops().unpack(_in(packed), bits, length), packed)
+    return back_to(_ops().unpack(from_cupy(packed), bits, length), packed)
 
 
 def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
-    return _out(_ops().amax(_in(x), block, axis), x)
+    return back_to(_ops().amax(from_cupy(x), block, axis), x)
 
 
 def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
@@ -319,14 +294,14 @@ def matmul_by(
     batch_invariant: bool = False,
 ) -> Any:
     """Multiply by a path of choice."""
-    left: tuple[Any, ...] = (_in(a), None, None, None)
+    left: tuple[Any, ...] = (from_cupy(a), None, None, None)
     if isinstance(a, QTensor):
         left = (*_parts(a), a.format.key)
     y = _ops().matmul(
-        *left, *_parts(b), b.format.key, b.shape[b.axis], _in(bias), _arrays.torch_dtype(dtype),
-        path, precision, batch_invariant,
+        *left, *_parts(b), b.format.key, b.shape[b.axis], from_cupy(bias),
+        _arrays.torch_dtype(dtype), path, precision, batch_invariant,
     )  # fmt: skip
-    return _out(y, b.codes)
+    return back_to(y, b.codes)
 
 
 def explain_matmul(a: Any, b: QTensor, batch_invariant: bool = False) -> dict[str, str]:
@@ -334,7 +309,7 @@ def explain_matmul(a: Any, b: QTensor, batch_invariant: bool = False) -> dict[st
     from pyfmt import _matmul_paths, _torch_matmul
 
     _ops()
-    codes = _in(b.codes)
+    codes = from_cupy(b.codes)
     machine = _torch_matmul.machine_of(codes.device)
     if machine is None:
         raise ValueError(f"b: GEMM paths are those of CUDA tensors, got one on {codes.device}")
@@ -364,5 +339,5 @@ def fold_exceptions(device: Any = None) -> Any:
 
 
 def _parts(q: QTensor) -> tuple[Any, Any, Any]:
-    codes = _in(q.codes)
-    return codes, _in(q.scales), _scalar(q.tensor_scale, codes)
+    codes = from_cupy(q.codes)
+    return codes, from_cupy(q.scales), _scalar(q.tensor_scale, codes)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pyfmt import _arrays, _check
+from pyfmt._arrays import back_to, from_cupy, signs_for, unread
 from pyfmt.formats import Format
 
 # What the kernels will read when they are imported: Triton decides there, once.
@@ -89,31 +90,6 @@ def _ops(*tensors: Any) -> Any:
 # ---- arrays -----------------------------------------------------------------------------------
 
 
-def _in(x: Any) -> Any:
-    """Return a CuPy array as a torch tensor on the same memory; anything else as it is."""
-    if x is None or _arrays.is_torch(x) or type(x).__module__.partition(".")[0] != "cupy":
-        return x
-    import torch
-    from torch.utils.dlpack import from_dlpack
-
-    if _check.dtype_name(x.dtype) == "bfloat16":
-        return from_dlpack(x.view("int16")).view(torch.bfloat16)
-    return from_dlpack(x)
-
-
-def _out(y: Any, like: Any) -> Any:
-    """Return a tensor as the library of `like` has it, on the same memory."""
-    if y is None or _arrays.is_torch(like):
-        return y
-    import cupy
-    import ml_dtypes
-    import torch
-
-    if y.dtype == torch.bfloat16:
-        return cupy.from_dlpack(y.view(torch.int16)).view(ml_dtypes.bfloat16)
-    return cupy.from_dlpack(y)
-
-
 def _launches() -> Any:
     """Return the module that launches the kernels."""
     from pyfmt.backends import _triton_launch
@@ -121,18 +97,12 @@ def _launches() -> Any:
     return _triton_launch
 
 
-def _unread(value: Any) -> Any:
-    """Return a stand-in for a scalar on a device, so that checking it does not wait for it."""
-    one = _arrays.is_torch(value) and value.is_cuda and value.numel() == 1
-    return 1.0 if one else value
-
-
 def _given(value: Any, x: Any, fmt: Format, recipe: str | None) -> tuple[str, Any]:
     """Check a caller's tensor scale; return how it is given and a float or a tensor on a device."""
     if value is None:
         return "", None
-    value = _in(value)
-    _check.tensor_scale(_unread(value), fmt, recipe or "")
+    value = from_cupy(value)
+    _check.tensor_scale(unread(value), fmt, recipe or "")
     if _arrays.is_torch(value) and value.is_cuda:
         import torch
 
@@ -140,12 +110,6 @@ def _given(value: Any, x: Any, fmt: Format, recipe: str | None) -> tuple[str, An
     import numpy as np
 
     return "value", float(np.float32(float(value)))
-
-
-def _signs(signs: Any, x: Any) -> Any:
-    """Return signs as a contiguous tensor on x's device, or None."""
-    signs = _in(signs)
-    return None if signs is None else signs.to(x.device).contiguous()
 
 
 def _key(seed: int | None, rounding: str) -> tuple[int, int, Any]:
@@ -203,14 +167,14 @@ def quantize(
     if ops is not None:
         codes, scales, stored = ops.quantize(
             x, fmt.key, axis, scale_rule, recipe, rounding, _signed(seed), clip,
-            _scalar(tensor_scale, x), rotation or 0, _signs(signs, x),
+            _scalar(tensor_scale, x), rotation or 0, signs_for(signs, x),
         )  # fmt: skip
         return codes, scales, stored if stored.numel() else None
-    launches, tensor = _launches(), _in(x)
+    launches, tensor = _launches(), from_cupy(x)
     low, high, seed_kind = _key(seed, rounding)
     given, source = _given(tensor_scale, tensor, fmt, recipe)
     rotation = rotation or 1
-    signs = _signs(signs, tensor)
+    signs = signs_for(signs, tensor)
     count = 0 if signs is None else signs.numel()
     plan = launches.plan(
         fmt, tensor.shape, tensor.dtype, axis, scale_rule, recipe, rounding, seed_kind, clip, given,
@@ -228,7 +192,7 @@ def quantize(
         launches.quantize(moved, codes, scales, fmt, plan, options)
     else:
         _fill(stored, source)
-    return _out(codes, x), _out(scales, x), _out(stored, x)
+    return back_to(codes, x), back_to(scales, x), back_to(stored, x)
 
 
 def quantize_dual(
@@ -276,20 +240,24 @@ def dequantize(
         scale = _scalar(tensor_scale, codes)
         return ops.dequantize(codes, scales, scale, fmt.key, shape, axis, dtype)
     launches = _launches()
-    b_codes, b_scales, t = _in(codes), _in(scales), _in(tensor_scale)
+    b_codes, b_scales, t = (
+        from_cupy(codes),
+        from_cupy(scales),
+        from_cupy(tensor_scale),
+    )
     axis, lead, columns, expected, run = launches.dequantize_plan(
         fmt, shape, axis, dtype, t is not None
     )
     _check.codes_and_scales(b_codes, b_scales, fmt, lead, columns, expected)
     if t is not None:
-        _check.stored_tensor_scale(_unread(t), fmt)
+        _check.stored_tensor_scale(unread(t), fmt)
         t = t if _arrays.is_torch(t) else torch.tensor(float(t), dtype=torch.float32)
         t = t.to(b_codes.device, torch.float32).reshape(())
     y = torch.empty(shape, dtype=dtype, device=b_codes.device)
     if y.numel():
         moved = y if axis == y.ndim - 1 else y.movedim(axis, -1)
         launches.dequantize(b_codes.contiguous(), b_scales.contiguous(), t, moved, fmt, run)
-    return _out(y, codes)
+    return back_to(y, codes)
 
 
 def fake_quantize(
@@ -312,7 +280,7 @@ def fake_quantize(
             x, fmt.key, axis, scale_rule, recipe, rounding, _signed(seed), clip,
             _scalar(tensor_scale, x),
         )  # fmt: skip
-    launches, tensor = _launches(), _in(x)
+    launches, tensor = _launches(), from_cupy(x)
     low, high, seed_kind = _key(seed, rounding)
     given, source = _given(tensor_scale, tensor, fmt, recipe)
     plan = launches.plan(
@@ -326,7 +294,7 @@ def fake_quantize(
         moved, out = (t if last else t.movedim(plan.axis, -1) for t in (tensor, y))
         options = launches.Options(low, high, 1, None, source, stored)
         launches.fake_quantize(moved, out, fmt, plan, options)
-    return _out(y, x)
+    return back_to(y, x)
 
 
 def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
@@ -334,16 +302,16 @@ def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
 
     ops = _ops(x, signs)
     if ops is not None:
-        return ops.hadamard(x, size, _signs(signs, x), axis)
-    tensor = _in(x)
+        return ops.hadamard(x, size, signs_for(signs, x), axis)
+    tensor = from_cupy(x)
     _check.float_dtype(tensor.dtype)
     axis = _check.axis(axis, tensor.shape)
     _check.rotation(size, signs, tensor.shape[axis])
     moved = tensor.movedim(axis, -1).contiguous()
     y = torch.empty(moved.shape, dtype=moved.dtype, device=moved.device)
     if y.numel():
-        _launches().hadamard(moved, y, size, _signs(signs, tensor))
-    return _out(y.movedim(-1, axis).contiguous(), x)
+        _launches().hadamard(moved, y, size, signs_for(signs, tensor))
+    return back_to(y.movedim(-1, axis).contiguous(), x)
 
 
 def pack(codes: Any, bits: int) -> Any:
@@ -352,13 +320,13 @@ def pack(codes: Any, bits: int) -> Any:
     ops = _ops(codes)
     if ops is not None:
         return ops.pack(codes, bits)
-    tensor = _in(codes)
+    tensor = from_cupy(codes)
     _check.pack(tensor.dtype, tensor.shape, bits)
     *lead, n = tensor.shape
     packed = torch.empty((*lead, -(-n * bits // 8)), dtype=torch.uint8, device=tensor.device)
     if packed.numel():
         _launches().pack(tensor.contiguous(), packed, bits)
-    return _out(packed, codes)
+    return back_to(packed, codes)
 
 
 def unpack(packed: Any, bits: int, length: int) -> Any:
@@ -367,12 +335,12 @@ def unpack(packed: Any, bits: int, length: int) -> Any:
     ops = _ops(packed)
     if ops is not None:
         return ops.unpack(packed, bits, length)
-    tensor = _in(packed)
+    tensor = from_cupy(packed)
     _check.unpack(tensor.dtype, tensor.shape, bits, length)
     y = torch.empty((*tensor.shape[:-1], length), dtype=torch.uint8, device=tensor.device)
     if y.numel():
         _launches().unpack(tensor.contiguous(), y, bits)
-    return _out(y, packed)
+    return back_to(y, packed)
 
 
 def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
@@ -381,7 +349,7 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
     ops = _ops(x)
     if ops is not None:
         return ops.amax(x, block, axis)
-    tensor = _in(x)
+    tensor = from_cupy(x)
     _check.float_dtype(tensor.dtype)
     if block is None:
         y = torch.empty((), dtype=torch.float32, device=tensor.device)
@@ -389,7 +357,7 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
             _launches().amax_tensor(tensor, y)
         else:
             y.zero_()
-        return _out(y, x)
+        return back_to(y, x)
     axis = _check.axis(axis, tensor.shape)
     _check.block(block)
     moved = tensor.movedim(axis, -1)
@@ -397,7 +365,7 @@ def amax(x: Any, block: int | None = None, *, axis: int = -1) -> Any:
     y = torch.empty((*lead, -(-columns // block)), dtype=torch.float32, device=tensor.device)
     if y.numel():
         _launches().amax_blocks(moved, y, block)
-    return _out(y, x)
+    return back_to(y, x)
 
 
 def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
@@ -416,12 +384,12 @@ def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
             *left, names[0], *right, names[1], b.shape[b.axis], bias, _arrays.torch_dtype(dtype)
         )
     dense = [
-        _in(dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis))
+        from_cupy(dequantize(q.codes, q.scales, q.tensor_scale, q.format, q.shape, axis=q.axis))
         if hasattr(q, "codes")
-        else _in(q).float()
+        else from_cupy(q).float()
         for q in (a, b)
     ]
     y = dense[0] @ dense[1].mT
     if bias is not None:
-        y = y + _in(bias).float()
-    return _out(y.to(_arrays.torch_dtype(dtype)), b.codes if hasattr(b, "codes") else b)
+        y = y + from_cupy(bias).float()
+    return back_to(y.to(_arrays.torch_dtype(dtype)), b.codes if hasattr(b, "codes") else b)
