@@ -293,6 +293,18 @@ def test_a_tensor_that_needs_a_gradient() -> None:
         pyfmt.quantize(x, "mxfp4")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_signs_come_from_any_library(backend: str) -> None:
+    x, signs = torch.randn(4, 64), np.where(np.arange(32) % 3 == 0, -1, 1).astype(np.int8)
+    same = torch.from_numpy(signs)
+    for call in (
+        lambda s: pyfmt.hadamard(x, 32, s, backend=backend),
+        lambda s: pyfmt.quantize(x, "mxfp4", rotation=32, signs=s, backend=backend).codes,
+        lambda s: pyfmt.quantize_dual(x, "mxint8", rotation=4, signs=s[:4])[1].codes,
+    ):
+        assert torch.equal(call(signs), call(same))
+
+
 def test_formats_made_at_run_time_are_served_everywhere(give: Any) -> None:
     fmt = pyfmt.Format(
         pyfmt.Element.fp(3, 1, bias=5), block=(3, 7), scale="e4m3", tensor_scale=True

@@ -122,7 +122,7 @@ def quantize(
         clip,
         _as_tensor_scale(tensor_scale, fmt, recipe, x),
         rotation or 0,
-        signs,
+        _arrays.signs_for(signs, x),
     )
     return codes, scales, _some(stored)
 
@@ -203,7 +203,7 @@ def fake_quantize(
 def hadamard(x: Any, size: int, signs: Any = None, *, axis: int = -1) -> Any:
     if not _arrays.is_torch(x):
         return _cpu_numpy.hadamard(x, size, signs, axis)
-    return _torch_ops().hadamard(x, size, signs, axis)
+    return _torch_ops().hadamard(x, size, _arrays.signs_for(signs, x), axis)
 
 
 def pack(codes: Any, bits: int) -> Any:
