@@ -52,7 +52,7 @@ TORCH_MINIMUM = (2, 10)
 # Bits are a contract: no FMA contraction, no fast-math, no -march=native. Wider vectors are chosen
 # at run time.
 FLAGS = "-std=c++17 -fPIC -pthread -ffp-contract=off -fno-math-errno -fvisibility=hidden".split()
-FLAGS += ["-Wall", "-Wextra", f"-I{CSRC}"]
+FLAGS += ["-Wall", "-Wextra", "-Icsrc"]
 OPTIMIZE = ["-O3", "-DNDEBUG"]
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer"]
 SANITIZER = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -68,7 +68,7 @@ def find_torch() -> tuple[Path | None, str]:
     spec = importlib.util.find_spec("torch")  # finds without importing
     if spec is None or not spec.submodule_search_locations:
         return None, "torch is not installed in the Python that builds"
-    root = Path(next(iter(spec.submodule_search_locations)))
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
     wanted = ".".join(map(str, TORCH_MINIMUM))
     header = root / "include" / "torch" / "headeronly" / "version.h"
     text = header.read_text() if header.is_file() else ""
@@ -136,7 +136,10 @@ def nvcc_command(nvcc: Path, cxx: Sequence[str]) -> list[str]:
 
 
 class Toolchain:
-    """A C++ compiler with a cache of objects, named by source, command and compiler."""
+    """A C++ compiler with a cache of objects, named by source, command and compiler.
+
+    All of a checkout's own paths are relative, so that a copy of it takes the objects along.
+    """
 
     def __init__(self) -> None:
         self.sanitize = os.environ.get("PYFMT_SANITIZE", "0") not in ("", "0")
@@ -171,11 +174,12 @@ class Toolchain:
         What the compiler said is kept beside the object (nvcc's resource report).
         """
         command = [*(compiler or (*self.cxx, *self.flags)), *flags]
+        source = source.relative_to(ROOT)
         key = hashlib.sha256(self.identity + "\0".join([*command, str(source)]).encode())
         target = OBJECTS / f"{source.stem}-{key.hexdigest()[:12]}.o"
         if self._fresh(target):
             return target
-        print(f"compiling {source.relative_to(ROOT)}", flush=True)
+        print(f"compiling {source}", flush=True)
         OBJECTS.mkdir(parents=True, exist_ok=True)
         draft = target.with_suffix(f".{os.getpid()}.o")
         words = self._run(
@@ -204,13 +208,13 @@ class Toolchain:
             return False
         # "x.o: a.cpp b.h \" with blanks in names escaped by a backslash.
         names = re.split(r"(?<!\\)\s+", listed.read_text().split(": ", 1)[1].replace("\\\n", " "))
-        needed = [Path(name.replace("\\ ", " ")) for name in names if name]
+        needed = [ROOT / name.replace("\\ ", " ") for name in names if name]
         made = target.stat().st_mtime_ns
         return all(file.is_file() and file.stat().st_mtime_ns <= made for file in needed)
 
     @staticmethod
     def _run(command: list[str], quiet: bool = False) -> str:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if done.returncode:
             print(shlex.join(command), done.stdout + done.stderr, sep="\n", file=sys.stderr)
             raise CompileError(f"{command[0]} exited with {done.returncode}; its words are above")
@@ -270,7 +274,7 @@ class BuildExt(build_ext):
             gpu_kernels = [pool.submit(compile_, source, (), nvcc) for source in gpu]
             kernels = list(pool.map(compile_, sorted((CSRC / "cpu").glob("*.cpp"))))
             for ext in self.extensions:
-                target = Path(self.get_ext_fullpath(ext.name))
+                target = Path(self.get_ext_fullpath(ext.name)).absolute()
                 cuda = ext.name == TORCH_OPS_CUDA
                 objects = [k.result() for k in gpu_kernels] if cuda else kernels
                 objects = [*(b.result() for b in bindings[ext.name]), *objects]
