@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations for the dense GEMMs: rotate, quantize, and write what the tensor cores take, without
 // packing codes and unpacking them again.
-#include "fold.cuh"
+#include "fold_scan.cuh"
+#include "hopper.cuh"
 #include "quantize.cuh"
 #include "rotate.cuh"
 
@@ -17,6 +18,7 @@ struct EmitParams {
   Limits limits;
   RotationParams rotation;
   Folded to;            // fold_values
+  FoldScanArgs scan;    // by the blocks after them
   void* out = nullptr;  // round_values
   const float* factor = nullptr;
   float* tensor_scale_out = nullptr;
@@ -77,6 +79,11 @@ template <class E, bool kE5M2, int kUnits>
 __global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
+  hopper::start_dependents();
+  if (blockIdx.x >= p.to.padded_rows) {
+    scan_rows(p.scan, blockIdx.x - p.to.padded_rows);
+    return;
+  }
   const int64_t row = blockIdx.x;
   uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
 #pragma unroll
@@ -202,12 +209,14 @@ bool fold_values_serves(const QuantizeArgs& a) {
   return whole_units(a) && a.view.columns <= kLongestFold;
 }
 
-void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream) {
+void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream,
+                 const FoldScanArgs& scan) {
   EmitParams p = common_params(a);
   p.units = a.view.columns / kUnit;
   p.to = to;
+  p.scan = scan;
   const int place = p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
-  launch(find_fold(a.format, to.e5m2)->by_units[place], to.padded_rows, kThreads, stream, p);
+  launch(find_fold(a.format, to.e5m2)->by_units[place], to.padded_rows + scan_blocks(scan), kThreads, stream, p);
 }
 
 bool round_values_serves(const QuantizeArgs& a) {

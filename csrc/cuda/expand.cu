@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packed codes to folded rows.
-#include "fold.cuh"
+#include "fold_scan.cuh"
+#include "hopper.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -9,9 +10,15 @@ namespace {
 
 template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
 __global__ void __launch_bounds__(kThreads)
-    fold_codes_rows(const __grid_constant__ FoldCodesArgs p) {
+    fold_codes_rows(const __grid_constant__ FoldCodesArgs p, int64_t blocks,
+                    const __grid_constant__ FoldScanArgs scan) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
+  hopper::start_dependents();
+  if (blockIdx.x >= blocks) {
+    scan_rows(scan, blockIdx.x - blocks);
+    return;
+  }
   fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(p, blockIdx.x, shared, of_warp);
 }
 
@@ -33,14 +40,20 @@ __global__ void __launch_bounds__(kThreads)
 struct FoldKernels {
   ElementSpec element;
   bool e5m2;
-  void (*one[4])(FoldCodesArgs);  // by units_kind
+  int low, high;
+  uint32_t (*mask)(int word);
+  void (*one[4])(FoldCodesArgs, int64_t, FoldScanArgs);  // by units_kind
   void (*two[4])(FoldCodesArgs, FoldCodesArgs, int64_t);
 };
 
 template <class E, bool kE5M2>
 FoldKernels fold_kernels() {
+  using F = Fold<E, kE5M2>;
   return {E::spec,
           kE5M2,
+          F::kLow,
+          F::kHigh,
+          [](int word) { return F::magnitude_mask(word); },
           {fold_codes_rows<E, kE5M2, 2, false, false>, fold_codes_rows<E, kE5M2, 8, false, false>,
            fold_codes_rows<E, kE5M2, 2, true, false>, fold_codes_rows<E, kE5M2, 4, true, true>},
           {fold_two_rows<E, kE5M2, 2, false, false>, fold_two_rows<E, kE5M2, 8, false, false>,
@@ -67,9 +80,24 @@ bool folds(const FormatSpec& f, bool e5m2) {
   return find_fold(f, e5m2) != nullptr;
 }
 
-void fold_codes(const FoldCodesArgs& a, Stream stream) {
+FoldScanArgs fold_scan_args(const FoldCodesArgs& a) {
+  const FoldKernels& k = *find_fold(a.format, false);
+  FoldScanArgs s;
+  s.codes = a.codes;
+  s.scales = a.scales;
+  s.to = a.to;
+  s.bits = a.format.bits();
+  s.low = k.low;
+  s.high = k.high;
+  for (int i = 0; i < s.bits; ++i) s.masks[i] = k.mask(i);
+  return s;
+}
+
+void fold_codes(const FoldCodesArgs& a, Stream stream, const FoldScanArgs& scan) {
   const FoldKernels& k = *find_fold(a.format, a.to.e5m2);
-  launch(k.one[units_kind(a.to.columns)], blocks_of(a.to), kThreads, stream, a);
+  const int64_t blocks = blocks_of(a.to);
+  launch(k.one[units_kind(a.to.columns)], blocks + scan_blocks(scan), kThreads, stream, a, blocks,
+         scan);
 }
 
 void fold_two(const FoldCodesArgs& a, const FoldCodesArgs& w, Stream stream) {

@@ -18,6 +18,10 @@ struct Folded {
   unsigned long long* total = nullptr;  // how many there were in all calls, or null
   int64_t rows = 0, padded_rows = 0, columns = 0;
   bool e5m2 = false;
+  // Where not 0, fp8 is a panel for weights of so many bits (fold_panel.cuh), of whole chunks of
+  // 128 columns with panel_rows rows each; those beyond the padded ones are not written.
+  int order = 0;
+  int64_t panel_rows = 0;
 };
 
 // Whether an element of a format with blocks of 32 and E8M0 scales folds into an fp8 type.
@@ -31,13 +35,26 @@ struct FoldCodesArgs {
   FormatSpec format;
   Folded to;
 };
-void fold_codes(const FoldCodesArgs&, Stream);
+
+// The row scales and marks of a weight whose codes stay packed, by the window of E4M3. A row that
+// holds a NaN is marked too.
+struct FoldScanArgs {
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  Folded to;  // no fp8; no rows: nothing to do
+  int bits = 0, low = 0, high = 0;
+  uint32_t masks[6] = {};  // of a unit's words, without the signs of zeros
+};
+FoldScanArgs fold_scan_args(const FoldCodesArgs&);
+
+// scan: in the same launch.
+void fold_codes(const FoldCodesArgs&, Stream, const FoldScanArgs& scan = {});
 // Two matrices of one format in one launch, their blocks of threads mixed.
 void fold_two(const FoldCodesArgs&, const FoldCodesArgs&, Stream);
 
 // Rotate, quantize and fold in one: the values are those of fold_codes(quantize(x)). args.x: bf16,
 // rows end to end, whole units, 16-byte aligned.
-void fold_values(const QuantizeArgs& args, const Folded& to, Stream);
+void fold_values(const QuantizeArgs& args, const Folded& to, Stream, const FoldScanArgs& scan = {});
 bool fold_values_serves(const QuantizeArgs&);
 
 // Rotate, quantize and decode in one: exact bf16 of element * scale. The tensor scale is not in it:
@@ -51,7 +68,7 @@ struct RepairArgs {
   void* y = nullptr;
   DType dtype = DType::kBF16;
   int64_t rows = 0, columns = 0, stride = 0, k = 0;  // k: padded
-  Folded a, w;
+  Folded a, w;  // w without fp8: all values come from its codes
   const uint8_t* w_codes = nullptr;
   const uint8_t* w_scales = nullptr;
   FormatSpec w_format;

@@ -5,6 +5,7 @@
 
 #include "coder.cuh"
 #include "expand.h"
+#include "fold_panel.cuh"
 #include "scale.cuh"
 
 namespace pyfmt {
@@ -80,7 +81,6 @@ struct Fold {
     }
   }
 
- private:
   // fp8 of all sixteen 4-bit codes, eight by eight.
   struct Table {
     uint32_t low, high, negative_low = 0, negative_high = 0;
@@ -115,18 +115,21 @@ struct Fold {
 };
 
 // A row's base exponent from the range of its units: as near to zero as the window allows.
-template <class F>
-struct Base {
+struct AnyBase {
   int exponent = 0;
   bool fits = true;
 
-  PYFMT_DEVICE explicit Base(uint32_t range) {
+  PYFMT_DEVICE AnyBase(uint32_t range, int low, int high) {
     if (range == 0) return;
     const int top = int(range & 0xffffu) - 128, bottom = 129 - int(range >> 16);
-    const int lowest = top - F::kHigh, highest = bottom - F::kLow;
+    const int lowest = top - high, highest = bottom - low;
     exponent = max(lowest, min(highest, 0));
     fits = lowest <= highest && exponent >= -kLargestBase && exponent <= kLargestBase;
   }
+};
+template <class F>
+struct Base : AnyBase {
+  PYFMT_DEVICE explicit Base(uint32_t range) : AnyBase(range, F::kLow, F::kHigh) {}
 };
 
 // Where a row's threads meet: a warp, or a whole block of them.
@@ -142,8 +145,7 @@ PYFMT_DEVICE uint32_t range_of_row(uint32_t range, uint32_t* of_warp) {
 }
 
 // A row's scale, and its mark; by one thread.
-template <class F>
-PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const Base<F>& base) {
+PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const AnyBase& base) {
   to.scale[row] = base.fits ? as_float(uint32_t(base.exponent + 127) << 23) : 0.0f;
   to.marks[row] = base.fits ? 0 : 1;
   if (!base.fits && to.total) atomicAdd(to.total, 1ull);
@@ -164,7 +166,11 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
 #pragma unroll
     for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
   }
-  Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
+  if (to.order) {
+    store_panel(to, row, unit, units, words, shared);
+  } else {
+    Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
+  }
   if (base.fits || !to.spare || unit >= units) return;
   const float s = as_float(codec::e8m0_decode<uint32_t>(scale));
   uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);

@@ -5,7 +5,7 @@
 // Which rows they are is known on the device alone, so the launch is always the same; usually every
 // block of threads reads the marks, finds none and ends.
 #include "device.cuh"
-#include "expand.h"
+#include "fold_panel.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -40,7 +40,12 @@ constexpr int kTile = 8;  // rows of the other operand that a warp takes at once
 
 // Four neighbouring values of a folded row.
 PYFMT_DEVICE void folded4(const Folded& f, int64_t row, int64_t k, float (&v)[4]) {
-  const uint32_t bytes = *reinterpret_cast<const uint32_t*>(f.fp8 + row * f.columns + k);
+  uint32_t bytes = 0;
+  if (f.order) {
+    for (int i = 0; i < 4; ++i) bytes |= panel_byte(f, row, k + i) << (8 * i);
+  } else {
+    bytes = *reinterpret_cast<const uint32_t*>(f.fp8 + row * f.columns + k);
+  }
   if (f.e5m2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = from_half(((bytes >> (8 * i)) & 0xffu) << 8);
@@ -167,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) repair_rows(const __grid_constant__ 
           a.k, [&](int64_t k, float (&v)[4]) { spare4(a.a, row, k, v); },
           [&](int j, int64_t k, float (&v)[4]) {
             const int64_t column = first + j < a.columns ? first + j : first;
-            if (a.w.marks[column]) {
+            if (!a.w.fp8 || a.w.marks[column]) {
               coded4(p, column, k, v);
             } else {
               folded4(a.w, column, k, v);
