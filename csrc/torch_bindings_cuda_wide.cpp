@@ -63,8 +63,11 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   a.dtype = dtype_of("dtype", dtype);
   a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1)};
   a.plan = cuda::matmul_wide_plan(a);
-  const Tensor panel = device.empty({cuda::matmul_wide_workspace(a)}, ScalarType::Byte);
-  a.workspace = panel.mutable_data_ptr();
+  Tensor aligned;  // x again, where its rows are not
+  if (const int64_t bytes = cuda::matmul_wide_workspace(a)) {
+    aligned = device.empty({bytes}, ScalarType::Byte);
+    a.workspace = aligned.mutable_data_ptr();
+  }
   cuda::matmul_wide(a, device.stream);
   return y;
 }

@@ -71,8 +71,9 @@ struct Factor {
 };
 
 // Elements E with scales of one kind; a float scale kind stands for integers left as they are.
-// E: e2m1, e2m3, e3m2, e4m3fn, e5m2ieee and the integers of 4, 6 and 8 bits.
-template <class E, Scale kScale>
+// E: e2m1, e2m3, e3m2, e4m3fn, e5m2ieee and the integers of 4, 6 and 8 bits. kInOrder: elements
+// leave in their own order, at half an instruction each.
+template <class E, Scale kScale, bool kInOrder = false>
 struct Decoder {
   static constexpr ElementSpec spec = E::spec;
   static constexpr int kBits = spec.bits();
@@ -85,6 +86,7 @@ struct Decoder {
 
   // Which element of the unit stands in half h (0: low) of the j-th word that comes out.
   PYFMT_HD static constexpr int element(int j, int h) {
+    if (kInOrder) return 2 * j + h;
     return kBits == 8 ? j / 2 * 4 + j % 2 + 2 * h : j + kPairs * h;
   }
 
@@ -183,6 +185,16 @@ struct Decoder {
       }
       if constexpr (kAll && kScale == Scale::kE8M0) out[i] = multiply_pairs(out[i], f.more);
     }
+    if constexpr (kInOrder && kBits < 8) {
+      uint32_t pairs[kPairs];
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) pairs[i] = out[i];
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const int first = 2 * i % kPairs;
+        out[i] = pick_bytes(pairs[first], pairs[first + 1], 2 * i < kPairs ? 0x5410 : 0x7632);
+      }
+    }
   }
 
  private:
@@ -257,6 +269,7 @@ struct Decoder {
 
   template <bool kAll>
   PYFMT_DEVICE static void byte_floats(uint32_t w, uint32_t* out) {
+    if constexpr (kInOrder) w = pick_bytes(w, 0, 0x3120);
     out[0] = (w << 8 & kSign) | (w << kPlace & kMagnitude);
     out[1] = (w & kSign) | (w >> (8 - kPlace) & kMagnitude);
     if constexpr (kAll) {
@@ -272,7 +285,8 @@ struct Decoder {
   PYFMT_DEVICE static void byte_ints(uint32_t w, uint32_t* out) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t x = pick_bytes(w, 0x43434343u, i ? 0x4341 : 0x4240);
+      const uint32_t x =
+          pick_bytes(w, 0x43434343u, kInOrder ? (i ? 0x4342 : 0x4140) : (i ? 0x4341 : 0x4240));
       out[i] = add_pairs(x & both(0xff7fu), (x & both(0x0080u)) | both(0xc300u));
     }
   }

@@ -34,6 +34,8 @@ __host__ __device__ char* emulated_at(uint32_t at);
 __host__ __device__ void emulated_yield();
 __host__ __device__ void emulated_sync(int threads);
 __host__ __device__ void emulated_cluster_sync();
+__host__ __device__ void emulated_warp_sync();
+__host__ __device__ bool emulated_any(bool mine);
 __host__ __device__ uint32_t emulated_rank();
 #else
 // A place in the shared memory of this block, or, by its cluster_address, of another.
@@ -50,6 +52,12 @@ inline void emulated_sync(int threads) {
 }
 inline void emulated_cluster_sync() {
   ::emulation::sync_cluster();
+}
+inline void emulated_warp_sync() {
+  ::emulation::sync_warp();
+}
+inline bool emulated_any(bool mine) {
+  return ::emulation::any_of_warp(mine);
 }
 inline uint32_t emulated_rank() {
   return uint32_t(::emulation::cluster_rank());
@@ -124,6 +132,25 @@ PYFMT_DEVICE void store_shared(uint32_t at, uint32_t v) {
 #endif
 }
 
+PYFMT_DEVICE void store_shared8(uint32_t at, uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+#else
+  const uint2 v = {a, b};
+  memcpy(emulated_at(at), &v, 8);
+#endif
+}
+
+PYFMT_DEVICE void store_shared16(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+#else
+  const uint4 v = {a, b, c, d};
+  memcpy(emulated_at(at), &v, 16);
+#endif
+}
+
 PYFMT_DEVICE void store_shared_byte(uint32_t at, uint32_t v) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.shared.u8 [%0], %1;" ::"r"(at), "r"(v) : "memory");
@@ -132,70 +159,44 @@ PYFMT_DEVICE void store_shared_byte(uint32_t at, uint32_t v) {
 #endif
 }
 
+// kWords (1 or 2) words of global memory; their neighbours are soon to be read.
+template <int kWords>
+PYFMT_DEVICE void load_words(const uint8_t* from, uint32_t* words) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kWords == 1) {
+    asm volatile("ld.global.L2::128B.b32 %0, [%1];" : "=r"(words[0]) : "l"(from));
+  } else {
+    asm volatile("ld.global.L2::128B.v2.b32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(from));
+  }
+#else
+  memcpy(words, from, 4 * kWords);
+#endif
+}
+
 PYFMT_DEVICE float4 load_floats(uint32_t at) {
   const uint4 v = load_shared16(at);
   return {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)};
 }
 
-// Four floats at a cluster_address.
-PYFMT_DEVICE float4 load_cluster16(uint32_t there) {
+// Four floats to a cluster_address; seen there after a cluster_sync.
+PYFMT_DEVICE void store_cluster16(uint32_t there, float a, float b, float c, float d) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(there)
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(a), "f"(b),
+               "f"(c), "f"(d)
                : "memory");
-  return v;
-#elif defined(__CUDA_ARCH__)
-  return make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#else
-  return *reinterpret_cast<const float4*>(emulated_at(there));
+#elif !defined(__CUDA_ARCH__)
+  const float4 v = {a, b, c, d};
+  memcpy(emulated_at(there), &v, 16);
 #endif
 }
 
-// ---- copies -----------------------------------------------------------------------------------
-
-// kBytes (4, 8 or 16) from global to shared memory by this thread.
-template <int kBytes>
-PYFMT_DEVICE void copy_async(uint32_t to, const void* from) {
+// What this thread stored to shared memory is seen by matrix products and bulk copies that are
+// ordered after this by a barrier.
+PYFMT_DEVICE void stores_fence() {
 #if defined(__CUDA_ARCH__)
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(to), "l"(from),
-                 "n"(kBytes)
-                 : "memory");
-  }
-#else
-  memcpy(emulated_at(to), from, kBytes);
-#endif
-}
-
-// The same; only `valid` bytes are read, the rest become zeros.
-template <int kBytes>
-PYFMT_DEVICE void copy_some_async(uint32_t to, const void* from, int valid) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %3, %2;" ::"r"(to), "l"(from),
-               "r"(valid), "n"(kBytes)
-               : "memory");
-#else
-  memset(emulated_at(to), 0, kBytes);
-  memcpy(emulated_at(to), from, size_t(valid));
-#endif
-}
-
-PYFMT_DEVICE void commit_copies() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits until at most kPending groups of this thread's copies are under way.
-template <int kPending>
-PYFMT_DEVICE void wait_copies() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
@@ -241,6 +242,17 @@ PYFMT_DEVICE uint32_t cluster_address(uint32_t at, uint32_t rank) {
 #endif
 }
 
+// Arrives at a barrier of this block.
+PYFMT_DEVICE void barrier_arrive_here(uint32_t bar) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+#else
+  EmulatedBarrier& b = emulated_barrier(bar);
+  --b.pending;
+  emulated_step(b);
+#endif
+}
+
 // Arrives at a barrier of the cluster, by its cluster_address.
 PYFMT_DEVICE void barrier_arrive(uint32_t there) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
@@ -270,33 +282,20 @@ PYFMT_DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
 #endif
 }
 
-// Copies `bytes` (a multiple of 16) to the same place in each block of the cluster in `mask`, whose
-// barriers count them. One thread; multicast: more than one block in the mask.
-PYFMT_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t bar,
-                            uint32_t mask, bool multicast) {
-#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
-  if (multicast) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(bar), "h"(uint16_t(mask))
-        : "memory");
-  } else {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(to),
-        "l"(from), "r"(bytes), "r"(bar)
-        : "memory");
-  }
-#elif !defined(__CUDA_ARCH__)
-  for (uint32_t rank = 0; rank < 8; ++rank) {
-    if (multicast ? !(mask >> rank & 1) : rank != emulated_rank()) continue;
-    const uint32_t there = (rank + 1) << 24;
-    memcpy(emulated_at(to | there), from, bytes);
-    EmulatedBarrier& b = emulated_barrier(bar | there);
-    b.bytes -= int32_t(bytes);
-    emulated_step(b);
-  }
+// Whether it is over.
+PYFMT_DEVICE bool barrier_test(uint32_t bar, uint32_t parity) {
+#if defined(__CUDA_ARCH__)
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(bar), "r"(parity)
+      : "memory");
+  return done != 0;
+#else
+  return emulated_barrier(bar).phase != parity;
 #endif
 }
 
@@ -341,6 +340,22 @@ PYFMT_DEVICE void partial_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 #else
   emulated_sync(kThreads);
+#endif
+}
+
+// All lanes of the warp, wherever they came from.
+PYFMT_DEVICE void warp_sync() {
+#if defined(__CUDA_ARCH__)
+  __syncwarp();
+#else
+  emulated_warp_sync();
+#endif
+}
+PYFMT_DEVICE bool any_lane(bool mine) {
+#if defined(__CUDA_ARCH__)
+  return __any_sync(kAll, mine);
+#else
+  return emulated_any(mine);
 #endif
 }
 

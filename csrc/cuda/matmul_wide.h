@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x w^T for middle-sized M on Hopper: packed weights are decoded into registers, as the first
-// operand of warpgroup products whose second is a tile of activations in shared memory.
+// y = x w^T for middle-sized M on Hopper: some warps decode packed weights into shared memory,
+// others multiply them by tiles of activations.
 //
 // y[m, n] = RNE(tensor_scale * sum_k x[m, k] * element[n, k] * scale[n, k / block] + bias[n])
 //
@@ -17,7 +17,7 @@ namespace cuda {
 struct WidePlan {
   int tokens = 0;  // rows of x of one tile: 64, 128, 192 or 256
   int share = 1;   // neighbouring tiles of w in a cluster, which share what is read of x
-  int split = 1;   // parts of K in a cluster
+  int split = 1;   // parts of K in a cluster: 1 or 2
 };
 
 struct MatmulWideArgs {
@@ -30,15 +30,15 @@ struct MatmulWideArgs {
   FormatSpec format;
   void* y = nullptr;  // (m, n) contiguous
   DType dtype = DType::kBF16;
-  void* workspace = nullptr;
-  WidePlan plan;  // tokens 0: chosen here
+  void* workspace = nullptr;  // of matmul_wide_workspace bytes, aligned to 16
+  WidePlan plan;              // tokens 0: chosen here
 };
 
 // Why this path cannot serve a format on the current device; null where it can.
 const char* matmul_wide_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
 // The plan that would be chosen for `a`.
 WidePlan matmul_wide_plan(const MatmulWideArgs& a);
-// Bytes of scratch that `a` (with its plan) needs, 128-byte aligned.
+// Bytes of scratch that `a` needs: only where rows of x are not aligned to 16 bytes.
 int64_t matmul_wide_workspace(const MatmulWideArgs& a);
 void matmul_wide(const MatmulWideArgs& a, Stream stream);
 

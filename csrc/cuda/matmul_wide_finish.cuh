@@ -1,50 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where a block of matmul_wide.cuh stands in the grid, and how its sums become rows of y.
+// How the sums of matmul_wide.cuh become rows of y. Once a block, so the code is small: what runs
+// once costs what it takes to bring it.
 #pragma once
 
-#include "matmul_wide_ring.cuh"
+#include "matmul_wide_tiles.cuh"
 
 namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-constexpr int kHeader = 1024, kPitch = kRows + 4;
-
-// Few tokens leave the tensor cores waiting for decoded weights: two teams of two warpgroups then
-// take turns at the chunks.
-template <class F, int kTokens>
-constexpr int teams() {
-  return kTokens == 64 && F::kScaleBytes ? 2 : 1;
-}
-template <class F, int kTokens>
-constexpr int consumers() {
-  return 8 * teams<F, kTokens>();
-}
-
-struct Place {
-  uint32_t base, ring;
-  int sub, part, n0, m0, first, last;
-
-  template <int kTokens>
-  PYFMT_DEVICE static Place of(const Params& p, int stages) {
-    Place at;
-    at.base = hopper::shared_start();
-    hopper::keep(at.base);
-    at.ring = at.base + kHeader + uint32_t(stages * kTokens * 128);
-    const int size = p.share * p.split, rank = int(hopper::cluster_rank());
-    const int cluster = int(blockIdx.x) / size;
-    at.sub = rank % p.share;
-    at.part = rank / p.share;
-    at.n0 = (cluster % p.n_clusters * p.share + at.sub) * kRows;
-    at.m0 = cluster / p.n_clusters * kTokens;
-    at.first = int(int64_t(p.chunks) * at.part / p.split);
-    at.last = int(int64_t(p.chunks) * (at.part + 1) / p.split);
-    return at;
-  }
-};
-
-// Writes four neighbours of a row of y; `here` of them exist. Small on purpose: code that runs once
-// a block costs what it takes to bring it.
+// Writes four neighbours of a row of y; `here` of them exist.
 PYFMT_DEVICE void store_four(const Params& p, int64_t at, const float (&v)[4], int here) {
   if (here == 4 && p.n % 4 == 0) {
     if (p.dtype == DType::kFP32) {
@@ -64,61 +29,71 @@ PYFMT_DEVICE void store_four(const Params& p, int64_t at, const float (&v)[4], i
   }
 }
 
-// Sums lie as [team][token][row of w] in shared memory; each part of K's block finishes some
-// tokens, parts and teams added in order.
-template <class F, int kTokens>
-PYFMT_DEVICE void finish(const Params& p, const Place& at) {
-  constexpr int kTeams = teams<F, kTokens>(), kWarpsHere = consumers<F, kTokens>();
+// Two parts of K: each gives the other the half of the tokens that it has last, and adds what it
+// is given to its first half. Two summands: the order does not matter.
+template <int kTokens>
+PYFMT_DEVICE void exchange(const Params& p, const Place& at, float (&sums)[kTokens / 2]) {
+  constexpr int kHalf = kTokens / 4;
+  const uint32_t here = at.base + kHeader + threadIdx.x * 16;
+  const uint32_t peer = hopper::cluster_address(here, uint32_t((at.part ^ 1) * p.share + at.sub));
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    hopper::store_cluster16(peer + uint32_t(i * kConsumers * 4), sums[kHalf + i],
+                            sums[kHalf + i + 1], sums[kHalf + i + 2], sums[kHalf + i + 3]);
+  }
+  hopper::cluster_sync();
+#pragma unroll
+  for (int i = 0; i < kHalf; i += 4) {
+    const float4 v = hopper::load_floats(here + uint32_t(i * kConsumers * 4));
+    sums[i] += v.x;
+    sums[i + 1] += v.y;
+    sums[i + 2] += v.z;
+    sums[i + 3] += v.w;
+  }
+}
+
+// Sums as [token][row of w] in shared memory.
+template <int kFrom, int kCount, int kAll>
+PYFMT_DEVICE void stage_sums(uint32_t to, const float (&sums)[kAll]) {
+  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
+  to += uint32_t((lane % 4 * 2 * kPitch + 16 * warp + lane / 4) * 4);
+#pragma unroll
+  for (int i = kFrom; i < kFrom + kCount; ++i) {
+    const int there = (8 * (i / 4) + (i & 1)) * kPitch + (i & 2) * 4;
+    hopper::store_shared(to + uint32_t(there * 4), as_uint(sums[i]));
+  }
+}
+
+// By all warps that hold sums, once the products of the block are over.
+template <int kTokens>
+PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens / 2]) {
+  constexpr int kHalf = kTokens / 4, kWarpsHere = kConsumers / 32;
+  uint32_t staged = at.base + kHeader;
+  if (p.split > 1) {
+    exchange<kTokens>(p, at, sums);
+    staged += uint32_t(kHalf * kConsumers * 4);
+  } else {
+    stage_sums<kHalf, kHalf>(staged, sums);
+  }
+  stage_sums<0, kHalf>(staged, sums);
+  hopper::partial_sync<kConsumers>();
+
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
   const int n = at.n0 + 4 * lane, here = p.n - n < 4 ? p.n - n : 4;
+  const int count = kTokens / p.split, m0 = at.m0 + at.part * count;
+  const int live = p.m - m0 < count ? p.m - m0 : count;
+  if (here <= 0) return;
   const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
   float bias[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
-  const int count = kTokens / p.split, first = count * at.part;
-  const int parts = p.split * kTeams;
-  constexpr int kBatch = 4;  // reads under way at once
-#pragma unroll 1
-  for (int i = warp; i < count; i += kBatch * kWarpsHere) {
-    float v[kBatch][4];
-#pragma unroll 1
-    for (int part = 0; part < parts; ++part) {
+#pragma unroll 2
+  for (int token = warp; token < live; token += kWarpsHere) {
+    const float4 s = hopper::load_floats(staged + uint32_t((token * kPitch + 4 * lane) * 4));
+    float v[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int token = i + j * kWarpsHere < count ? i + j * kWarpsHere : i;
-        const uint32_t from =
-            at.base + kHeader +
-            uint32_t(((part % kTeams * kTokens + first + token) * kPitch + 4 * lane) * 4);
-        const float4 s = p.split == 1 ? hopper::load_floats(from)
-                                      : hopper::load_cluster16(hopper::cluster_address(
-                                            from, uint32_t(part / kTeams * p.share + at.sub)));
-        v[j][0] = part ? v[j][0] + s.x : s.x;
-        v[j][1] = part ? v[j][1] + s.y : s.y;
-        v[j][2] = part ? v[j][2] + s.z : s.z;
-        v[j][3] = part ? v[j][3] + s.w : s.w;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int token = i + j * kWarpsHere, m = at.m0 + first + token;
-      if (token >= count || m >= p.m || here <= 0) continue;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) v[j][e] = v[j][e] * p.up * scale + bias[e];
-      store_four(p, int64_t(m) * p.n + n, v[j], here);
-    }
-  }
-}
-
-// The fragments of one warpgroup to shared memory.
-template <int kTokens>
-PYFMT_DEVICE void stage_sums(const Place& at, const float (&sums)[kTokens / 2]) {
-  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  const int row = 16 * (warp & 7) + lane / 4, token = lane % 4 * 2 + warp / 8 * kTokens;
-  const uint32_t to = at.base + kHeader + uint32_t((token * kPitch + row) * 4);
-#pragma unroll
-  for (int i = 0; i < kTokens / 2; ++i) {
-    const int there = (8 * (i / 4) + (i & 1)) * kPitch + (i & 2) * 4;
-    hopper::store_shared(to + uint32_t(there * 4), as_uint(sums[i]));
+    for (int e = 0; e < 4; ++e) v[e] = v[e] * p.up * scale + bias[e];
+    store_four(p, int64_t(m0 + token) * p.n + n, v, here);
   }
 }
 

@@ -6,10 +6,10 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Launch fp4_launch(const FormatSpec& f) {
-  if (is_mx(f, elements::e2m1)) return launch_format<Weights<e2m1_element, Scale::kE8M0>>;
-  if (is_nv(f, elements::e2m1)) return launch_format<Weights<e2m1_element, Scale::kE4M3>>;
-  return nullptr;
+Kernel fp4_kernel(const FormatSpec& f) {
+  if (is_mx(f, elements::e2m1)) return kernel_of<Weights<e2m1_element, Scale::kE8M0>>();
+  if (is_nv(f, elements::e2m1)) return kernel_of<Weights<e2m1_element, Scale::kE4M3>>();
+  return {};
 }
 
 bool compiled() {
@@ -17,7 +17,7 @@ bool compiled() {
   using F = Weights<e2m1_element, Scale::kE8M0>;
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, matmul_wide_kernel<F, 64>), "kernel");
-  return attributes.maxThreadsPerBlock >= threads_of<F, 64>();
+  return attributes.maxThreadsPerBlock >= threads_of<64>();
 #else
   return true;
 #endif

@@ -6,10 +6,10 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Launch fp6_launch(const FormatSpec& f) {
-  if (is_mx(f, elements::e2m3)) return launch_format<Weights<e2m3_element, Scale::kE8M0>>;
-  if (is_mx(f, elements::e3m2)) return launch_format<Weights<e3m2_element, Scale::kE8M0>>;
-  return nullptr;
+Kernel fp6_kernel(const FormatSpec& f) {
+  if (is_mx(f, elements::e2m3)) return kernel_of<Weights<e2m3_element, Scale::kE8M0>>();
+  if (is_mx(f, elements::e3m2)) return kernel_of<Weights<e3m2_element, Scale::kE8M0>>();
+  return {};
 }
 
 }  // namespace wide

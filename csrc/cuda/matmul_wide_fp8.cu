@@ -6,10 +6,10 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Launch fp8_launch(const FormatSpec& f) {
-  if (is_mx(f, elements::e4m3fn)) return launch_format<Weights<e4m3fn_element, Scale::kE8M0>>;
-  if (is_mx(f, elements::e5m2ieee)) return launch_format<Weights<e5m2ieee_element, Scale::kE8M0>>;
-  return nullptr;
+Kernel fp8_kernel(const FormatSpec& f) {
+  if (is_mx(f, elements::e4m3fn)) return kernel_of<Weights<e4m3fn_element, Scale::kE8M0>>();
+  if (is_mx(f, elements::e5m2ieee)) return kernel_of<Weights<e5m2ieee_element, Scale::kE8M0>>();
+  return {};
 }
 
 }  // namespace wide

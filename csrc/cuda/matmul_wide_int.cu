@@ -6,11 +6,11 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Launch int_launch(const FormatSpec& f) {
-  if (is_nv(f, elements::int4)) return launch_format<Weights<int4_element, Scale::kE4M3>>;
-  if (has_groups(f, elements::int4)) return launch_format<Weights<int4_element, Scale::kBF16>>;
-  if (has_groups(f, elements::int8)) return launch_format<Weights<int8_element, Scale::kBF16>>;
-  return nullptr;
+Kernel int_kernel(const FormatSpec& f) {
+  if (is_nv(f, elements::int4)) return kernel_of<Weights<int4_element, Scale::kE4M3>>();
+  if (has_groups(f, elements::int4)) return kernel_of<Weights<int4_element, Scale::kBF16>>();
+  if (has_groups(f, elements::int8)) return kernel_of<Weights<int8_element, Scale::kBF16>>();
+  return {};
 }
 
 }  // namespace wide

@@ -6,11 +6,11 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Launch mxint_launch(const FormatSpec& f) {
-  if (is_mx(f, elements::int8q6)) return launch_format<Weights<int8q6_element, Scale::kE8M0>>;
-  if (is_mx(f, elements::int6q4)) return launch_format<Weights<int6q4_element, Scale::kE8M0>>;
-  if (is_mx(f, elements::int4q2)) return launch_format<Weights<int4q2_element, Scale::kE8M0>>;
-  return nullptr;
+Kernel mxint_kernel(const FormatSpec& f) {
+  if (is_mx(f, elements::int8q6)) return kernel_of<Weights<int8q6_element, Scale::kE8M0>>();
+  if (is_mx(f, elements::int6q4)) return kernel_of<Weights<int6q4_element, Scale::kE8M0>>();
+  if (is_mx(f, elements::int4q2)) return kernel_of<Weights<int4q2_element, Scale::kE8M0>>();
+  return {};
 }
 
 }  // namespace wide

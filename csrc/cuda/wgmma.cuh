@@ -10,8 +10,8 @@ namespace pyfmt {
 namespace cuda {
 namespace hopper {
 
-// A tile of bf16 rows of 64 (128 bytes) in shared memory, 16-byte pieces q of row r at q ^ (r & 7).
-// `tile`: where it lies, aligned to 1024, through tile_code; step: 16 columns each.
+// A tile of rows of 128 bytes in shared memory, 16-byte pieces q of row r at q ^ (r & 7). `tile`:
+// where it lies, aligned to 1024, through tile_code; step: 32 bytes of each row.
 PYFMT_DEVICE uint32_t tile_code(uint32_t at) {
   return at >> 4 | 1u << 16;
 }
@@ -54,43 +54,47 @@ PYFMT_DEVICE void pin(uint32_t (&v)[kCount]) {
 #endif
 }
 
-// d (64 x kN, float32) += a (64 x 16, bf16, in registers) * b^T (kN x 16, bf16, a tile); or = where
-// `add` is 0. Fragments: lane 4 g + t of warp w holds rows 16 w + g and + 8; of a, columns 2t, 2t +
-// 1 of both rows and then 2t + 8, 2t + 9; of d, columns 8 j + 2t, + 1 of both rows, for each j.
-template <int kN>
+// What the tiles of a product hold.
+struct Bf16 {};
+
+// d (64 x kN, float32) += a (64 rows) * b^T (kN rows), 32 bytes of each row, both in tiles; or =
+// where `add` is 0. Lane 4 g + t of warp w holds rows 16 w + g and + 8 of d, columns 8 j + 2t, + 1
+// of both, for each j.
+template <class Type, int kN>
 struct Product;
 
 #if !defined(__CUDACC__)
-inline float emulated_tile_at(uint64_t b, int row, int column) {
-  const uint32_t start = uint32_t(b & 0x3fff) << 4, eight = uint32_t(b >> 32 & 0x3fff) << 4;
-  uint32_t at = start + uint32_t(row / 8) * eight + uint32_t(row % 8) * 128 + uint32_t(column) * 2;
+inline const char* emulated_tile_at(uint64_t tile, int row, int byte) {
+  const uint32_t start = uint32_t(tile & 0x3fff) << 4, eight = uint32_t(tile >> 32 & 0x3fff) << 4;
+  uint32_t at = start + uint32_t(row / 8) * eight + uint32_t(row % 8) * 128 + uint32_t(byte);
   at ^= (at >> 7 & 7) << 4;
-  uint16_t half;
-  memcpy(&half, emulated_at(at), 2);
-  return as_float(uint32_t(half) << 16);
+  return emulated_at(at);
+}
+// 32 bytes of a row, as numbers; left: of a.
+inline void emulated_row(Bf16, bool /*left*/, uint64_t tile, int row, float (&v)[16]) {
+  for (int k = 0; k < 16; ++k) {
+    uint16_t half;
+    memcpy(&half, emulated_tile_at(tile, row, 2 * k), 2);
+    v[k] = as_float(uint32_t(half) << 16);
+  }
 }
 
-template <int kN>
-void emulated_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int add) {
-  static uint32_t all[8 * 1024][4];
-  const int me = ::emulation::block().current, quad = me & ~3, t = me & 3;
-  memcpy(all[me], a, 16);
-  ::emulation::yield();
-  for (int row = 0; row < 2; ++row) {
-    float w[16];
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t pair = all[quad + (k % 8) / 2][row + 2 * (k / 8)];
-      w[k] = as_float(k & 1 ? pair & 0xffff0000u : pair << 16);
-    }
-    for (int j = 0; j < kN / 8; ++j) {
-      for (int c = 0; c < 2; ++c) {
-        float sum = add ? d[4 * j + 2 * row + c] : 0.0f;
-        for (int k = 0; k < 16; ++k) sum += w[k] * emulated_tile_at(b, 8 * j + 2 * t + c, k);
-        d[4 * j + 2 * row + c] = sum;
+template <class Type, int kCount, int kN>
+void emulated_product(float (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
+  const int lane = int(threadIdx.x) & 31, first = 16 * (int(threadIdx.x) >> 5 & 3) + lane / 4;
+  float w[2][kCount], x[kCount];
+  emulated_row(Type(), true, a, first, w[0]);
+  emulated_row(Type(), true, a, first + 8, w[1]);
+  for (int j = 0; j < kN / 8; ++j) {
+    for (int c = 0; c < 2; ++c) {
+      emulated_row(Type(), false, b, 8 * j + lane % 4 * 2 + c, x);
+      for (int row = 0; row < 2; ++row) {
+        float& sum = d[4 * j + 2 * row + c];
+        if (!add) sum = 0.0f;
+        for (int k = 0; k < kCount; ++k) sum += w[row][k] * x[k];
       }
     }
   }
-  ::emulation::yield();
 }
 #endif
 
@@ -120,41 +124,46 @@ void emulated_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, in
 
 #if defined(__CUDACC__)
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
-#define PYFMT_PRODUCT_ASM(n, places, a0, a1, a2, a3, desc, flag, ...)                          \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                      \
-               ", 0;\n"                                                                        \
-               "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" places "}, {%" #a0 \
-               ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #desc ", p, 1, 1, 0;\n}"                   \
-               : __VA_ARGS__                                                                   \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+#define PYFMT_PRODUCT_ASM(shape, tail, places, a_place, b_place, flag, ...)            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                              \
+               ", 0;\nwgmma.mma_async.sync.aligned." shape " {" places "}, %" #a_place \
+               ", %" #b_place ", p, 1, 1" tail ";\n}"                                  \
+               : __VA_ARGS__                                                           \
+               : "l"(a), "l"(b), "r"(add))
 #else
-#define PYFMT_PRODUCT_ASM(n, places, a0, a1, a2, a3, desc, flag, ...) (void)a, (void)b, (void)add
+#define PYFMT_PRODUCT_ASM(...) (void)d, (void)a, (void)b, (void)add
 #endif
-#define PYFMT_PRODUCT(n, places, a0, a1, a2, a3, desc, flag, ...)                          \
-  template <>                                                                              \
-  struct Product<n> {                                                                      \
-    PYFMT_DEVICE static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, \
-                                    int add) {                                             \
-      PYFMT_PRODUCT_ASM(n, places, a0, a1, a2, a3, desc, flag, __VA_ARGS__);               \
-    }                                                                                      \
+#define PYFMT_PRODUCT(type, count, n, shape, tail, places, a_place, b_place, flag, ...)   \
+  template <>                                                                             \
+  struct Product<type, n> {                                                               \
+    PYFMT_DEVICE static void add_to(float (&d)[n / 2], uint64_t a, uint64_t b, int add) { \
+      PYFMT_PRODUCT_ASM(shape, tail, places, a_place, b_place, flag, __VA_ARGS__);        \
+    }                                                                                     \
   };
 #else
-#define PYFMT_PRODUCT(n, ...)                                                            \
-  template <>                                                                            \
-  struct Product<n> {                                                                    \
-    static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int add) { \
-      emulated_product<n>(d, a, b, add);                                                 \
-    }                                                                                    \
+#define PYFMT_PRODUCT(type, count, n, ...)                                   \
+  template <>                                                                \
+  struct Product<type, n> {                                                  \
+    static void add_to(float (&d)[n / 2], uint64_t a, uint64_t b, int add) { \
+      emulated_product<type, count, n>(d, a, b, add);                        \
+    }                                                                        \
   };
 #endif
 
-PYFMT_PRODUCT(64, PYFMT_S32_0, 32, 33, 34, 35, 36, 37, PYFMT_R32(0))
-PYFMT_PRODUCT(128, PYFMT_S32_0 ", " PYFMT_S32_1, 64, 65, 66, 67, 68, 69, PYFMT_R32(0),
-              PYFMT_R32(32))
-PYFMT_PRODUCT(192, PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2, 96, 97, 98, 99, 100, 101,
-              PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64))
-PYFMT_PRODUCT(256, PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129, 130,
-              131, 132, 133, PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64), PYFMT_R32(96))
+// For 64, 128, 192 and 256 rows of b. kinds: of the instruction's elements; tail: its last
+// operands.
+#define PYFMT_PRODUCTS(type, count, k, kinds, tail)                                              \
+  PYFMT_PRODUCT(type, count, 64, "m64n64" k kinds, tail, PYFMT_S32_0, 32, 33, 34, PYFMT_R32(0))  \
+  PYFMT_PRODUCT(type, count, 128, "m64n128" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S32_1, 64, 65, \
+                66, PYFMT_R32(0), PYFMT_R32(32))                                                 \
+  PYFMT_PRODUCT(type, count, 192, "m64n192" k kinds, tail,                                       \
+                PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2, 96, 97, 98, PYFMT_R32(0),         \
+                PYFMT_R32(32), PYFMT_R32(64))                                                    \
+  PYFMT_PRODUCT(type, count, 256, "m64n256" k kinds, tail,                                       \
+                PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129, 130,   \
+                PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64), PYFMT_R32(96))
+
+PYFMT_PRODUCTS(Bf16, 16, "k16", ".f32.bf16.bf16", ", 0, 0")
 
 }  // namespace hopper
 }  // namespace cuda

@@ -96,6 +96,7 @@ struct Block {
   ucontext_t scheduler;
   int threads = 0, current = 0;  // of all blocks of the cluster
   Meeting block_meeting[8], partial_meeting[8], cluster_meeting;
+  std::vector<Meeting> warp_meeting;
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
 };
@@ -150,6 +151,7 @@ inline void run_blocks(int first, int cluster, int threads, void (*body)(void*),
   b.exchange.resize(size_t(all));
   for (int r = 0; r < cluster; ++r) b.block_meeting[r] = {threads};
   b.cluster_meeting = {all};
+  b.warp_meeting.assign(size_t(all + 31) / 32, {32});
   if (b.fibers.size() < size_t(all)) b.fibers.resize(size_t(all));
   for (int t = 0; t < all; ++t) {
     Fiber& f = b.fibers[size_t(t)];
@@ -170,12 +172,17 @@ inline void run_blocks(int first, int cluster, int threads, void (*body)(void*),
       cluster_rank() = t / threads;
       block_index().x = unsigned(first + t / threads);
       swapcontext(&b.scheduler, &f.context);
-      if (f.done) --b.block_meeting[t / threads].alive, --b.cluster_meeting.alive;
+      if (f.done) {
+        --b.block_meeting[t / threads].alive;
+        --b.cluster_meeting.alive;
+        --b.warp_meeting[size_t(t / 32)].alive;
+      }
     }
     for (int r = 0; r < cluster; ++r) {
       b.block_meeting[r].step();
       b.partial_meeting[r].step();
     }
+    for (Meeting& m : b.warp_meeting) m.step();
     b.cluster_meeting.step();
   }
 }
@@ -197,6 +204,20 @@ inline void sync_some(int threads) {
 }
 inline void sync_cluster() {
   meet(block().cluster_meeting);
+}
+// The lanes of a warp, of blocks of whole warps.
+inline void sync_warp() {
+  meet(block().warp_meeting[size_t(block().current / 32)]);
+}
+inline bool any_of_warp(bool mine) {
+  Block& b = block();
+  const int first = b.current & ~31;
+  b.exchange[size_t(b.current)] = mine;
+  sync_warp();
+  bool found = false;
+  for (int i = first; i < first + 32; ++i) found = found || b.exchange[size_t(i)];
+  sync_warp();
+  return found;
 }
 
 template <class... P, class... A>

@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+// The warps of matmul_wide.cuh that decode: each brings the packed codes and scales of its 16 or 32
+// rows, a few tiles ahead, and writes their values where products read them.
+#pragma once
+
+#include "matmul_wide_tiles.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+
+// A lane of a warp that decodes: half of the columns of one row of each pass.
+struct Lane {
+  int warp, lane, row, half;  // row: of a pass
+
+  PYFMT_DEVICE Lane()
+      : warp((int(threadIdx.x) - kConsumers) >> 5),
+        lane(int(threadIdx.x) & 31),
+        row(lane % 8 + lane / 16 * 8),
+        half(lane / 8 % 2) {}
+};
+
+// ---- tiles of x -------------------------------------------------------------------------------
+
+// One thread: brings them as early as their places are free. Parts of K take the halves of the
+// tokens in different order: each finishes the half that it has first.
+template <class F, int kTokens>
+struct TilesOfX {
+  using S = Layout<F, kTokens>;
+  Stage<F, kTokens> stage;
+  int next = 0;
+
+  // At least tile i of `steps`.
+  PYFMT_DEVICE void bring(const Params& p, const Place& at, int i, int steps) {
+    const int of_part = kTokens / p.split, rows = of_part / p.share;
+    const uint32_t mask = ((1u << p.share) - 1) << (at.part * p.share);
+#pragma unroll 1
+    while (next < steps) {
+      const uint32_t empty = stage.empty(at.base), full = stage.full(at.base);
+      if (next <= i) {
+        hopper::barrier_wait(empty, stage.parity ^ 1);
+      } else if (!hopper::barrier_test(empty, stage.parity ^ 1)) {
+        break;
+      }
+      hopper::barrier_expect(full, S::kTileOfX);
+#pragma unroll 1
+      for (int j = 0; j < p.split; ++j) {
+        const int other = j ^ at.part, mine = at.sub * rows;
+        hopper::copy_box(stage.x(at.base) + uint32_t((j * of_part + mine) * 128), p.x,
+                         (at.first + next) * 128, at.m0 + other * of_part + mine, full, mask,
+                         p.share > 1);
+      }
+      ++next;
+      stage.next();
+    }
+  }
+};
+
+// ---- codes ------------------------------------------------------------------------------------
+
+template <class F, int kTokens>
+struct Codes {
+  using S = Layout<F, kTokens>;
+  static constexpr int kRunBytes = F::kRun * F::kBits / 8;
+  static constexpr uint32_t kDepth = S::kDepth;
+
+  const Params& p;
+  const Place& at;
+  const Lane& l;
+  uint32_t ring;  // of this warp
+  uint32_t mine;  // where this lane's codes start in a slot, but for turns
+  uint32_t slot = 0, parity = 0;
+
+  PYFMT_DEVICE Codes(const Params& p, const Place& at, const Lane& l)
+      : p(p),
+        at(at),
+        l(l),
+        ring(at.base + S::kCodesAt + uint32_t(l.warp) * kDepth * S::kSlot),
+        mine(uint32_t(l.row) * S::kRowBytes + uint32_t(l.half * kRunBytes)) {}
+
+  PYFMT_DEVICE int first_row() const { return at.n0 + S::kWarpRows * l.warp; }
+
+  // Tile i of this part to the slot `to`.
+  PYFMT_DEVICE void fetch(int i, uint32_t to) const {
+    if (!p.copied_codes || l.lane != 0) return;
+    const uint32_t bar = codes_barrier(at.base, l.warp, to);
+    hopper::barrier_expect(bar, S::kSlot);
+    hopper::copy_box(ring + to * S::kSlot, p.codes_map, (at.first + i) * int(S::kRowBytes),
+                     first_row(), bar, 0, false);
+  }
+
+  // The first tiles.
+  PYFMT_DEVICE void start(int steps) const {
+#pragma unroll 1
+    for (int i = 0; i < steps && i < int(kDepth); ++i) fetch(i, uint32_t(i));
+  }
+
+  PYFMT_DEVICE uint32_t place(int pass, int byte) const {
+    const uint32_t here = ring + slot * S::kSlot + mine + uint32_t(byte);
+    return hopper::turned<S::kRowBytes>(here) + uint32_t(pass * kPass) * S::kRowBytes;
+  }
+
+  // Tile i, the one after the last, is there.
+  PYFMT_DEVICE void wait(int i) const {
+    if (p.copied_codes) {
+      hopper::barrier_wait(codes_barrier(at.base, l.warp, slot), parity);
+      return;
+    }
+    // Rows that the copy engine does not take, for want of alignment.
+#pragma unroll 1
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+      const int n = first_row() + pass * kPass + l.row;
+      const int64_t first = int64_t(at.first + i) * S::kRowBytes + l.half * kRunBytes;
+      const uint8_t* from = p.codes + n * p.row_bytes + first;
+#pragma unroll 1
+      for (int b = 0; b < kRunBytes; ++b) {
+        const bool inside = n < p.n && first + b < p.row_bytes;
+        hopper::store_shared_byte(place(pass, b), inside ? from[b] : 0u);
+      }
+    }
+    hopper::warp_sync();
+  }
+
+  // This lane's codes.
+  PYFMT_DEVICE void read(int pass, uint32_t (&words)[kRunBytes / 4]) const {
+    constexpr int kWide = kRunBytes % 16 ? 8 : 16;
+#pragma unroll
+    for (int b = 0; b < kRunBytes; b += kWide) {
+      if constexpr (kWide == 16) {
+        const uint4 v = hopper::load_shared16(place(pass, b));
+        words[b / 4] = v.x;
+        words[b / 4 + 1] = v.y;
+        words[b / 4 + 2] = v.z;
+        words[b / 4 + 3] = v.w;
+      } else {
+        const uint2 v = hopper::load_shared8(place(pass, b));
+        words[b / 4] = v.x;
+        words[b / 4 + 1] = v.y;
+      }
+    }
+  }
+
+  // All lanes have read tile i: its slot takes another.
+  PYFMT_DEVICE void release(int i, int steps) {
+    hopper::warp_sync();
+    if (i + int(kDepth) < steps) fetch(i + int(kDepth), slot);
+    if (++slot == kDepth) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- scales -----------------------------------------------------------------------------------
+
+// Of the rows of one pass. A batch of four tiles is eight runs a row. Each lane loads those of four
+// runs one batch ahead into registers; from shared memory each takes that of its run, tile by tile.
+template <class F, int kTokens>
+struct Scales {
+  using S = Layout<F, kTokens>;
+  static constexpr int kBytes = 4 * F::kEntry;  // a lane's of a batch
+
+  const uint8_t* row;  // its scales
+  uint32_t to;         // this lane's row in shared memory
+  int half;
+  int64_t next = 0;         // where the row's bytes of the batch to load start
+  int group = 0, left = 0;  // of the next run to load: its group, runs up to the next one
+  uint32_t held[F::kEntry], same = 0;
+
+  PYFMT_DEVICE void start(const Params& p, const Place& at, const Lane& l, int pass) {
+    half = l.half;
+    const int in_block = S::kWarpRows * l.warp + kPass * pass + l.row, n = at.n0 + in_block;
+    const int64_t bytes = F::kGroups ? p.blocks * scale_bytes(p.scale) : p.blocks;
+    row = p.scales + (n < p.n ? n : p.n - 1) * bytes;
+    to = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch);
+    if constexpr (F::kGroups) {
+      const int run = 2 * at.first + 4 * half;
+      group = run / p.group_runs;
+      left = p.group_runs - run % p.group_runs;
+    } else {
+      next = int64_t(2 * at.first + 4 * half) * F::kEntry;
+    }
+    load(p);
+  }
+
+  PYFMT_DEVICE void next_run(const Params& p) {
+    if (--left == 0) {
+      left = p.group_runs;
+      ++group;
+    }
+  }
+
+  // What a run takes from the one before is not loaded again.
+  PYFMT_DEVICE void load(const Params& p) {
+    if constexpr (F::kGroups) {
+      int before = -1;
+      same = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (group == before) {
+          same |= 1u << j;
+        } else {
+          held[j] = group >= p.blocks         ? 0u
+                    : p.scale == Scale::kFP32 ? reinterpret_cast<const uint32_t*>(row)[group]
+                                              : reinterpret_cast<const uint16_t*>(row)[group];
+        }
+        before = group;
+        next_run(p);
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) next_run(p);
+    } else if (p.wide_scales) {
+#pragma unroll
+      for (int i = 0; i < F::kEntry; ++i) held[i] = 0;
+      if (next + kBytes <= p.blocks) hopper::load_words<F::kEntry>(row + next, held);
+      next += 2 * kBytes;
+    }
+  }
+
+  PYFMT_DEVICE static uint32_t as_factor(const Params& p, uint32_t raw) {
+    return p.scale == Scale::kFP32   ? raw
+           : p.scale == Scale::kBF16 ? raw << 16
+                                     : as_uint(from_half(raw));
+  }
+
+  // Lays down the batch that was loaded and starts loading another.
+  // Lanes must meet before and after.
+  PYFMT_DEVICE void turn(const Params& p) {
+    const uint32_t here = to + uint32_t(half * kBytes);
+    if constexpr (F::kGroups) {
+#pragma unroll
+      for (int j = 1; j < 4; ++j) held[j] = same >> j & 1 ? held[j - 1] : held[j];
+      hopper::store_shared16(here, as_factor(p, held[0]), as_factor(p, held[1]),
+                             as_factor(p, held[2]), as_factor(p, held[3]));
+    } else if (p.wide_scales) {
+      if constexpr (F::kEntry == 1) {
+        hopper::store_shared(here, held[0]);
+      } else {
+        hopper::store_shared8(here, held[0], held[1]);
+      }
+    } else {
+      // Past the end codes are zeros: any scale but NaN serves.
+#pragma unroll 1
+      for (int i = 0; i < kBytes; ++i) {
+        hopper::store_shared_byte(here + uint32_t(i), next + i < p.blocks ? row[next + i] : 0u);
+      }
+      next += 2 * kBytes;
+    }
+    load(p);
+  }
+
+  // Of this lane's run of the batch's tile j.
+  PYFMT_DEVICE uint32_t read(int j) const {
+    return hopper::load_shared_small<F::kEntry>(to + uint32_t((2 * j + half) * F::kEntry));
+  }
+};
+
+// ---- the loop ---------------------------------------------------------------------------------
+
+template <class F, int kTokens>
+PYFMT_DEVICE void produce(const Params& p, const Place& at) {
+  using S = Layout<F, kTokens>;
+  constexpr int kPasses = S::kPasses;
+  const Lane l;
+  const int steps = at.last - at.first;
+  Codes<F, kTokens> codes(p, at, l);
+  codes.start(steps);
+  TilesOfX<F, kTokens> tiles;
+  Scales<F, kTokens> scales[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) scales[pass].start(p, at, l, pass);
+  Stage<F, kTokens> stage;
+  const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
+  const uint32_t mine = row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
+#pragma unroll 1
+  for (int i = 0; i < steps; ++i) {
+    if (threadIdx.x == kConsumers) tiles.bring(p, at, i, steps);
+    if (i % kBatch == 0) {
+      hopper::warp_sync();
+#pragma unroll
+      for (int pass = 0; pass < kPasses; ++pass) scales[pass].turn(p);
+      hopper::warp_sync();
+    }
+    codes.wait(i);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      uint32_t words[F::kRun * F::kBits / 32], out[16];
+      codes.read(pass, words);
+      const uint32_t raw = scales[pass].read(i % kBatch);
+      F::decode(words, raw, out);
+      if (pass == kPasses - 1) codes.release(i, steps);
+      if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
+      const uint32_t to = stage.w(at.base) + mine + uint32_t(pass * kPass * 128);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        hopper::store_shared16(to ^ uint32_t(16 * q), out[4 * q], out[4 * q + 1], out[4 * q + 2],
+                               out[4 * q + 3]);
+      }
+      if constexpr (F::kGroups) {
+        const uint32_t there = uint32_t(l.half * kRows + pass * kPass) + row;
+        hopper::store_shared(stage.factors(at.base) + there * 4, raw);
+      }
+    }
+    hopper::stores_fence();
+    hopper::warp_sync();
+    if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
+    stage.next();
+  }
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt

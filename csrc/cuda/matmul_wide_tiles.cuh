@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a block of matmul_wide.cuh works on, and what lies where in its shared memory.
+//
+//   header     barriers
+//   stages     a tile of x, a tile of w, and of some formats the scales of w's tile
+//   codes      packed, a ring for each warp that decodes
+//   scales     those of the next few tiles, for each such warp
+//
+// A tile is 128 bytes of each row, as matrix products read it (wgmma.cuh). Nothing here knows what
+// kind of numbers those bytes are.
+#pragma once
+
+#include "matmul_wide.h"
+#include "tensor_map.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+
+constexpr int kRows = 128;  // of w, in a block
+constexpr int kPass = 16;   // of them, that a warp decodes at a time
+constexpr int kBatch = 4;   // tiles whose scales are brought at once
+
+// Threads that multiply, and threads that decode. A product of 192 tokens or more is an instruction
+// of so many registers that it only fits a block of 384 threads, at 168 each to begin with; so long
+// are its products that one warpgroup decodes fast enough.
+constexpr int kConsumers = 256;
+template <int kTokens>
+constexpr int producers() {
+  return kTokens >= 192 ? 128 : 256;
+}
+
+struct Params {
+  hopper::TensorMap x, codes_map;
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  const float* tensor_scale = nullptr;
+  const float* bias = nullptr;
+  void* y = nullptr;
+  DType dtype = DType::kBF16;
+  Scale scale = Scale::kE8M0;
+  int64_t row_bytes = 0, blocks = 0;  // of a row of w
+  bool copied_codes = false;          // aligned for codes_map
+  bool wide_scales = false;           // aligned for loads of a batch
+  int group_runs = 1;                 // groups: of so many runs of 32 columns
+  bool half_tiles = false;            // a tile is of more groups than one
+  int m = 0, n = 0, tiles = 0, n_clusters = 1;
+  int share = 1, split = 1;
+  float up = 1.0f;  // what the decoder leaves out
+};
+
+// How the host asks for a launch: matrices without their boxes.
+struct WideCall {
+  hopper::MatrixBox x, codes;
+  int tokens = 64;
+};
+
+// The cluster of a block: `share` neighbours along w read each tile of x together, times `split`
+// parts of K.
+struct Place {
+  uint32_t base;
+  int sub, part, n0, m0, first, last;  // tiles first to last - 1
+
+  template <int kTokens>
+  PYFMT_DEVICE static Place of(const Params& p) {
+    Place at;
+    at.base = hopper::shared_start();
+    hopper::keep(at.base);
+    const int size = p.share * p.split, rank = size > 1 ? int(hopper::cluster_rank()) : 0;
+    const int cluster = int(blockIdx.x) / size;
+    at.sub = rank % p.share;
+    at.part = rank / p.share;
+    at.n0 = (cluster % p.n_clusters * p.share + at.sub) * kRows;
+    at.m0 = cluster / p.n_clusters * kTokens;
+    const int batches = (p.tiles + kBatch - 1) / kBatch;
+    at.first = batches * at.part / p.split * kBatch;
+    at.last = at.part + 1 == p.split ? p.tiles : batches * (at.part + 1) / p.split * kBatch;
+    return at;
+  }
+};
+
+// ---- shared memory ----------------------------------------------------------------------------
+
+constexpr int kHeader = 1024, kPitch = kRows + 4;
+
+template <class F, int kTokens>
+struct Layout {
+  static constexpr int kWarps = producers<kTokens>() / 32;  // that decode
+  static constexpr int kWarpRows = kRows / kWarps, kPasses = kWarpRows / kPass;
+  static constexpr int kStages = kTokens == 64 ? 6 : 4;
+  static constexpr uint32_t kTileOfX = kTokens * 128, kTileOfW = kRows * 128;
+  static constexpr uint32_t kFactors = F::kGroups ? 1024 : 0;  // two floats a row
+  static constexpr uint32_t kStage = kTileOfX + kTileOfW + kFactors;
+  static constexpr uint32_t kStageAt = kHeader, kCodesAt = kStageAt + kStages * kStage;
+
+  static constexpr uint32_t kRowBytes = F::kColumns * F::kBits / 8, kSlot = kWarpRows * kRowBytes;
+  static constexpr uint32_t kScaleBytes = kWarpRows * F::kScalePitch;  // of a warp
+  static constexpr uint32_t kLeft = hopper::kMostShared - kCodesAt - kWarps * kScaleBytes;
+  static constexpr uint32_t kMost = kLeft / (kWarps * kSlot);
+  static constexpr uint32_t kDepth = kMost > 8 ? 8 : kMost;  // tiles of codes under way or in use
+  static_assert(kDepth >= 3, "the ring of codes");
+  static constexpr uint32_t kScalesAt = kCodesAt + kWarps * kDepth * kSlot;
+  static constexpr uint32_t kLoop = kScalesAt + kWarps * kScaleBytes;
+  // Sums on their way to y; parts of K exchange a half of them first.
+  static constexpr uint32_t kEnd = kHeader + kTokens * kPitch * 4;
+  static constexpr uint32_t kBytes = kLoop > kEnd ? kLoop : kEnd;
+  static_assert(kBytes <= hopper::kMostShared, "the block's shared memory");
+};
+
+// One of the stages in turn, with its barriers: full (codes decoded, x there) and empty (products
+// over).
+template <class F, int kTokens>
+struct Stage {
+  using S = Layout<F, kTokens>;
+  uint32_t place = 0, parity = 0;
+
+  PYFMT_DEVICE void next() {
+    if (++place == S::kStages) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+  PYFMT_DEVICE uint32_t full(uint32_t base) const { return base + 8 * place; }
+  PYFMT_DEVICE uint32_t empty(uint32_t base) const { return base + 64 + 8 * place; }
+  PYFMT_DEVICE uint32_t x(uint32_t base) const { return base + S::kStageAt + S::kStage * place; }
+  PYFMT_DEVICE uint32_t w(uint32_t base) const { return x(base) + S::kTileOfX; }
+  PYFMT_DEVICE uint32_t factors(uint32_t base) const { return w(base) + S::kTileOfW; }
+};
+
+PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, int warp, uint32_t slot) {
+  return base + 128u + 64u * uint32_t(warp) + 8u * slot;
+}
+
+template <class F, int kTokens>
+PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
+  using S = Layout<F, kTokens>;
+#pragma unroll 1
+  for (uint32_t s = 0; s < uint32_t(S::kStages); ++s) {
+    hopper::barrier_init(base + 8 * s, S::kWarps + 1);
+    hopper::barrier_init(base + 64 + 8 * s, uint32_t(kConsumers / 32 * p.share));
+  }
+#pragma unroll 1
+  for (uint32_t i = 0; i < 8 * S::kWarps; ++i) hopper::barrier_init(base + 128 + 8 * i, 1);
+  hopper::barrier_init_fence();
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt
