@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pyfmt._matmul_fold: folded activations by a weight that stays packed, for middle-sized M
-// on Hopper, with the repair of what does not fold.
+// torch.ops.pyfmt._matmul_fold: folded activations by a weight that stays packed, for middle-sized
+// M on Hopper, with the repair of what does not fold.
 #include "cuda/matmul_fold.h"
 #include "torch_expand.h"
 
@@ -45,21 +45,15 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
                   " elements like those of the left operand, got ", w.columns);
   cuda::MatmulFoldArgs a;
   a.format = w.format;
-  a.m = rows;
   a.n = w.rows;
-  a.k = columns;
-  if (const char* reason = cuda::matmul_fold_refuses(a.format, a.m, a.n, a.k)) {
+  if (const char* reason = cuda::matmul_fold_refuses(a.format, rows, a.n, columns)) {
     options::fail("matmul path fold: ", reason, "; choose another path");
   }
-  a.plan = cuda::matmul_fold_plan(a.format, a.m, a.n, a.k,
-                                  {int(tile), int(share ? share : 1), int(split ? split : 1)});
+  a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1)};
 
-  const int64_t padded = round_up(rows, 16), w_padded = round_up(w.rows, 16);
-  const Tensor panel =
-      device.empty({cuda::matmul_fold_panel_bytes(a.m, a.k, a.plan)}, ScalarType::Byte);
-  const Tensor a_scale = device.empty({padded}, ScalarType::Float);
-  const Tensor a_marks = device.empty({padded}, ScalarType::Byte);
-  const Tensor spare = device.empty({rows, columns}, ScalarType::BFloat16);
+  const Fold left(device, rows, columns, e5m2, true, total);
+  a.a = left.to;
+  const int64_t w_padded = round_up(w.rows, 16);
   const Tensor found_scale = w_scale ? *w_scale : device.empty({w_padded}, ScalarType::Float);
   const Tensor found_marks = w_marks ? *w_marks : device.empty({w_padded}, ScalarType::Byte);
   device.expect_here("w_scale", found_scale);
@@ -68,43 +62,32 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
                       found_scale.scalar_type() == ScalarType::Float &&
                       found_marks.scalar_type() == ScalarType::Byte,
                   "w_scale: expected what _fold returned for this weight");
-
-  cuda::Folded& left = a.a;
-  left.fp8 = static_cast<uint8_t*>(panel.mutable_data_ptr());
-  left.scale = static_cast<float*>(a_scale.mutable_data_ptr());
-  left.marks = static_cast<uint8_t*>(a_marks.mutable_data_ptr());
-  left.spare = static_cast<uint16_t*>(spare.mutable_data_ptr());
-  left.rows = rows;
-  left.padded_rows = padded;
-  left.columns = columns;
-  left.e5m2 = e5m2;
-  left.order = w.format.bits();
-  left.panel_rows = cuda::matmul_fold_panel_rows(a.m, a.plan);
   cuda::Folded right;
   right.scale = static_cast<float*>(found_scale.mutable_data_ptr());
   right.marks = static_cast<uint8_t*>(found_marks.mutable_data_ptr());
   right.rows = w.rows;
   right.padded_rows = w_padded;
   right.columns = columns;
-  if (total) {
-    device.expect_here("total", *total);
-    options::expect(total->scalar_type() == ScalarType::Long && total->numel() == 1,
-                    "total: expected one int64 number");
-    left.total = right.total = static_cast<unsigned long long*>(total->mutable_data_ptr());
-  }
+  right.total = left.to.total;
   cuda::FoldScanArgs scan;
   if (!w_scale) scan = cuda::fold_scan_args(w.args(right));
   if (x) {
-    cuda::fold_values(values->args, left, device.stream, scan);
+    cuda::fold_values(values->args, left.to, device.stream, scan);
   } else {
-    cuda::fold_codes(packed->args(left), device.stream, scan);
+    cuda::fold_codes(packed->args(left.to), device.stream, scan);
   }
 
   const Tensor y = device.empty({rows, w.rows}, dtype);
   a.codes = static_cast<const uint8_t*>(w.packed.const_data_ptr());
   a.scales = static_cast<const uint8_t*>(w.grid.const_data_ptr());
   a.w_scale = right.scale;
-  a.bias_dtype = bias_into(device, bias, w.rows, &a.bias);
+  Tensor float_bias;
+  const void* added = nullptr;
+  const DType bias_dtype = bias_into(device, bias, w.rows, &added);
+  if (bias) {
+    float_bias = bias_dtype == DType::kFP32 ? *bias : torch::stable::to(*bias, ScalarType::Float);
+    a.bias = static_cast<const float*>(float_bias.const_data_ptr());
+  }
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
   cuda::matmul_fold(a, device.stream);
@@ -115,13 +98,12 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   r.rows = rows;
   r.columns = r.stride = w.rows;
   r.k = columns;
-  r.a = left;
+  r.a = left.to;
   r.w = right;
   r.w_codes = a.codes;
   r.w_scales = a.scales;
   r.w_format = w.format;
   r.bias = a.bias;
-  r.bias_dtype = a.bias_dtype;
   cuda::repair(r, device.stream);
   return y;
 }

@@ -19,7 +19,7 @@ inline int64_t round_up(int64_t n, int64_t step) {
 }
 
 inline cuda::Folded view_of(const Tensor& fp8, const Tensor& scale, const Tensor& marks,
-                     const Tensor& spare, int64_t rows, bool e5m2) {
+                            const Tensor& spare, int64_t rows, bool e5m2) {
   options::expect(fp8.dim() == 2 && scale.numel() == fp8.size(0) && marks.numel() == fp8.size(0),
                   "folded: expected what _fold returned");
   cuda::Folded f;
@@ -115,7 +115,7 @@ struct Rows {
 };
 
 inline DType bias_into(const Device& device, const std::optional<Tensor>& bias, int64_t columns,
-                const void** data) {
+                       const void** data) {
   if (!bias) return DType::kFP32;
   device.expect_here("bias", *bias);
   options::expect(bias->dim() == 1 && bias->size(0) == columns && bias->is_contiguous(),

@@ -209,14 +209,14 @@ bool fold_values_serves(const QuantizeArgs& a) {
   return whole_units(a) && a.view.columns <= kLongestFold;
 }
 
-void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream,
-                 const FoldScanArgs& scan) {
+void fold_values(const QuantizeArgs& a, const Folded& to, Stream stream, const FoldScanArgs& scan) {
   EmitParams p = common_params(a);
   p.units = a.view.columns / kUnit;
   p.to = to;
   p.scan = scan;
   const int place = p.units <= kThreads ? 0 : p.units <= 2 * kThreads ? 1 : 2;
-  launch(find_fold(a.format, to.e5m2)->by_units[place], to.padded_rows + scan_blocks(scan), kThreads, stream, p);
+  launch(find_fold(a.format, to.e5m2)->by_units[place], to.padded_rows + scan_blocks(scan),
+         kThreads, stream, p);
 }
 
 bool round_values_serves(const QuantizeArgs& a) {

@@ -95,16 +95,16 @@ FoldScanArgs fold_scan_args(const FoldCodesArgs& a) {
 
 void fold_codes(const FoldCodesArgs& a, Stream stream, const FoldScanArgs& scan) {
   const FoldKernels& k = *find_fold(a.format, a.to.e5m2);
-  const int64_t blocks = blocks_of(a.to);
-  launch(k.one[units_kind(a.to.columns)], blocks + scan_blocks(scan), kThreads, stream, a, blocks,
-         scan);
+  const int kind = units_kind(a.to);
+  const int64_t blocks = blocks_of(a.to, kind);
+  launch(k.one[kind], blocks + scan_blocks(scan), kThreads, stream, a, blocks, scan);
 }
 
 void fold_two(const FoldCodesArgs& a, const FoldCodesArgs& w, Stream stream) {
   const FoldKernels& k = *find_fold(a.format, a.to.e5m2);
-  const int64_t a_blocks = blocks_of(a.to);
-  launch(k.two[units_kind(a.to.columns)], a_blocks + blocks_of(w.to), kThreads, stream, a, w,
-         a_blocks);
+  const int kind = units_kind(w.to);
+  const int64_t a_blocks = blocks_of(a.to, kind);
+  launch(k.two[kind], a_blocks + blocks_of(w.to, kind), kThreads, stream, a, w, a_blocks);
 }
 
 }  // namespace cuda

@@ -18,10 +18,6 @@ struct Folded {
   unsigned long long* total = nullptr;  // how many there were in all calls, or null
   int64_t rows = 0, padded_rows = 0, columns = 0;
   bool e5m2 = false;
-  // Where not 0, fp8 is a panel for weights of so many bits (fold_panel.cuh), of whole chunks of
-  // 128 columns with panel_rows rows each; those beyond the padded ones are not written.
-  int order = 0;
-  int64_t panel_rows = 0;
 };
 
 // Whether an element of a format with blocks of 32 and E8M0 scales folds into an fp8 type.

@@ -5,7 +5,6 @@
 
 #include "coder.cuh"
 #include "expand.h"
-#include "fold_panel.cuh"
 #include "scale.cuh"
 
 namespace pyfmt {
@@ -166,11 +165,7 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
 #pragma unroll
     for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
   }
-  if (to.order) {
-    store_panel(to, row, unit, units, words, shared);
-  } else {
-    Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
-  }
+  Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
   if (base.fits || !to.spare || unit >= units) return;
   const float s = as_float(codec::e8m0_decode<uint32_t>(scale));
   uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);
@@ -255,13 +250,17 @@ PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* s
   }
 }
 
-// Which of the kernels for few to many units, and its blocks of threads.
-inline int units_kind(int64_t columns) {
-  const int64_t units = columns / kUnit;
-  return units <= 64 ? 0 : units <= 256 ? 1 : units <= 2 * kThreads ? 2 : 3;
+// Which of the kernels for few to many units, and its blocks of threads. Few rows are shared by
+// more threads each.
+inline int units_kind(const Folded& to) {
+  const int64_t units = to.columns / kUnit;
+  return units <= 64                              ? 0
+         : units <= 256 && to.padded_rows >= 2048 ? 1
+         : units <= 2 * kThreads                  ? 2
+                                                  : 3;
 }
-inline int64_t blocks_of(const Folded& to) {
-  return units_kind(to.columns) < 2 ? (to.padded_rows + kWarps - 1) / kWarps : to.padded_rows;
+inline int64_t blocks_of(const Folded& to, int kind) {
+  return kind < 2 ? (to.padded_rows + kWarps - 1) / kWarps : to.padded_rows;
 }
 
 // Two kinds of blocks spread evenly among each other: `first` of `all` are of the first kind.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A row's 32 packed codes under one scale as fp8 words for tensor cores, in registers: the values
+// Packed weights as the fp8 operand of products: a policy of matmul_wide.cuh. The values are those
 // of Fold<E, false>, in fewer instructions.
 //
 // Elements of 4 bits are looked up: a table in shared memory has the fp8 numbers of all codes for
@@ -9,8 +9,7 @@
 
 #include "decode.cuh"
 #include "fold.cuh"
-#include "fold_panel.cuh"
-#include "hopper.cuh"
+#include "wgmma.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -75,32 +74,31 @@ struct PlacedSixBits {
   }
 };
 
-template <class E>
+// kXE5M2: what the activations are.
+template <class E, bool kXE5M2>
 struct FoldWeights {
   using F = Fold<E, false>;
   static constexpr ElementSpec spec = E::spec;
-  static constexpr int kBits = spec.bits();
-  static constexpr int kScaleBytes = 1;
-  static constexpr bool kLookup = kBits == 4;
-  static constexpr bool kInt = spec.is_int();
+  static constexpr int kBits = spec.bits(), kColumns = 128, kRun = 64;
+  static constexpr int kEntry = 2, kScalePitch = 8 * kEntry + 4 * kEntry;
+  static constexpr bool kFresh = true, kGroups = false, kFolded = true;
+  static constexpr bool kLookup = kBits == 4, kInt = spec.is_int();
   // Two binary digits fit E5M2, whose bytes need no conversion; else E4M3.
   static constexpr bool kE5M2 = kBits == 6 && spec.man == 2;
-
-  // A row's codes come out times 2^kDown, which the epilogue takes back.
+  using Type = hopper::Fp8<kE5M2, kXE5M2>;
   static constexpr int kDown = kE5M2 ? 4 : 0;
 
   // ---- the table ------------------------------------------------------------------------------
 
   static constexpr int kExponents = F::kHigh - F::kLow + 1;
-  static constexpr uint32_t kEntry = kInt ? 16 : 8;
-  static constexpr uint32_t kTableBytes = kLookup ? 16 * kEntry : 0;
+  static constexpr uint32_t kEntryBytes = kInt ? 16 : 8;  // of 16 exponents
 
   PYFMT_DEVICE static void fill_table(uint32_t at, int thread) {
     if constexpr (kLookup) {
       if (thread >= 16) return;
       const int e = F::kLow + (thread < kExponents ? thread : kExponents - 1);
       const typename F::Table t(as_float(uint32_t(e + 127) << 23));
-      const uint32_t to = at + uint32_t(thread) * kEntry;
+      const uint32_t to = at + uint32_t(thread) * kEntryBytes;
       hopper::store_shared(to, t.low);
       hopper::store_shared(to + 4, t.high);
       if constexpr (kInt) {
@@ -116,23 +114,26 @@ struct FoldWeights {
     return -int(as_uint(row_scale) >> 23) - F::kLow;
   }
 
-  // ---- 32 codes -------------------------------------------------------------------------------
+  // ---- codes ----------------------------------------------------------------------------------
 
-  // words: as they lie in memory; out[i]: place i of panel_word's order. Blocks of zeros may have
-  // any scale, all others one within the window.
-  PYFMT_DEVICE static void decode(const uint32_t (&words)[kBits], uint32_t scale, int offset,
-                                  uint32_t table, uint32_t (&out)[8]) {
-    const int place = max(0, min(int(scale) + offset, kExponents - 1));
-    if constexpr (kLookup) {
-      lookup(words, table + uint32_t(place) * kEntry, out);
-    } else {
-      multiply(words, place, out);
+  // raw: the scale bytes of both blocks. Blocks of zeros may have any scale, all others one within
+  // the window.
+  PYFMT_DEVICE static void decode(const uint32_t (&words)[2 * kBits], uint32_t raw, int offset,
+                                  uint32_t table, uint32_t (&out)[16]) {
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const int scale = int(raw >> (8 * block) & 0xffu);
+      const int place = max(0, min(scale + offset, kExponents - 1));
+      if constexpr (kLookup) {
+        lookup(words + kBits * block, table + uint32_t(place) * kEntryBytes, out + 8 * block);
+      } else {
+        multiply(words + kBits * block, place, out + 8 * block);
+      }
     }
   }
 
  private:
-  PYFMT_DEVICE static void lookup(const uint32_t (&words)[kBits], uint32_t entry,
-                                  uint32_t (&out)[8]) {
+  PYFMT_DEVICE static void lookup(const uint32_t* words, uint32_t entry, uint32_t* out) {
     uint32_t t[4];
     if constexpr (kInt) {
       const uint4 v = hopper::load_shared16(entry);
@@ -143,9 +144,7 @@ struct FoldWeights {
     }
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const uint32_t word = words[w], up = word << 4;
-      uint32_t places = word & 0x77777777u;
-      hopper::keep(places);  // else it is masked anew for either half
+      const uint32_t word = words[w], up = word << 4, places = word & 0x77777777u;
       if constexpr (kInt) {
         out[2 * w] = select_bits(pick_bytes(t[2], t[3], places), pick_bytes(t[0], t[1], places),
                                  pick_signs(up, word, 0x5140));
@@ -153,8 +152,8 @@ struct FoldWeights {
             select_bits(pick_bytes(t[2], t[3], places >> 16), pick_bytes(t[0], t[1], places >> 16),
                         pick_signs(up, word, 0x7362));
       } else {
-        out[2 * w] = select_bits(pick_bytes(up, word, 0x5140), pick_bytes(t[0], t[1], places),
-                                 0x80808080u);
+        out[2 * w] =
+            select_bits(pick_bytes(up, word, 0x5140), pick_bytes(t[0], t[1], places), 0x80808080u);
         out[2 * w + 1] = select_bits(pick_bytes(up, word, 0x7362),
                                      pick_bytes(t[0], t[1], places >> 16), 0x80808080u);
       }
@@ -167,13 +166,18 @@ struct FoldWeights {
   static constexpr int kLowest = kField + F::kLow - kDown;
   static constexpr int kTwice = kLowest + kExponents - 1 > 15 ? 15 : 0;
 
-  PYFMT_DEVICE static void multiply(const uint32_t (&words)[kBits], int place,
-                                    uint32_t (&out)[8]) {
+  // Codes i, i + 1, i + 8, i + 9 of the pairs i and i + 1.
+  PYFMT_DEVICE static uint32_t four(const uint32_t* pairs) {
+    if constexpr (kE5M2) return pick_bytes(pairs[0], pairs[1], 0x7351);
+    return pick_bytes(float16_to_e4m3(pairs[0]), float16_to_e4m3(pairs[1]), 0x5140);
+  }
+
+  PYFMT_DEVICE static void multiply(const uint32_t* words, int place, uint32_t* out) {
     const uint32_t factor = uint32_t(place + (kLowest - kTwice + 15)) * both(0x400u);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       uint32_t pairs[8];  // codes i and i + 8 of sixteen
-      PlacedSixBits < 10 - spec.man > ::place_all(words + 3 * h, pairs);
+      PlacedSixBits<10 - spec.man>::place_all(words + 3 * h, pairs);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if constexpr (kTwice != 0) {
@@ -182,13 +186,10 @@ struct FoldWeights {
         pairs[i] = multiply_float16(pairs[i], factor);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (kE5M2) {
-          out[4 * h + i] = pick_bytes(pairs[2 * i], pairs[2 * i + 1], 0x7531);
-        } else {
-          out[4 * h + i] =
-              pick_bytes(float16_to_e4m3(pairs[2 * i]), float16_to_e4m3(pairs[2 * i + 1]), 0x5410);
-        }
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t a = four(pairs + 4 * i), b = four(pairs + 4 * i + 2);
+        out[4 * h + i] = pick_bytes(a, b, 0x5410);
+        out[4 * h + i + 2] = pick_bytes(a, b, 0x7632);
       }
     }
   }

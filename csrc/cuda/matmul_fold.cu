@@ -5,102 +5,78 @@
 namespace pyfmt {
 namespace cuda {
 
-namespace folding {
+namespace wide {
 namespace {
 
-Launch find(const FormatSpec& f) {
-  if (!folds(f, false)) return nullptr;
-  const Launch found = fold4_launch(f.element);
-  return found ? found : fold6_launch(f.element);
+constexpr int kFoldColumns = 128;  // of a tile
+
+Kernel find_fold(const FormatSpec& f, bool x_e5m2) {
+  if (!folds(f, false)) return {};
+  const Kernel found = fold4_kernel(f.element, x_e5m2);
+  return found.launch ? found : fold6_kernel(f.element, x_e5m2);
 }
 
-int chunks_of(int64_t k) {
-  return int((k + kChunk - 1) / kChunk);
-}
-
-// Chunks that the wide copies of codes and scales serve.
-int whole_chunks(const MatmulFoldArgs& a, const Params& p) {
-  if (reinterpret_cast<uintptr_t>(a.codes) % 16 || p.row_bytes % 16) return 0;
-  if (reinterpret_cast<uintptr_t>(a.scales) % 4 || p.blocks % 4) return 0;
-  return int(p.blocks / 4);
-}
-
-}  // namespace
-}  // namespace folding
-
-const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64_t k) {
-  using namespace folding;
-  if (!find(f)) return "the format is none of those compiled in";
-  if (m < 1 || n < 1 || k < 1) return "a dimension is empty";
-  if (m > 1 << 24 || n > 1 << 24 || k > 1 << 24) return "a dimension is beyond 2^24";
-#if defined(__CUDACC__)
-  int device = 0, major = 0;
-  check(cudaGetDevice(&device), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
-  if (major != 9) return "the device is not of compute capability 9.0";
-  static const bool has_code = compiled();
-  if (!has_code) return "the library was compiled without architecture 90a";
-#endif
-  return nullptr;
-}
-
-MatmulFoldPlan matmul_fold_plan(const FormatSpec& f, int64_t m, int64_t n, int64_t k,
-                                MatmulFoldPlan plan) {
-  using namespace folding;
-  if (plan.tokens) return plan;
-  const int chunks = chunks_of(k), sms = multiprocessors();
-  const int64_t n_tiles = (n + kRows - 1) / kRows;
+WidePlan plan_of(const MatmulFoldArgs& a, int tiles) {
+  WidePlan best = a.plan;
+  if (best.tokens) return best;
+  const int sms = multiprocessors();
+  const int64_t n_tiles = (a.n + kRows - 1) / kRows;
   double least = 0;
   for (int tokens : {64, 128}) {
     for (int split : {1, 2}) {
-      if (split > chunks) break;
-      const int64_t blocks = n_tiles * ((m + tokens - 1) / tokens) * split;
+      if (split > tiles) break;
+      const int64_t blocks = n_tiles * ((a.a.rows + tokens - 1) / tokens) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      // Microseconds on an H200: a chunk of columns, and what a block needs besides.
-      const double chunk = tokens == 64 ? 0.28 : 0.4;
-      const double cost = double(waves) * (double(chunks) / split * chunk + 3 + 2 * (split - 1));
-      if (!plan.tokens || cost < least) {
+      // Cycles of a tile: decoding, or what shared memory moves.
+      const double tile = tokens == 64 ? 500 : 800;
+      const double cost = double(waves) * (double(tiles) / split * tile + 6000 + 2000 * split);
+      if (!best.tokens || cost < least) {
         least = cost;
-        plan.tokens = tokens;
-        plan.split = split;
+        best.tokens = tokens;
+        best.split = split;
       }
     }
   }
-  (void)f;
-  return plan;
+  return best;
 }
 
-int64_t matmul_fold_panel_rows(int64_t m, const MatmulFoldPlan& plan) {
-  return (m + plan.tokens - 1) / plan.tokens * plan.tokens;
-}
+}  // namespace
+}  // namespace wide
 
-int64_t matmul_fold_panel_bytes(int64_t m, int64_t k, const MatmulFoldPlan& plan) {
-  return matmul_fold_panel_rows(m, plan) * folding::chunks_of(k) * folding::kChunk;
+const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64_t k) {
+  if (!wide::find_fold(f, true).launch) return "the format is none of those compiled in";
+  return matmul_wide_refuses(f, m, n, k);
 }
 
 void matmul_fold(const MatmulFoldArgs& a, Stream stream) {
-  using namespace folding;
+  using namespace wide;
+  const int64_t k = a.a.columns;
   Params p;
-  p.panel = a.a.fp8;
-  p.panel_rows = int(a.a.panel_rows);
-  p.a_scale = a.a.scale;
-  p.w_scale = a.w_scale;
   p.codes = a.codes;
   p.scales = a.scales;
-  p.added = a.bias;
-  p.added_dtype = a.bias_dtype;
+  p.x_scale = a.a.scale;
+  p.w_scale = a.w_scale;
+  p.bias = a.bias;
   p.y = a.y;
   p.dtype = a.dtype;
-  p.row_bytes = a.format.row_bytes(a.k);
-  p.blocks = a.format.blocks(a.k);
-  p.whole = whole_chunks(a, p);
-  p.m = int(a.m);
+  p.row_bytes = a.format.row_bytes(k);
+  p.blocks = a.format.blocks(k);
+  p.copied_codes = aligned16(a.codes) && p.row_bytes % 16 == 0;
+  p.wide_scales = reinterpret_cast<uintptr_t>(a.scales) % 8 == 0 && p.blocks % 8 == 0;
+  p.m = int(a.a.rows);
   p.n = int(a.n);
-  p.chunks = chunks_of(a.k);
-  p.share = a.plan.share;
-  p.split = a.plan.split;
-  p.n_clusters = int((a.n + kRows * p.share - 1) / (kRows * p.share));
-  find(a.format)(p, a.plan, a.a.e5m2, stream);
+  p.tiles = int((k + kFoldColumns - 1) / kFoldColumns);
+  const WidePlan plan = plan_of(a, p.tiles);
+  p.share = plan.share;
+  p.split = plan.split;
+  while (1 << p.share_bits < p.share) ++p.share_bits;
+  p.middle = (p.tiles + kBatch - 1) / kBatch / 2 * kBatch;
+  p.n_clusters = unsigned((a.n + kRows * p.share - 1) / (kRows * p.share));
+  WideCall call;
+  call.tokens = plan.tokens;
+  call.x = {a.a.fp8, k, p.m, k};
+  call.codes = {a.codes, p.row_bytes, a.n, p.row_bytes};
+  find_fold(a.format, a.a.e5m2).launch(p, call, stream);
 }
 
 }  // namespace cuda

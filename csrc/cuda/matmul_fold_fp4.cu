@@ -1,28 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// matmul_fold.h for e2m1 and integers of 4 bits.
+// matmul_fold.h for elements of 4 bits.
 #include "matmul_fold.cuh"
 
 namespace pyfmt {
 namespace cuda {
-namespace folding {
+namespace wide {
 
-Launch fold4_launch(const ElementSpec& e) {
-  if (e == elements::e2m1) return launch_element<e2m1_element>;
-  if (e == elements::int4q2) return launch_element<int4q2_element>;
-  return nullptr;
+Kernel fold4_kernel(const ElementSpec& e, bool x_e5m2) {
+  if (e == elements::e2m1) return fold_kernel<e2m1_element>(x_e5m2);
+  if (e == elements::int4q2) return fold_kernel<int4q2_element>(x_e5m2);
+  return {};
 }
 
-bool compiled() {
-#if defined(__CUDACC__)
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, matmul_fold_kernel<FoldWeights<e2m1_element>, 64, true>),
-        "kernel");
-  return attributes.maxThreadsPerBlock >= kFoldThreads;
-#else
-  return true;
-#endif
-}
-
-}  // namespace folding
+}  // namespace wide
 }  // namespace cuda
 }  // namespace pyfmt

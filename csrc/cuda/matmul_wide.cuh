@@ -134,6 +134,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
   const Place at = Place::of<kTokens>(p);
   if (threadIdx.x == 0) {
     init_barriers<F, kTokens>(p, at.base);
+    if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
     hopper::prefetch_map(p.x);
     if (p.copied_codes) hopper::prefetch_map(p.codes_map);
   }

@@ -84,15 +84,19 @@ PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens
   const int live = p.m - m0 < count ? p.m - m0 : count;
   if (here <= 0) return;
   const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
-  float bias[4];
+  float factor[4], bias[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
+  for (int i = 0; i < 4; ++i) {
+    factor[i] = p.w_scale && i < here ? p.up * p.w_scale[n + i] : p.up;
+    bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
+  }
 #pragma unroll 2
   for (int token = warp; token < live; token += kWarpsHere) {
     const float4 s = hopper::load_floats(staged + uint32_t((token * kPitch + 4 * lane) * 4));
     float v[4] = {s.x, s.y, s.z, s.w};
+    const float of_row = p.x_scale ? p.x_scale[m0 + token] : 1.0f;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = v[e] * p.up * scale + bias[e];
+    for (int e = 0; e < 4; ++e) v[e] = v[e] * (factor[e] * of_row) * scale + bias[e];
     store_four(p, int64_t(m0 + token) * p.n + n, v, here);
   }
 }

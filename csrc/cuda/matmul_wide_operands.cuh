@@ -7,6 +7,7 @@
 //   kFresh, kGroups      whether sums of a tile are kept apart; whether factors multiply them
 //   Type                 what products multiply (wgmma.cuh)
 //   kDown                tensor cores see weights times 2^-kDown
+//   kFolded              whether decoding asks for the row's scale and a table (fold_weights.cuh)
 //   decode               the codes of a run to a row's 64 bytes
 #pragma once
 
@@ -25,7 +26,7 @@ struct Weights {
   using Type = hopper::Bf16;
   static constexpr int kBits = D::kBits, kColumns = 64, kRun = 32, kDown = D::kDown;
   static constexpr bool kGroups = kScale != Scale::kE8M0 && kScale != Scale::kE4M3;
-  static constexpr bool kFresh = kGroups;
+  static constexpr bool kFresh = kGroups, kFolded = false;
   static constexpr int kEntry = kGroups ? 4 : kScale == Scale::kE4M3 ? 2 : 1;
   static constexpr int kScalePitch = 8 * kEntry + (kGroups ? 16 : 4 * kEntry);
 

@@ -267,8 +267,15 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
   codes.start(steps);
   TilesOfX<F, kTokens> tiles;
   Scales<F, kTokens> scales[kPasses];
+  int offset[kPasses] = {};
 #pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) scales[pass].start(p, at, l, pass);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    scales[pass].start(p, at, l, pass);
+    if constexpr (F::kFolded) {
+      const int n = codes.first_row() + pass * kPass + l.row;
+      offset[pass] = F::offset_of(p.w_scale[n < p.n ? n : p.n - 1]);
+    }
+  }
   Stage<F, kTokens> stage;
   const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
   const uint32_t mine = row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
@@ -287,7 +294,11 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
       uint32_t words[F::kRun * F::kBits / 32], out[16];
       codes.read(pass, words);
       const uint32_t raw = scales[pass].read(i % kBatch);
-      F::decode(words, raw, out);
+      if constexpr (F::kFolded) {
+        F::decode(words, raw, offset[pass], at.base + kTableAt, out);
+      } else {
+        F::decode(words, raw, out);
+      }
       if (pass == kPasses - 1) codes.release(i, steps);
       if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
       const uint32_t to = stage.w(at.base) + mine + uint32_t(pass * kPass * 128);

@@ -35,6 +35,8 @@ struct Params {
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const float* tensor_scale = nullptr;
+  const float* x_scale = nullptr;  // of each row, or null
+  const float* w_scale = nullptr;
   const float* bias = nullptr;
   void* y = nullptr;
   DType dtype = DType::kBF16;
@@ -126,6 +128,9 @@ struct Stage {
   PYFMT_DEVICE uint32_t w(uint32_t base) const { return x(base) + S::kTileOfX; }
   PYFMT_DEVICE uint32_t factors(uint32_t base) const { return w(base) + S::kTileOfW; }
 };
+
+// Up to 256 bytes for decoding, behind the barriers.
+constexpr uint32_t kTableAt = 768;
 
 PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, int warp, uint32_t slot) {
   return base + 128u + 64u * uint32_t(warp) + 8u * slot;

@@ -4,8 +4,8 @@
 //
 // Which rows they are is known on the device alone, so the launch is always the same; usually every
 // block of threads reads the marks, finds none and ends.
-#include "device.cuh"
-#include "fold_panel.cuh"
+#include "expand.h"
+#include "hopper.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -40,12 +40,7 @@ constexpr int kTile = 8;  // rows of the other operand that a warp takes at once
 
 // Four neighbouring values of a folded row.
 PYFMT_DEVICE void folded4(const Folded& f, int64_t row, int64_t k, float (&v)[4]) {
-  uint32_t bytes = 0;
-  if (f.order) {
-    for (int i = 0; i < 4; ++i) bytes |= panel_byte(f, row, k + i) << (8 * i);
-  } else {
-    bytes = *reinterpret_cast<const uint32_t*>(f.fp8 + row * f.columns + k);
-  }
+  const uint32_t bytes = *reinterpret_cast<const uint32_t*>(f.fp8 + row * f.columns + k);
   if (f.e5m2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = from_half(((bytes >> (8 * i)) & 0xffu) << 8);
@@ -155,9 +150,30 @@ PYFMT_DEVICE int find_marked(const Folded& f, int64_t first, Marked& found) {
   return all;
 }
 
+// Whether a row is marked; all threads of a block call.
+PYFMT_DEVICE bool any_marked(const Folded& a, const Folded& w) {
+  __shared__ int any;
+  if (threadIdx.x == 0) any = 0;
+  __syncthreads();
+  uint32_t mine = 0;
+  for (const Folded* f : {&a, &w}) {
+    for (int64_t at = 16 * threadIdx.x; at < f->padded_rows; at += 16 * kThreads) {
+      const uint4 v = *reinterpret_cast<const uint4*>(f->marks + at);
+      mine |= v.x | v.y | v.z | v.w;
+    }
+  }
+  if (mine) any = 1;
+  __syncthreads();
+  return any != 0;
+}
+
 __global__ void __launch_bounds__(kThreads) repair_rows(const __grid_constant__ RepairParams p) {
   __shared__ Marked found;
   const RepairArgs& a = p.args;
+  // The marks are older than the GEMM, which this kernel may overlap.
+  const bool any = any_marked(a.a, a.w);
+  hopper::wait_for_previous();
+  if (!any) return;
   const int lane = threadIdx.x & 31;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
   const int64_t warps = int64_t(gridDim.x) * kWarps;
@@ -263,7 +279,9 @@ void repair(const RepairArgs& a, Stream stream) {
   int device = 0, processors = 1;
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
-  if (a.rows && a.columns) launch(repair_rows, processors, kThreads, stream, RepairParams(a));
+  if (a.rows && a.columns) {
+    launch_early(repair_rows, processors, kThreads, stream, RepairParams(a));
+  }
 }
 
 void finish(const FinishArgs& a, Stream stream) {

@@ -56,6 +56,9 @@ PYFMT_DEVICE void pin(uint32_t (&v)[kCount]) {
 
 // What the tiles of a product hold.
 struct Bf16 {};
+// A step of fp8 keeps 13 bits below its largest product or sum, and cuts off the rest.
+template <bool kLeftE5M2, bool kRightE5M2>
+struct Fp8 {};
 
 // d (64 x kN, float32) += a (64 rows) * b^T (kN rows), 32 bytes of each row, both in tiles; or =
 // where `add` is 0. Lane 4 g + t of warp w holds rows 16 w + g and + 8 of d, columns 8 j + 2t, + 1
@@ -77,6 +80,24 @@ inline void emulated_row(Bf16, bool /*left*/, uint64_t tile, int row, float (&v)
     memcpy(&half, emulated_tile_at(tile, row, 2 * k), 2);
     v[k] = as_float(uint32_t(half) << 16);
   }
+}
+struct EmulatedFp8 {
+  float values[2][256];
+  EmulatedFp8() {
+    for (int type = 0; type < 2; ++type) {
+      const codec::FloatCodec c(type ? elements::e5m2ieee : elements::e4m3fn);
+      for (uint32_t i = 0; i < 256; ++i) {
+        values[type][i] = as_float(codec::decode_float<uint32_t>(c, i));
+      }
+    }
+  }
+};
+// The device cuts the sums to fewer bits.
+template <bool kLeftE5M2, bool kRightE5M2>
+void emulated_row(Fp8<kLeftE5M2, kRightE5M2>, bool left, uint64_t tile, int row, float (&v)[32]) {
+  static const EmulatedFp8 table;
+  const float* values = table.values[left ? kLeftE5M2 : kRightE5M2];
+  for (int k = 0; k < 32; ++k) v[k] = values[uint8_t(*emulated_tile_at(tile, row, k))];
 }
 
 template <class Type, int kCount, int kN>
@@ -163,7 +184,16 @@ void emulated_product(float (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
                 PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129, 130,   \
                 PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64), PYFMT_R32(96))
 
+using E4M3ByE4M3 = Fp8<false, false>;
+using E4M3ByE5M2 = Fp8<false, true>;
+using E5M2ByE4M3 = Fp8<true, false>;
+using E5M2ByE5M2 = Fp8<true, true>;
+
 PYFMT_PRODUCTS(Bf16, 16, "k16", ".f32.bf16.bf16", ", 0, 0")
+PYFMT_PRODUCTS(E4M3ByE4M3, 32, "k32", ".f32.e4m3.e4m3", "")
+PYFMT_PRODUCTS(E4M3ByE5M2, 32, "k32", ".f32.e4m3.e5m2", "")
+PYFMT_PRODUCTS(E5M2ByE4M3, 32, "k32", ".f32.e5m2.e4m3", "")
+PYFMT_PRODUCTS(E5M2ByE5M2, 32, "k32", ".f32.e5m2.e5m2", "")
 
 }  // namespace hopper
 }  // namespace cuda
