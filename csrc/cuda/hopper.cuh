@@ -313,9 +313,9 @@ PYFMT_DEVICE uint32_t cluster_rank() {
 #endif
 }
 
-// For the start of a kernel: orders no memory but initialized barriers (barrier_init_fence), and so
-// waits for no copies under way.
-PYFMT_DEVICE void cluster_start() {
+// All threads of the cluster that are still running. Orders no memory but initialized barriers
+// (barrier_init_fence), and so waits for no stores or copies under way.
+PYFMT_DEVICE void cluster_meet() {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -126,7 +126,9 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.tiles = int((a.k + kernel.columns - 1) / kernel.columns);
   p.share = a.plan.share;
   p.split = a.plan.split;
-  p.n_clusters = int((a.n + kRows * p.share - 1) / (kRows * p.share));
+  while (1 << p.share_bits < p.share) ++p.share_bits;
+  p.middle = (p.tiles + kBatch - 1) / kBatch / 2 * kBatch;
+  p.n_clusters = unsigned((a.n + kRows * p.share - 1) / (kRows * p.share));
 
   WideCall call;
   call.tokens = a.plan.tokens;

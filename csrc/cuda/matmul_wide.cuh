@@ -132,17 +132,14 @@ constexpr int threads_of() {
 template <class F, int kTokens>
 PYFMT_DEVICE void run_block(const Params& p) {
   const Place at = Place::of<kTokens>(p);
-  if (threadIdx.x == 0) {
-    init_barriers<F, kTokens>(p, at.base);
-    if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
+  init_barriers<F, kTokens>(p, at.base);
+  if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
+  if (threadIdx.x == kConsumers) {
     hopper::prefetch_map(p.x);
     if (p.copied_codes) hopper::prefetch_map(p.codes_map);
   }
-  if (p.share > 1) {
-    hopper::cluster_start();
-  } else {
-    __syncthreads();
-  }
+  if (p.share > 1) hopper::cluster_meet();
+  if (p.share == 1 || F::kFolded) __syncthreads();
   // The block's registers, shared out anew.
   constexpr bool kMany = producers<kTokens>() == kConsumers;
   if (threadIdx.x >= kConsumers) {
@@ -157,7 +154,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
     Consumer<F, kTokens>(p, at).run(sums);
     // No block leaves, or is written to, while another of its cluster may still need its tiles.
     if (p.share * p.split > 1) {
-      hopper::cluster_sync();
+      hopper::cluster_meet();
     } else {
       hopper::partial_sync<kConsumers>();
     }
@@ -194,7 +191,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   }
   p.up = L::as_float(power_of_two_bits(F::kDown));
   const int cluster = p.share * p.split;
-  const int blocks = p.n_clusters * ((p.m + kTokens - 1) / kTokens) * cluster;
+  const int blocks = int(p.n_clusters) * ((p.m + kTokens - 1) / kTokens) * cluster;
   const auto kernel = matmul_wide_kernel<F, kTokens>;
 #if defined(__CUDACC__)
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::kBytes),

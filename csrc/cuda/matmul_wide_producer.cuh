@@ -28,29 +28,39 @@ template <class F, int kTokens>
 struct TilesOfX {
   using S = Layout<F, kTokens>;
   Stage<F, kTokens> stage;
-  int next = 0;
+  int next = 0, column;
+  int first_half, second_half;  // rows of x
+  uint32_t mine, mask;
+
+  PYFMT_DEVICE TilesOfX(const Params& p, const Place& at) {
+    const int rows = kTokens >> (p.share_bits + p.split - 1);
+    column = at.first * 128;
+    first_half = at.m0 + at.part * (kTokens / 2) + at.sub * rows;
+    second_half = at.m0 + (at.part ^ 1) * (kTokens / 2) + at.sub * rows;
+    mine = uint32_t(at.sub * rows * 128);
+    mask = ((1u << p.share) - 1) << (at.part << p.share_bits);
+  }
 
   // At least tile i of `steps`.
-  PYFMT_DEVICE void bring(const Params& p, const Place& at, int i, int steps) {
-    const int of_part = kTokens / p.split, rows = of_part / p.share;
-    const uint32_t mask = ((1u << p.share) - 1) << (at.part * p.share);
+  PYFMT_DEVICE void bring(const Params& p, uint32_t base, int i, int steps) {
 #pragma unroll 1
     while (next < steps) {
-      const uint32_t empty = stage.empty(at.base), full = stage.full(at.base);
+      const uint32_t empty = stage.empty(base), full = stage.full(base);
       if (next <= i) {
         hopper::barrier_wait(empty, stage.parity ^ 1);
       } else if (!hopper::barrier_test(empty, stage.parity ^ 1)) {
         break;
       }
       hopper::barrier_expect(full, S::kTileOfX);
-#pragma unroll 1
-      for (int j = 0; j < p.split; ++j) {
-        const int other = j ^ at.part, mine = at.sub * rows;
-        hopper::copy_box(stage.x(at.base) + uint32_t((j * of_part + mine) * 128), p.x,
-                         (at.first + next) * 128, at.m0 + other * of_part + mine, full, mask,
-                         p.share > 1);
+      const uint32_t to = stage.x(base) + mine;
+      const bool shared = p.share > 1;
+      hopper::copy_box(to, p.x, column, first_half, full, mask, shared);
+      if (p.split > 1) {
+        const uint32_t half = S::kTileOfX / 2;
+        hopper::copy_box(to + half, p.x, column, second_half, full, mask, shared);
       }
       ++next;
+      column += 128;
       stage.next();
     }
   }
@@ -68,7 +78,7 @@ struct Codes {
   const Place& at;
   const Lane& l;
   uint32_t ring;  // of this warp
-  uint32_t mine;  // where this lane's codes start in a slot, but for turns
+  uint32_t mine;  // where this lane's codes start in it, but for turns
   uint32_t slot = 0, parity = 0;
 
   PYFMT_DEVICE Codes(const Params& p, const Place& at, const Lane& l)
@@ -76,7 +86,10 @@ struct Codes {
         at(at),
         l(l),
         ring(at.base + S::kCodesAt + uint32_t(l.warp) * kDepth * S::kSlot),
-        mine(uint32_t(l.row) * S::kRowBytes + uint32_t(l.half * kRunBytes)) {}
+        mine(ring + uint32_t(l.row) * S::kRowBytes + uint32_t(l.half * kRunBytes)) {
+    hopper::keep(mine);
+    hopper::keep(ring);
+  }
 
   PYFMT_DEVICE int first_row() const { return at.n0 + S::kWarpRows * l.warp; }
 
@@ -96,7 +109,7 @@ struct Codes {
   }
 
   PYFMT_DEVICE uint32_t place(int pass, int byte) const {
-    const uint32_t here = ring + slot * S::kSlot + mine + uint32_t(byte);
+    const uint32_t here = mine + slot * S::kSlot + uint32_t(byte);
     return hopper::turned<S::kRowBytes>(here) + uint32_t(pass * kPass) * S::kRowBytes;
   }
 
@@ -161,7 +174,7 @@ struct Scales {
   static constexpr int kBytes = 4 * F::kEntry;  // a lane's of a batch
 
   const uint8_t* row;  // its scales
-  uint32_t to;         // this lane's row in shared memory
+  uint32_t to, mine;   // in shared memory: the runs it loads, its run of the first tile
   int half;
   int64_t next = 0;         // where the row's bytes of the batch to load start
   int group = 0, left = 0;  // of the next run to load: its group, runs up to the next one
@@ -172,7 +185,10 @@ struct Scales {
     const int in_block = S::kWarpRows * l.warp + kPass * pass + l.row, n = at.n0 + in_block;
     const int64_t bytes = F::kGroups ? p.blocks * scale_bytes(p.scale) : p.blocks;
     row = p.scales + (n < p.n ? n : p.n - 1) * bytes;
-    to = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch);
+    to = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch + half * kBytes);
+    mine = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch + half * F::kEntry);
+    hopper::keep(to);
+    hopper::keep(mine);
     if constexpr (F::kGroups) {
       const int run = 2 * at.first + 4 * half;
       group = run / p.group_runs;
@@ -226,23 +242,22 @@ struct Scales {
   // Lays down the batch that was loaded and starts loading another.
   // Lanes must meet before and after.
   PYFMT_DEVICE void turn(const Params& p) {
-    const uint32_t here = to + uint32_t(half * kBytes);
     if constexpr (F::kGroups) {
 #pragma unroll
       for (int j = 1; j < 4; ++j) held[j] = same >> j & 1 ? held[j - 1] : held[j];
-      hopper::store_shared16(here, as_factor(p, held[0]), as_factor(p, held[1]),
+      hopper::store_shared16(to, as_factor(p, held[0]), as_factor(p, held[1]),
                              as_factor(p, held[2]), as_factor(p, held[3]));
     } else if (p.wide_scales) {
       if constexpr (F::kEntry == 1) {
-        hopper::store_shared(here, held[0]);
+        hopper::store_shared(to, held[0]);
       } else {
-        hopper::store_shared8(here, held[0], held[1]);
+        hopper::store_shared8(to, held[0], held[1]);
       }
     } else {
       // Past the end codes are zeros: any scale but NaN serves.
 #pragma unroll 1
       for (int i = 0; i < kBytes; ++i) {
-        hopper::store_shared_byte(here + uint32_t(i), next + i < p.blocks ? row[next + i] : 0u);
+        hopper::store_shared_byte(to + uint32_t(i), next + i < p.blocks ? row[next + i] : 0u);
       }
       next += 2 * kBytes;
     }
@@ -251,7 +266,7 @@ struct Scales {
 
   // Of this lane's run of the batch's tile j.
   PYFMT_DEVICE uint32_t read(int j) const {
-    return hopper::load_shared_small<F::kEntry>(to + uint32_t((2 * j + half) * F::kEntry));
+    return hopper::load_shared_small<F::kEntry>(mine + uint32_t(2 * j * F::kEntry));
   }
 };
 
@@ -265,7 +280,7 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
   const int steps = at.last - at.first;
   Codes<F, kTokens> codes(p, at, l);
   codes.start(steps);
-  TilesOfX<F, kTokens> tiles;
+  TilesOfX<F, kTokens> tiles(p, at);
   Scales<F, kTokens> scales[kPasses];
   int offset[kPasses] = {};
 #pragma unroll
@@ -278,10 +293,11 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
   }
   Stage<F, kTokens> stage;
   const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
-  const uint32_t mine = row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
+  uint32_t mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
+  hopper::keep(mine);
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
-    if (threadIdx.x == kConsumers) tiles.bring(p, at, i, steps);
+    if (threadIdx.x == kConsumers) tiles.bring(p, at.base, i, steps);
     if (i % kBatch == 0) {
       hopper::warp_sync();
 #pragma unroll
@@ -301,7 +317,7 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
       }
       if (pass == kPasses - 1) codes.release(i, steps);
       if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
-      const uint32_t to = stage.w(at.base) + mine + uint32_t(pass * kPass * 128);
+      const uint32_t to = stage.x(at.base) + mine + uint32_t(pass * kPass * 128);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         hopper::store_shared16(to ^ uint32_t(16 * q), out[4 * q], out[4 * q + 1], out[4 * q + 2],

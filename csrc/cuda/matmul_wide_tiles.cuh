@@ -41,14 +41,15 @@ struct Params {
   void* y = nullptr;
   DType dtype = DType::kBF16;
   Scale scale = Scale::kE8M0;
-  int64_t row_bytes = 0, blocks = 0;  // of a row of w
-  bool copied_codes = false;          // aligned for codes_map
-  bool wide_scales = false;           // aligned for loads of a batch
-  int group_runs = 1;                 // groups: of so many runs of 32 columns
-  bool half_tiles = false;            // a tile is of more groups than one
-  int m = 0, n = 0, tiles = 0, n_clusters = 1;
-  int share = 1, split = 1;
-  float up = 1.0f;  // what the decoder leaves out
+  int64_t row_bytes = 0, blocks = 0;        // of a row of w
+  bool copied_codes = false;                // aligned for codes_map
+  bool wide_scales = false;                 // aligned for loads of a batch
+  int group_runs = 1;                       // groups: of so many runs of 32 columns
+  bool half_tiles = false;                  // a tile is of more groups than one
+  int m = 0, n = 0, tiles = 0, middle = 0;  // middle: where the second part of K begins
+  unsigned n_clusters = 1;
+  int share = 1, split = 1, share_bits = 0;  // split: 1 or 2
+  float up = 1.0f;                           // what the decoder leaves out
 };
 
 // How the host asks for a launch: matrices without their boxes.
@@ -68,15 +69,15 @@ struct Place {
     Place at;
     at.base = hopper::shared_start();
     hopper::keep(at.base);
-    const int size = p.share * p.split, rank = size > 1 ? int(hopper::cluster_rank()) : 0;
-    const int cluster = int(blockIdx.x) / size;
-    at.sub = rank % p.share;
-    at.part = rank / p.share;
-    at.n0 = (cluster % p.n_clusters * p.share + at.sub) * kRows;
-    at.m0 = cluster / p.n_clusters * kTokens;
-    const int batches = (p.tiles + kBatch - 1) / kBatch;
-    at.first = batches * at.part / p.split * kBatch;
-    at.last = at.part + 1 == p.split ? p.tiles : batches * (at.part + 1) / p.split * kBatch;
+    const int rank = p.share * p.split > 1 ? int(hopper::cluster_rank()) : 0;
+    const unsigned cluster = blockIdx.x >> (p.share_bits + p.split - 1);
+    const unsigned m_tile = cluster / p.n_clusters;
+    at.sub = rank & (p.share - 1);
+    at.part = rank >> p.share_bits;
+    at.n0 = int((cluster - m_tile * p.n_clusters) << p.share_bits | unsigned(at.sub)) * kRows;
+    at.m0 = int(m_tile) * kTokens;
+    at.first = at.part ? p.middle : 0;
+    at.last = at.part + 1 == p.split ? p.tiles : p.middle;
     return at;
   }
 };
@@ -136,16 +137,16 @@ PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, int warp, uint32_t slot) {
   return base + 128u + 64u * uint32_t(warp) + 8u * slot;
 }
 
+// By the first threads of a block.
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   using S = Layout<F, kTokens>;
-#pragma unroll 1
-  for (uint32_t s = 0; s < uint32_t(S::kStages); ++s) {
-    hopper::barrier_init(base + 8 * s, S::kWarps + 1);
-    hopper::barrier_init(base + 64 + 8 * s, uint32_t(kConsumers / 32 * p.share));
-  }
-#pragma unroll 1
-  for (uint32_t i = 0; i < 8 * S::kWarps; ++i) hopper::barrier_init(base + 128 + 8 * i, 1);
+  const uint32_t i = threadIdx.x;
+  if (i >= 16 + 8 * S::kWarps) return;
+  const uint32_t arrivals = i < 8    ? S::kWarps + 1
+                            : i < 16 ? uint32_t(kConsumers / 32 * p.share)
+                                     : 1;
+  hopper::barrier_init(base + 8 * i, arrivals);
   hopper::barrier_init_fence();
 }
 
