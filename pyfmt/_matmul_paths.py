@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyfmt._matmul_table import SMALL, TABLE
+from pyfmt._matmul_table import PACKED, SMALL, TABLE
 from pyfmt.formats import FORMATS, Format, closest, get_format
 
 PATHS = ("native", "skinny", "wide", "fold", "exact", "portable")
@@ -204,6 +204,11 @@ def _key(call: Call) -> str:
     if _left_in_bf16(call) and exact_in_bf16(call.w_format):
         return f"bf16-{max(4, call.w_format.bits + call.w_format.bits % 2)}"
     return "any"
+
+
+def stays_packed(bits: int, kept: bool, m: int) -> bool:
+    """Whether `fold` multiplies by the packed weight, where the device has the kernel for it."""
+    return m <= PACKED.get(f"fold-{bits}{' kept' if kept else ''}", 0)
 
 
 def _within(limit: int | tuple[int, int] | None, call: Call) -> bool:

@@ -25,3 +25,7 @@ TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
     "bf16-8": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
     "any": (("skinny", 16), ("wide", None)),
 }
+
+# Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0); for more rows it
+# is written as fp8 for the library's GEMM.
+PACKED: dict[str, int] = {"fold-4": 1024, "fold-6": 1024}

@@ -287,8 +287,36 @@ def _fold_both(
     return found[:4], found[4:]
 
 
+@lru_cache(maxsize=64)
+def _packed_kernel(ops: Any, device: torch.device, key: str) -> bool:
+    """Whether the library has a kernel that multiplies a folded a by packed weights there."""
+    if not hasattr(ops, "_matmul_fold"):
+        return False
+    return not ops._matmul_fold_serves(torch.empty(0, device=device), key, 1, 1, 32)
+
+
+def _fold_packed(left: Left, right: Right, out: Out) -> Tensor:
+    """The weight stays packed, and becomes fp8 beside the products."""
+    assert left.format is not None
+    x, codes, scales = left.x, left.codes, left.scales
+    as_it_is = codes is None and left.rows <= 1024 and left.k <= paths.LONGEST_FOLD
+    if not (as_it_is and _whole_rows(left)):
+        x, (codes, scales, _) = None, quantized(left)
+    w_scale, w_marks = right.kept[1:3] if right.kept else (None, None)
+    y: Tensor = Parts.ops._matmul_fold.default(
+        x, codes, scales, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs,
+        left.format.e5m2, right.codes, right.scales, right.format.key, w_scale, w_marks, out.bias,
+        out.dtype, total_of(right.codes.device),
+    )  # fmt: skip
+    return y
+
+
 def fold(left: Left, right: Right, out: Out) -> Tensor:
     assert left.format is not None
+    if paths.stays_packed(right.format.format.bits, bool(right.kept), left.rows) and (
+        _packed_kernel(Parts.ops, right.codes.device, right.format.key)
+    ):
+        return _fold_packed(left, right, out)
     e5m2 = left.format.e5m2
     total = total_of(right.codes.device)
     key = right.format.key

@@ -412,30 +412,10 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, co
   kernel<<<dim3(unsigned(blocks)), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   check(cudaGetLastError(), "launch");
 }
-// The kernel may start while the one before it on the stream ends, and waits for it by itself.
-template <class... P, class... A>
-void launch_early(void (*kernel)(P...), int64_t blocks, int threads, Stream stream,
-                  const A&... args) {
-  if (blocks <= 0) return;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(unsigned(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, args...), "launch");
-}
 #else
 template <class... P, class... A>
 void launch(void (*kernel)(P...), int64_t blocks, int threads, Stream, const A&... args) {
   emulation::launch(kernel, blocks, threads, args...);
-}
-template <class... P, class... A>
-void launch_early(void (*kernel)(P...), int64_t blocks, int threads, Stream s, const A&... args) {
-  launch(kernel, blocks, threads, s, args...);
 }
 #endif
 
