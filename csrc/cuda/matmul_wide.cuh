@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups
-// decode packed codes to tiles in shared memory, one of their threads has the copy engine bring
-// tiles of x; two more warpgroups of 64 rows each multiply tiles. They meet at barriers alone, so
-// decoding runs beside the products, several tiles ahead.
+// The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups of
+// 64 rows each multiply tiles in shared memory; one of their threads has the copy engine bring
+// tiles of x and packed codes, which one or two more warpgroups decode to tiles of w. They meet at
+// barriers alone, so decoding runs beside the products, several tiles ahead.
 #pragma once
 
+#include "matmul_wide_copies.cuh"
 #include "matmul_wide_finish.cuh"
 #include "matmul_wide_operands.cuh"
 #include "matmul_wide_producer.cuh"
@@ -24,8 +25,9 @@ struct Consumer {
   int lane = int(threadIdx.x) & 31, group = int(threadIdx.x) >> 7;
   uint32_t peer = 0;  // what turns an address of this block into a peer's
   Stage<F, kTokens> stage;
+  Copies<F, kTokens> copies;
 
-  PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at) {
+  PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at), copies(p, at) {
     if (p.share > 1 && lane < p.share) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
@@ -63,6 +65,7 @@ struct Consumer {
     for (int i = 0; i < steps; ++i) {
       hopper::barrier_wait(stage.full(at.base), stage.parity);
       multiply<0, 4>(sums, false);
+      if (threadIdx.x == 0) copies.more(i);
       hopper::products_wait<1>();
       if (i) release(before);
       before = stage;
@@ -105,6 +108,7 @@ struct Consumer {
       } else {
         multiply<0, 4>(fresh, true);
       }
+      if (threadIdx.x == 0) copies.more(i);
       hopper::products_wait<0>();
       hopper::pin(fresh);
       release(stage);
@@ -113,6 +117,7 @@ struct Consumer {
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
+    if (threadIdx.x == 0) copies.start();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
     hopper::pin(sums);
@@ -134,7 +139,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
   const Place at = Place::of<kTokens>(p);
   init_barriers<F, kTokens>(p, at.base);
   if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
-  if (threadIdx.x == kConsumers) {
+  if (threadIdx.x == 0) {
     hopper::prefetch_map(p.x);
     if (p.copied_codes) hopper::prefetch_map(p.codes_map);
   }
@@ -186,7 +191,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   if (p.copied_codes) {
     hopper::MatrixBox codes = call.codes;
     codes.box_bytes = S::kRowBytes;
-    codes.box_rows = S::kWarpRows;
+    codes.box_rows = kRows;
     p.codes_map = hopper::encode(codes);
   }
   p.up = L::as_float(power_of_two_bits(F::kDown));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of matmul_wide.cuh that decode: each brings the packed codes and scales of its 16 or 32
-// rows, a few tiles ahead, and writes their values where products read them.
+// The warps of matmul_wide.cuh that decode: each takes the packed codes of its 16 or 32 rows from
+// shared memory, and writes their values where products read them. They have no part in copies: a
+// fence that shows their stores to the tensor cores would wait for the copies under way.
 #pragma once
 
 #include "matmul_wide_tiles.cuh"
@@ -20,92 +21,26 @@ struct Lane {
         half(lane / 8 % 2) {}
 };
 
-// ---- tiles of x -------------------------------------------------------------------------------
-
-// One thread: brings them as early as their places are free. Parts of K take the halves of the
-// tokens in different order: each finishes the half that it has first.
-template <class F, int kTokens>
-struct TilesOfX {
-  using S = Layout<F, kTokens>;
-  Stage<F, kTokens> stage;
-  int next = 0, column;
-  int first_half, second_half;  // rows of x
-  uint32_t mine, mask;
-
-  PYFMT_DEVICE TilesOfX(const Params& p, const Place& at) {
-    const int rows = kTokens >> (p.share_bits + p.split - 1);
-    column = at.first * 128;
-    first_half = at.m0 + at.part * (kTokens / 2) + at.sub * rows;
-    second_half = at.m0 + (at.part ^ 1) * (kTokens / 2) + at.sub * rows;
-    mine = uint32_t(at.sub * rows * 128);
-    mask = ((1u << p.share) - 1) << (at.part << p.share_bits);
-  }
-
-  // At least tile i of `steps`.
-  PYFMT_DEVICE void bring(const Params& p, uint32_t base, int i, int steps) {
-#pragma unroll 1
-    while (next < steps) {
-      const uint32_t empty = stage.empty(base), full = stage.full(base);
-      if (next <= i) {
-        hopper::barrier_wait(empty, stage.parity ^ 1);
-      } else if (!hopper::barrier_test(empty, stage.parity ^ 1)) {
-        break;
-      }
-      hopper::barrier_expect(full, S::kTileOfX);
-      const uint32_t to = stage.x(base) + mine;
-      const bool shared = p.share > 1;
-      hopper::copy_box(to, p.x, column, first_half, full, mask, shared);
-      if (p.split > 1) {
-        const uint32_t half = S::kTileOfX / 2;
-        hopper::copy_box(to + half, p.x, column, second_half, full, mask, shared);
-      }
-      ++next;
-      column += 128;
-      stage.next();
-    }
-  }
-};
-
 // ---- codes ------------------------------------------------------------------------------------
 
 template <class F, int kTokens>
 struct Codes {
   using S = Layout<F, kTokens>;
   static constexpr int kRunBytes = F::kRun * F::kBits / 8;
-  static constexpr uint32_t kDepth = S::kDepth;
 
   const Params& p;
   const Place& at;
   const Lane& l;
-  uint32_t ring;  // of this warp
-  uint32_t mine;  // where this lane's codes start in it, but for turns
+  uint32_t mine;  // where this lane's codes start in the ring, but for turns
   uint32_t slot = 0, parity = 0;
 
   PYFMT_DEVICE Codes(const Params& p, const Place& at, const Lane& l)
       : p(p),
         at(at),
         l(l),
-        ring(at.base + S::kCodesAt + uint32_t(l.warp) * kDepth * S::kSlot),
-        mine(ring + uint32_t(l.row) * S::kRowBytes + uint32_t(l.half * kRunBytes)) {
+        mine(at.base + S::kCodesAt + uint32_t(S::kWarpRows * l.warp + l.row) * S::kRowBytes +
+             uint32_t(l.half * kRunBytes)) {
     hopper::keep(mine);
-    hopper::keep(ring);
-  }
-
-  PYFMT_DEVICE int first_row() const { return at.n0 + S::kWarpRows * l.warp; }
-
-  // Tile i of this part to the slot `to`.
-  PYFMT_DEVICE void fetch(int i, uint32_t to) const {
-    if (!p.copied_codes || l.lane != 0) return;
-    const uint32_t bar = codes_barrier(at.base, l.warp, to);
-    hopper::barrier_expect(bar, S::kSlot);
-    hopper::copy_box(ring + to * S::kSlot, p.codes_map, (at.first + i) * int(S::kRowBytes),
-                     first_row(), bar, 0, false);
-  }
-
-  // The first tiles.
-  PYFMT_DEVICE void start(int steps) const {
-#pragma unroll 1
-    for (int i = 0; i < steps && i < int(kDepth); ++i) fetch(i, uint32_t(i));
   }
 
   PYFMT_DEVICE uint32_t place(int pass, int byte) const {
@@ -116,13 +51,13 @@ struct Codes {
   // Tile i, the one after the last, is there.
   PYFMT_DEVICE void wait(int i) const {
     if (p.copied_codes) {
-      hopper::barrier_wait(codes_barrier(at.base, l.warp, slot), parity);
+      hopper::barrier_wait(codes_barrier(at.base, slot), parity);
       return;
     }
     // Rows that the copy engine does not take, for want of alignment.
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
-      const int n = first_row() + pass * kPass + l.row;
+      const int n = at.n0 + S::kWarpRows * l.warp + pass * kPass + l.row;
       const int64_t first = int64_t(at.first + i) * S::kRowBytes + l.half * kRunBytes;
       const uint8_t* from = p.codes + n * p.row_bytes + first;
 #pragma unroll 1
@@ -153,11 +88,8 @@ struct Codes {
     }
   }
 
-  // All lanes have read tile i: its slot takes another.
-  PYFMT_DEVICE void release(int i, int steps) {
-    hopper::warp_sync();
-    if (i + int(kDepth) < steps) fetch(i + int(kDepth), slot);
-    if (++slot == kDepth) {
+  PYFMT_DEVICE void next() {
+    if (++slot == S::kDepth) {
       slot = 0;
       parity ^= 1;
     }
@@ -279,15 +211,13 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
   const Lane l;
   const int steps = at.last - at.first;
   Codes<F, kTokens> codes(p, at, l);
-  codes.start(steps);
-  TilesOfX<F, kTokens> tiles(p, at);
   Scales<F, kTokens> scales[kPasses];
   int offset[kPasses] = {};
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     scales[pass].start(p, at, l, pass);
     if constexpr (F::kFolded) {
-      const int n = codes.first_row() + pass * kPass + l.row;
+      const int n = at.n0 + S::kWarpRows * l.warp + pass * kPass + l.row;
       offset[pass] = F::offset_of(p.w_scale[n < p.n ? n : p.n - 1]);
     }
   }
@@ -297,7 +227,6 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
   hopper::keep(mine);
 #pragma unroll 1
   for (int i = 0; i < steps; ++i) {
-    if (threadIdx.x == kConsumers) tiles.bring(p, at.base, i, steps);
     if (i % kBatch == 0) {
       hopper::warp_sync();
 #pragma unroll
@@ -315,7 +244,6 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
       } else {
         F::decode(words, raw, out);
       }
-      if (pass == kPasses - 1) codes.release(i, steps);
       if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
       const uint32_t to = stage.x(at.base) + mine + uint32_t(pass * kPass * 128);
 #pragma unroll
@@ -332,6 +260,7 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
     hopper::warp_sync();
     if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
     stage.next();
+    codes.next();
   }
 }
 

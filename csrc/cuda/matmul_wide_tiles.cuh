@@ -3,8 +3,8 @@
 //
 //   header     barriers
 //   stages     a tile of x, a tile of w, and of some formats the scales of w's tile
-//   codes      packed, a ring for each warp that decodes
-//   scales     those of the next few tiles, for each such warp
+//   codes      packed, those of the next few tiles
+//   scales     likewise
 //
 // A tile is 128 bytes of each row, as matrix products read it (wgmma.cuh). Nothing here knows what
 // kind of numbers those bytes are.
@@ -96,14 +96,13 @@ struct Layout {
   static constexpr uint32_t kStage = kTileOfX + kTileOfW + kFactors;
   static constexpr uint32_t kStageAt = kHeader, kCodesAt = kStageAt + kStages * kStage;
 
-  static constexpr uint32_t kRowBytes = F::kColumns * F::kBits / 8, kSlot = kWarpRows * kRowBytes;
-  static constexpr uint32_t kScaleBytes = kWarpRows * F::kScalePitch;  // of a warp
-  static constexpr uint32_t kLeft = hopper::kMostShared - kCodesAt - kWarps * kScaleBytes;
-  static constexpr uint32_t kMost = kLeft / (kWarps * kSlot);
+  static constexpr uint32_t kRowBytes = F::kColumns * F::kBits / 8, kSlot = kRows * kRowBytes;
+  static constexpr uint32_t kScaleBytes = kRows * F::kScalePitch;
+  static constexpr uint32_t kMost = (hopper::kMostShared - kCodesAt - kScaleBytes) / kSlot;
   static constexpr uint32_t kDepth = kMost > 8 ? 8 : kMost;  // tiles of codes under way or in use
   static_assert(kDepth >= 3, "the ring of codes");
-  static constexpr uint32_t kScalesAt = kCodesAt + kWarps * kDepth * kSlot;
-  static constexpr uint32_t kLoop = kScalesAt + kWarps * kScaleBytes;
+  static constexpr uint32_t kScalesAt = kCodesAt + kDepth * kSlot;
+  static constexpr uint32_t kLoop = kScalesAt + kScaleBytes;
   // Sums on their way to y; parts of K exchange a half of them first.
   static constexpr uint32_t kEnd = kHeader + kTokens * kPitch * 4;
   static constexpr uint32_t kBytes = kLoop > kEnd ? kLoop : kEnd;
@@ -133,17 +132,16 @@ struct Stage {
 // Up to 256 bytes for decoding, behind the barriers.
 constexpr uint32_t kTableAt = 768;
 
-PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, int warp, uint32_t slot) {
-  return base + 128u + 64u * uint32_t(warp) + 8u * slot;
+PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, uint32_t slot) {
+  return base + 128u + 8u * slot;
 }
 
 // By the first threads of a block.
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
-  using S = Layout<F, kTokens>;
   const uint32_t i = threadIdx.x;
-  if (i >= 16 + 8 * S::kWarps) return;
-  const uint32_t arrivals = i < 8    ? S::kWarps + 1
+  if (i >= 24) return;
+  const uint32_t arrivals = i < 8    ? Layout<F, kTokens>::kWarps + 1
                             : i < 16 ? uint32_t(kConsumers / 32 * p.share)
                                      : 1;
   hopper::barrier_init(base + 8 * i, arrivals);

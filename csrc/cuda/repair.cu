@@ -273,6 +273,24 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
   }
 }
 
+// Starts while the GEMM ends.
+void launch_repair(int blocks, Stream stream, const RepairParams& p) {
+#if defined(__CUDACC__)
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, repair_rows, p), "launch");
+#else
+  launch(repair_rows, blocks, kThreads, stream, p);
+#endif
+}
+
 }  // namespace
 
 void repair(const RepairArgs& a, Stream stream) {
@@ -280,7 +298,7 @@ void repair(const RepairArgs& a, Stream stream) {
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   if (a.rows && a.columns) {
-    launch_early(repair_rows, processors, kThreads, stream, RepairParams(a));
+    launch_repair(processors, stream, RepairParams(a));
   }
 }
 
