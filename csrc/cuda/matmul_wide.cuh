@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups of
-// 64 rows each multiply tiles in shared memory; one of their threads has the copy engine bring
+// 64 rows each multiply tiles in shared memory; two of their threads have the copy engine bring
 // tiles of x and packed codes, which one or two more warpgroups decode to tiles of w. They meet at
 // barriers alone, so decoding runs beside the products, several tiles ahead.
 #pragma once
+#include <cstdlib>
 
 #include "matmul_wide_copies.cuh"
 #include "matmul_wide_finish.cuh"
@@ -48,6 +49,7 @@ struct Consumer {
   PYFMT_DEVICE void multiply(float (&sums)[kCount], bool fresh) const {
     const uint32_t x = hopper::tile_code(stage.x(at.base));
     const uint32_t w = hopper::tile_code(stage.w(at.base) + uint32_t(group * 64 * 128));
+    if (p.debug & 2) hopper::stores_fence();
     hopper::products_fence();
 #pragma unroll
     for (int s = kFrom; s < kTo; ++s) {
@@ -65,7 +67,7 @@ struct Consumer {
     for (int i = 0; i < steps; ++i) {
       hopper::barrier_wait(stage.full(at.base), stage.parity);
       multiply<0, 4>(sums, false);
-      if (threadIdx.x == 0) copies.more(i);
+      copies.more(i);
       hopper::products_wait<1>();
       if (i) release(before);
       before = stage;
@@ -108,7 +110,7 @@ struct Consumer {
       } else {
         multiply<0, 4>(fresh, true);
       }
-      if (threadIdx.x == 0) copies.more(i);
+      copies.more(i);
       hopper::products_wait<0>();
       hopper::pin(fresh);
       release(stage);
@@ -117,7 +119,7 @@ struct Consumer {
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
-    if (threadIdx.x == 0) copies.start();
+    copies.start();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
     hopper::pin(sums);
@@ -131,7 +133,7 @@ struct Consumer {
 
 template <int kTokens>
 constexpr int threads_of() {
-  return kConsumers + producers<kTokens>();
+  return kConsumers + 128 * teams<kTokens>();
 }
 
 template <class F, int kTokens>
@@ -146,17 +148,18 @@ PYFMT_DEVICE void run_block(const Params& p) {
   if (p.share > 1) hopper::cluster_meet();
   if (p.share == 1 || F::kFolded) __syncthreads();
   // The block's registers, shared out anew.
-  constexpr bool kMany = producers<kTokens>() == kConsumers;
+  constexpr bool kMany = teams<kTokens>() == 2;
   if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<kMany ? 88 : 96>();
+    hopper::fewer_registers<kMany ? 88 : 104>();
     hopper::wait_for_previous();
     hopper::start_dependents();
     produce<F, kTokens>(p, at);
   } else {
-    hopper::more_registers<kMany ? 168 : 208>();
+    hopper::more_registers<kMany ? 168 : 200>();
     hopper::wait_for_previous();
     float sums[kTokens / 2];
     Consumer<F, kTokens>(p, at).run(sums);
+    if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
     // No block leaves, or is written to, while another of its cluster may still need its tiles.
     if (p.share * p.split > 1) {
       hopper::cluster_meet();
@@ -194,6 +197,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
     codes.box_rows = kRows;
     p.codes_map = hopper::encode(codes);
   }
+  if (const char* e = getenv("PYFMT_WIDE_DEBUG")) p.debug = atoi(e);
   p.up = L::as_float(power_of_two_bits(F::kDown));
   const int cluster = p.share * p.split;
   const int blocks = int(p.n_clusters) * ((p.m + kTokens - 1) / kTokens) * cluster;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one thread of matmul_wide.cuh has the copy engine bring: tiles of x and of packed codes.
+// What two threads of matmul_wide.cuh have the copy engine bring: tiles of x and of packed codes.
 #pragma once
 
 #include "matmul_wide_tiles.cuh"
@@ -8,8 +8,8 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-// By a thread that multiplies. Parts of K take the halves of the tokens in different order: each
-// finishes the half that it has first.
+// By the first thread of each warpgroup that multiplies: one brings x, the other codes. Parts of K
+// take the halves of the tokens in different order: each finishes the half that it has first.
 template <class F, int kTokens>
 struct Copies {
   using S = Layout<F, kTokens>;
@@ -56,19 +56,24 @@ struct Copies {
 
   // As many as there are places for.
   PYFMT_DEVICE void start() {
+    if (threadIdx.x == 0) {
 #pragma unroll 1
-    for (int i = 0; i < int(S::kDepth); ++i) bring_codes();
+      while (x < int(S::kStages) && x < steps) bring_x();
+    } else if (threadIdx.x == kConsumers / 2) {
 #pragma unroll 1
-    while (x < S::kStages && x < steps) bring_x();
+      for (int i = 0; i < int(S::kDepth); ++i) bring_codes();
+    }
   }
 
   // While products of tile i are under way: its codes have been read, and this warp has released
   // the stage of tile i - 2.
   PYFMT_DEVICE void more(int i) {
-    bring_codes();
-    if (i >= 2 && x < steps) {
+    if (threadIdx.x == 0) {
+      if (i < 2 || x == steps) return;
       hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
       bring_x();
+    } else if (threadIdx.x == kConsumers / 2) {
+      bring_codes();
     }
   }
 };

@@ -12,10 +12,11 @@ namespace wide {
 
 // A lane of a warp that decodes: half of the columns of one row of each pass.
 struct Lane {
-  int warp, lane, row, half;  // row: of a pass
+  int team, warp, lane, row, half;  // row: of a pass
 
   PYFMT_DEVICE Lane()
-      : warp((int(threadIdx.x) - kConsumers) >> 5),
+      : team((int(threadIdx.x) - kConsumers) >> 7),
+        warp(int(threadIdx.x) >> 5 & 3),
         lane(int(threadIdx.x) & 31),
         row(lane % 8 + lane / 16 * 8),
         half(lane / 8 % 2) {}
@@ -32,14 +33,15 @@ struct Codes {
   const Place& at;
   const Lane& l;
   uint32_t mine;  // where this lane's codes start in the ring, but for turns
-  uint32_t slot = 0, parity = 0;
+  uint32_t slot, parity = 0;
 
   PYFMT_DEVICE Codes(const Params& p, const Place& at, const Lane& l)
       : p(p),
         at(at),
         l(l),
         mine(at.base + S::kCodesAt + uint32_t(S::kWarpRows * l.warp + l.row) * S::kRowBytes +
-             uint32_t(l.half * kRunBytes)) {
+             uint32_t(l.half * kRunBytes)),
+        slot(uint32_t(l.team)) {
     hopper::keep(mine);
   }
 
@@ -48,7 +50,7 @@ struct Codes {
     return hopper::turned<S::kRowBytes>(here) + uint32_t(pass * kPass) * S::kRowBytes;
   }
 
-  // Tile i, the one after the last, is there.
+  // Tile i, this team's next, is there.
   PYFMT_DEVICE void wait(int i) const {
     if (p.copied_codes) {
       hopper::barrier_wait(codes_barrier(at.base, slot), parity);
@@ -89,8 +91,9 @@ struct Codes {
   }
 
   PYFMT_DEVICE void next() {
-    if (++slot == S::kDepth) {
-      slot = 0;
+    slot += S::kTeams;
+    if (slot >= S::kDepth) {
+      slot -= S::kDepth;
       parity ^= 1;
     }
   }
@@ -117,8 +120,9 @@ struct Scales {
     const int in_block = S::kWarpRows * l.warp + kPass * pass + l.row, n = at.n0 + in_block;
     const int64_t bytes = F::kGroups ? p.blocks * scale_bytes(p.scale) : p.blocks;
     row = p.scales + (n < p.n ? n : p.n - 1) * bytes;
-    to = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch + half * kBytes);
-    mine = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch + half * F::kEntry);
+    const int place = (kRows * l.team + in_block) * F::kScalePitch;
+    to = at.base + S::kScalesAt + uint32_t(place + half * kBytes);
+    mine = at.base + S::kScalesAt + uint32_t(place + half * F::kEntry);
     hopper::keep(to);
     hopper::keep(mine);
     if constexpr (F::kGroups) {
@@ -222,12 +226,13 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
     }
   }
   Stage<F, kTokens> stage;
+  stage.place = uint32_t(l.team);
   const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
   uint32_t mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
   hopper::keep(mine);
 #pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    if (i % kBatch == 0) {
+  for (int i = l.team; i < steps; i += S::kTeams) {
+    if (i % kBatch == l.team) {
       hopper::warp_sync();
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) scales[pass].turn(p);
@@ -256,10 +261,10 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
         hopper::store_shared(stage.factors(at.base) + there * 4, raw);
       }
     }
-    hopper::stores_fence();
+    if (!(p.debug & 1)) hopper::stores_fence();
     hopper::warp_sync();
     if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
-    stage.next();
+    stage.next(S::kTeams);
     codes.next();
   }
 }
