@@ -180,18 +180,6 @@ PYFMT_DEVICE float4 load_floats(uint32_t at) {
   return {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)};
 }
 
-// Four floats to a cluster_address; seen there after a cluster_sync.
-PYFMT_DEVICE void store_cluster16(uint32_t there, float a, float b, float c, float d) {
-#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(there), "f"(a), "f"(b),
-               "f"(c), "f"(d)
-               : "memory");
-#elif !defined(__CUDA_ARCH__)
-  const float4 v = {a, b, c, d};
-  memcpy(emulated_at(there), &v, 16);
-#endif
-}
-
 // What this thread stored to shared memory is seen by matrix products and bulk copies that are
 // ordered after this by a barrier.
 PYFMT_DEVICE void stores_fence() {
@@ -264,6 +252,24 @@ PYFMT_DEVICE void barrier_arrive(uint32_t there) {
 #endif
 }
 
+// Four floats to a cluster_address; the barrier of that block (by its cluster_address) counts them
+// once they are there.
+PYFMT_DEVICE void store_counted(uint32_t there, float a, float b, float c, float d, uint32_t bar) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(there),
+      "f"(a), "f"(b), "f"(c), "f"(d), "r"(bar)
+      : "memory");
+#elif !defined(__CUDA_ARCH__)
+  const float4 v = {a, b, c, d};
+  memcpy(emulated_at(there), &v, 16);
+  EmulatedBarrier& counter = emulated_barrier(bar);
+  counter.bytes -= 16;
+  emulated_step(counter);
+#endif
+}
+
 // Waits until the phase of this parity is over.
 PYFMT_DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
 #if defined(__CUDA_ARCH__)
@@ -324,15 +330,6 @@ PYFMT_DEVICE void cluster_meet() {
 #endif
 }
 
-PYFMT_DEVICE void cluster_sync() {
-#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#elif !defined(__CUDA_ARCH__)
-  emulated_cluster_sync();
-#endif
-}
-
 // The first kThreads threads of the block only; the others do not take part.
 template <int kThreads>
 PYFMT_DEVICE void partial_sync() {
@@ -384,6 +381,15 @@ PYFMT_DEVICE void start_dependents() {
 PYFMT_DEVICE void wait_for_previous() {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
   asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A value that is the same in all lanes of a warp, said so to the compiler.
+PYFMT_DEVICE int uniform(int x) {
+#if defined(__CUDA_ARCH__)
+  return __shfl_sync(kAll, x, 0);
+#else
+  return x;
 #endif
 }
 

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups
-// decode packed codes to tiles in shared memory, one of their threads has the copy engine bring
-// tiles of x; two more warpgroups of 64 rows each multiply tiles. They meet at barriers alone, so
-// decoding runs beside the products, several tiles ahead.
+// The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups of
+// 64 rows each multiply tiles in shared memory; two of their threads have the copy engine bring
+// tiles of x and packed codes, which one or two more warpgroups decode to tiles of w. They meet at
+// barriers alone, so decoding runs beside the products, several tiles ahead.
 #pragma once
 
+#include "matmul_wide_copies.cuh"
 #include "matmul_wide_finish.cuh"
 #include "matmul_wide_operands.cuh"
 #include "matmul_wide_producer.cuh"
@@ -21,24 +22,22 @@ struct Consumer {
 
   const Params& p;
   const Place& at;
-  int lane = int(threadIdx.x) & 31, group = int(threadIdx.x) >> 7;
-  uint32_t peer = 0;  // what turns an address of this block into a peer's
+  int lane = int(threadIdx.x) & 31, group = hopper::uniform(int(threadIdx.x) >> 7);
+  bool releases;      // this lane, for one block of the cluster
+  uint32_t peer = 0;  // what turns an address of this block into that one's
   Stage<F, kTokens> stage;
+  Copies<F, kTokens> copies;
 
-  PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at) {
-    if (p.share > 1 && lane < p.share) {
+  PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at), copies(p, at) {
+    releases = lane < p.share;
+    if (p.share > 1 && releases) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
   }
 
   // The warp has no more use for a stage.
   PYFMT_DEVICE void release(const Stage<F, kTokens>& used) const {
-    const uint32_t empty = used.empty(at.base);
-    if (p.share > 1) {
-      if (lane < p.share) hopper::barrier_arrive(empty + peer);
-    } else if (lane == 0) {
-      hopper::barrier_arrive_here(empty);
-    }
+    if (releases) hopper::barrier_arrive(used.empty(at.base) + peer);
   }
 
   // The products of 32-byte steps kFrom to kTo - 1 of the tiles, as one group. fresh: not added.
@@ -63,6 +62,7 @@ struct Consumer {
     for (int i = 0; i < steps; ++i) {
       hopper::barrier_wait(stage.full(at.base), stage.parity);
       multiply<0, 4>(sums, false);
+      copies.more(i);
       hopper::products_wait<1>();
       if (i) release(before);
       before = stage;
@@ -105,6 +105,7 @@ struct Consumer {
       } else {
         multiply<0, 4>(fresh, true);
       }
+      copies.more(i);
       hopper::products_wait<0>();
       hopper::pin(fresh);
       release(stage);
@@ -113,6 +114,7 @@ struct Consumer {
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
+    copies.start();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
     hopper::pin(sums);
@@ -126,14 +128,14 @@ struct Consumer {
 
 template <int kTokens>
 constexpr int threads_of() {
-  return kConsumers + producers<kTokens>();
+  return kConsumers + 128 * teams<kTokens>();
 }
 
 template <class F, int kTokens>
 PYFMT_DEVICE void run_block(const Params& p) {
   const Place at = Place::of<kTokens>(p);
   init_barriers<F, kTokens>(p, at.base);
-  if (threadIdx.x == kConsumers) {
+  if (threadIdx.x == 0) {
     hopper::prefetch_map(p.x);
     if (p.copied_codes) hopper::prefetch_map(p.codes_map);
   }
@@ -143,17 +145,18 @@ PYFMT_DEVICE void run_block(const Params& p) {
     __syncthreads();
   }
   // The block's registers, shared out anew.
-  constexpr bool kMany = producers<kTokens>() == kConsumers;
+  constexpr bool kMany = teams<kTokens>() == 2;
   if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<kMany ? 88 : 96>();
+    hopper::fewer_registers<kMany ? 88 : 104>();
     hopper::wait_for_previous();
     hopper::start_dependents();
-    produce<F, kTokens>(p, at);
+    Producer<F, kTokens>(p, at).run(at.last - at.first);
   } else {
-    hopper::more_registers<kMany ? 168 : 208>();
+    hopper::more_registers<kMany ? 168 : 200>();
     hopper::wait_for_previous();
     float sums[kTokens / 2];
     Consumer<F, kTokens>(p, at).run(sums);
+    if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
     // No block leaves, or is written to, while another of its cluster may still need its tiles.
     if (p.share * p.split > 1) {
       hopper::cluster_meet();
@@ -188,7 +191,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   if (p.copied_codes) {
     hopper::MatrixBox codes = call.codes;
     codes.box_bytes = S::kRowBytes;
-    codes.box_rows = S::kWarpRows;
+    codes.box_rows = kRows;
     p.codes_map = hopper::encode(codes);
   }
   p.up = L::as_float(power_of_two_bits(F::kDown));

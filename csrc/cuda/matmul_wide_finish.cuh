@@ -29,19 +29,26 @@ PYFMT_DEVICE void store_four(const Params& p, int64_t at, const float (&v)[4], i
   }
 }
 
+template <int kTokens>
+PYFMT_DEVICE void expect_sums(const Place& at) {
+  hopper::barrier_expect(sums_barrier(at.base), uint32_t(kTokens / 4 * kConsumers * 4));
+}
+
 // Two parts of K: each gives the other the half of the tokens that it has last, and adds what it
 // is given to its first half. Two summands: the order does not matter.
 template <int kTokens>
 PYFMT_DEVICE void exchange(const Params& p, const Place& at, float (&sums)[kTokens / 2]) {
   constexpr int kHalf = kTokens / 4;
   const uint32_t here = at.base + kHeader + threadIdx.x * 16;
-  const uint32_t peer = hopper::cluster_address(here, uint32_t((at.part ^ 1) * p.share + at.sub));
+  const uint32_t rank = uint32_t((at.part ^ 1) * p.share + at.sub);
+  const uint32_t peer = hopper::cluster_address(here, rank);
+  const uint32_t bar = hopper::cluster_address(sums_barrier(at.base), rank);
 #pragma unroll
   for (int i = 0; i < kHalf; i += 4) {
-    hopper::store_cluster16(peer + uint32_t(i * kConsumers * 4), sums[kHalf + i],
-                            sums[kHalf + i + 1], sums[kHalf + i + 2], sums[kHalf + i + 3]);
+    hopper::store_counted(peer + uint32_t(i * kConsumers * 4), sums[kHalf + i], sums[kHalf + i + 1],
+                          sums[kHalf + i + 2], sums[kHalf + i + 3], bar);
   }
-  hopper::cluster_sync();
+  hopper::barrier_wait(sums_barrier(at.base), 0);
 #pragma unroll
   for (int i = 0; i < kHalf; i += 4) {
     const float4 v = hopper::load_floats(here + uint32_t(i * kConsumers * 4));

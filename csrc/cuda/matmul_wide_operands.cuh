@@ -7,6 +7,7 @@
 //   kFresh, kGroups      whether sums of a tile are kept apart; whether factors multiply them
 //   Type                 what products multiply (wgmma.cuh)
 //   kDown                tensor cores see weights times 2^-kDown
+//   special              whether a run asks for decode<true>, if kHasSpecials
 //   decode               the codes of a run to a row's 64 bytes
 #pragma once
 
@@ -29,9 +30,15 @@ struct Weights {
   static constexpr int kEntry = kGroups ? 4 : kScale == Scale::kE4M3 ? 2 : 1;
   static constexpr int kScalePitch = 8 * kEntry + (kGroups ? 16 : 4 * kEntry);
 
-  // Codes of NaN and infinity, and scales beyond the reach of one factor, take more steps.
+  // Whether codes of NaN or infinity, or scales beyond the reach of one factor, take more steps.
+  static constexpr bool kHasSpecials = kScale == Scale::kE8M0;
+  PYFMT_DEVICE static bool special(const uint32_t (&words)[kBits], uint32_t raw) {
+    return D::special_scale(raw) || D::template special_codes<kBits>(words);
+  }
+
+  // raw: the scale bytes of the run.
   template <bool kAll>
-  PYFMT_DEVICE static void expand(const uint32_t (&words)[kBits], uint32_t raw,
+  PYFMT_DEVICE static void decode(const uint32_t (&words)[kBits], uint32_t raw,
                                   uint32_t (&out)[16]) {
     Factor factors[2];
     if constexpr (kGroups) {
@@ -46,17 +53,6 @@ struct Weights {
     for (int u = 0; u < kUnits; ++u) {
       D::template scaled<kAll>(words + u * D::kWords, factors[2 * u / kUnits], out + u * D::kPairs);
     }
-  }
-
-  // raw: the scale bytes of the run.
-  PYFMT_DEVICE static void decode(const uint32_t (&words)[kBits], uint32_t raw,
-                                  uint32_t (&out)[16]) {
-    if constexpr (kScale == Scale::kE8M0) {
-      if (hopper::any_lane(D::special_scale(raw) || D::template special_codes<kBits>(words))) {
-        return expand<true>(words, raw, out);
-      }
-    }
-    expand<false>(words, raw, out);
   }
 };
 

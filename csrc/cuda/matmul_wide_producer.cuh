@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of matmul_wide.cuh that decode: each brings the packed codes and scales of its 16 or 32
-// rows, a few tiles ahead, and writes their values where products read them.
+// The warps of matmul_wide.cuh that decode: each takes the packed codes of its 16 or 32 rows from
+// shared memory, and writes their values where products read them. They have no part in copies: a
+// fence that shows their stores to the tensor cores would wait for the copies under way.
 #pragma once
 
 #include "matmul_wide_tiles.cuh"
@@ -11,59 +12,14 @@ namespace wide {
 
 // A lane of a warp that decodes: half of the columns of one row of each pass.
 struct Lane {
-  int warp, lane, row, half;  // row: of a pass
+  int team, warp, lane, row, half;  // row: of a pass
 
   PYFMT_DEVICE Lane()
-      : warp((int(threadIdx.x) - kConsumers) >> 5),
+      : team((int(threadIdx.x) - kConsumers) >> 7),
+        warp(int(threadIdx.x) >> 5 & 3),
         lane(int(threadIdx.x) & 31),
         row(lane % 8 + lane / 16 * 8),
         half(lane / 8 % 2) {}
-};
-
-// ---- tiles of x -------------------------------------------------------------------------------
-
-// One thread: brings them as early as their places are free. Parts of K take the halves of the
-// tokens in different order: each finishes the half that it has first.
-template <class F, int kTokens>
-struct TilesOfX {
-  using S = Layout<F, kTokens>;
-  Stage<F, kTokens> stage;
-  int next = 0, column;
-  int first_half, second_half;  // rows of x
-  uint32_t mine, mask;
-
-  PYFMT_DEVICE TilesOfX(const Params& p, const Place& at) {
-    const int rows = kTokens >> (p.share_bits + p.split - 1);
-    column = at.first * 128;
-    first_half = at.m0 + at.part * (kTokens / 2) + at.sub * rows;
-    second_half = at.m0 + (at.part ^ 1) * (kTokens / 2) + at.sub * rows;
-    mine = uint32_t(at.sub * rows * 128);
-    mask = ((1u << p.share) - 1) << (at.part << p.share_bits);
-  }
-
-  // At least tile i of `steps`.
-  PYFMT_DEVICE void bring(const Params& p, uint32_t base, int i, int steps) {
-#pragma unroll 1
-    while (next < steps) {
-      const uint32_t empty = stage.empty(base), full = stage.full(base);
-      if (next <= i) {
-        hopper::barrier_wait(empty, stage.parity ^ 1);
-      } else if (!hopper::barrier_test(empty, stage.parity ^ 1)) {
-        break;
-      }
-      hopper::barrier_expect(full, S::kTileOfX);
-      const uint32_t to = stage.x(base) + mine;
-      const bool shared = p.share > 1;
-      hopper::copy_box(to, p.x, column, first_half, full, mask, shared);
-      if (p.split > 1) {
-        const uint32_t half = S::kTileOfX / 2;
-        hopper::copy_box(to + half, p.x, column, second_half, full, mask, shared);
-      }
-      ++next;
-      column += 128;
-      stage.next();
-    }
-  }
 };
 
 // ---- codes ------------------------------------------------------------------------------------
@@ -72,40 +28,21 @@ template <class F, int kTokens>
 struct Codes {
   using S = Layout<F, kTokens>;
   static constexpr int kRunBytes = F::kRun * F::kBits / 8;
-  static constexpr uint32_t kDepth = S::kDepth;
 
   const Params& p;
   const Place& at;
-  const Lane& l;
-  uint32_t ring;  // of this warp
-  uint32_t mine;  // where this lane's codes start in it, but for turns
-  uint32_t slot = 0, parity = 0;
+  const Lane l;
+  uint32_t mine;  // where this lane's codes start in the ring, but for turns
+  uint32_t slot, parity = 0;
 
   PYFMT_DEVICE Codes(const Params& p, const Place& at, const Lane& l)
       : p(p),
         at(at),
         l(l),
-        ring(at.base + S::kCodesAt + uint32_t(l.warp) * kDepth * S::kSlot),
-        mine(ring + uint32_t(l.row) * S::kRowBytes + uint32_t(l.half * kRunBytes)) {
+        mine(at.base + S::kCodesAt + uint32_t(S::kWarpRows * l.warp + l.row) * S::kRowBytes +
+             uint32_t(l.half * kRunBytes)),
+        slot(uint32_t(l.team)) {
     hopper::keep(mine);
-    hopper::keep(ring);
-  }
-
-  PYFMT_DEVICE int first_row() const { return at.n0 + S::kWarpRows * l.warp; }
-
-  // Tile i of this part to the slot `to`.
-  PYFMT_DEVICE void fetch(int i, uint32_t to) const {
-    if (!p.copied_codes || l.lane != 0) return;
-    const uint32_t bar = codes_barrier(at.base, l.warp, to);
-    hopper::barrier_expect(bar, S::kSlot);
-    hopper::copy_box(ring + to * S::kSlot, p.codes_map, (at.first + i) * int(S::kRowBytes),
-                     first_row(), bar, 0, false);
-  }
-
-  // The first tiles.
-  PYFMT_DEVICE void start(int steps) const {
-#pragma unroll 1
-    for (int i = 0; i < steps && i < int(kDepth); ++i) fetch(i, uint32_t(i));
   }
 
   PYFMT_DEVICE uint32_t place(int pass, int byte) const {
@@ -113,16 +50,16 @@ struct Codes {
     return hopper::turned<S::kRowBytes>(here) + uint32_t(pass * kPass) * S::kRowBytes;
   }
 
-  // Tile i, the one after the last, is there.
+  // Tile i, this team's next, is there.
   PYFMT_DEVICE void wait(int i) const {
     if (p.copied_codes) {
-      hopper::barrier_wait(codes_barrier(at.base, l.warp, slot), parity);
+      hopper::barrier_wait(codes_barrier(at.base, slot), parity);
       return;
     }
     // Rows that the copy engine does not take, for want of alignment.
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
-      const int n = first_row() + pass * kPass + l.row;
+      const int n = at.n0 + S::kWarpRows * l.warp + pass * kPass + l.row;
       const int64_t first = int64_t(at.first + i) * S::kRowBytes + l.half * kRunBytes;
       const uint8_t* from = p.codes + n * p.row_bytes + first;
 #pragma unroll 1
@@ -153,12 +90,10 @@ struct Codes {
     }
   }
 
-  // All lanes have read tile i: its slot takes another.
-  PYFMT_DEVICE void release(int i, int steps) {
-    hopper::warp_sync();
-    if (i + int(kDepth) < steps) fetch(i + int(kDepth), slot);
-    if (++slot == kDepth) {
-      slot = 0;
+  PYFMT_DEVICE void next() {
+    slot += S::kTeams;
+    if (slot >= S::kDepth) {
+      slot -= S::kDepth;
       parity ^= 1;
     }
   }
@@ -185,8 +120,9 @@ struct Scales {
     const int in_block = S::kWarpRows * l.warp + kPass * pass + l.row, n = at.n0 + in_block;
     const int64_t bytes = F::kGroups ? p.blocks * scale_bytes(p.scale) : p.blocks;
     row = p.scales + (n < p.n ? n : p.n - 1) * bytes;
-    to = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch + half * kBytes);
-    mine = at.base + S::kScalesAt + uint32_t(in_block * F::kScalePitch + half * F::kEntry);
+    const int place = (kRows * l.team + in_block) * F::kScalePitch;
+    to = at.base + S::kScalesAt + uint32_t(place + half * kBytes);
+    mine = at.base + S::kScalesAt + uint32_t(place + half * F::kEntry);
     hopper::keep(to);
     hopper::keep(mine);
     if constexpr (F::kGroups) {
@@ -272,57 +208,97 @@ struct Scales {
 
 // ---- the loop ---------------------------------------------------------------------------------
 
+// A warp's part of the tiles that its team decodes.
 template <class F, int kTokens>
-PYFMT_DEVICE void produce(const Params& p, const Place& at) {
+struct Producer {
   using S = Layout<F, kTokens>;
-  constexpr int kPasses = S::kPasses;
+  static constexpr int kPasses = S::kPasses, kStep = S::kTeams;
+
+  const Params& p;
+  const Place& at;
   const Lane l;
-  const int steps = at.last - at.first;
-  Codes<F, kTokens> codes(p, at, l);
-  codes.start(steps);
-  TilesOfX<F, kTokens> tiles(p, at);
+  Codes<F, kTokens> codes;
   Scales<F, kTokens> scales[kPasses];
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) scales[pass].start(p, at, l, pass);
   Stage<F, kTokens> stage;
-  const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
-  uint32_t mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
-  hopper::keep(mine);
-#pragma unroll 1
-  for (int i = 0; i < steps; ++i) {
-    if (threadIdx.x == kConsumers) tiles.bring(p, at.base, i, steps);
-    if (i % kBatch == 0) {
+  uint32_t mine;  // where this lane writes in a stage
+  uint32_t words[kPasses][F::kRun * F::kBits / 32], raw[kPasses];
+
+  PYFMT_DEVICE Producer(const Params& p, const Place& at) : p(p), at(at), codes(p, at, l) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) scales[pass].start(p, at, l, pass);
+    stage.place = uint32_t(l.team);
+    const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
+    mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
+    hopper::keep(mine);
+  }
+
+  // Codes and scales of tile i are there.
+  PYFMT_DEVICE void wait(int i) {
+    if (i % kBatch == l.team) {
       hopper::warp_sync();
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) scales[pass].turn(p);
       hopper::warp_sync();
     }
     codes.wait(i);
+  }
+  PYFMT_DEVICE void read(int i, int pass) {
+    codes.read(pass, words[pass]);
+    raw[pass] = scales[pass].read(i % kBatch);
+  }
+
+  // What was read, to its stage; the next tile's is read meanwhile, so that nobody waits for it.
+  template <bool kAll>
+  PYFMT_DEVICE void decode(int next, int steps) {
+    const uint32_t here = stage.x(at.base) + mine;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      uint32_t words[F::kRun * F::kBits / 32], out[16];
-      codes.read(pass, words);
-      const uint32_t raw = scales[pass].read(i % kBatch);
-      F::decode(words, raw, out);
-      if (pass == kPasses - 1) codes.release(i, steps);
-      if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
-      const uint32_t to = stage.x(at.base) + mine + uint32_t(pass * kPass * 128);
+      uint32_t out[16];
+      F::template decode<kAll>(words[pass], raw[pass], out);
+      if constexpr (F::kGroups) {
+        const uint32_t row = uint32_t(S::kWarpRows * l.warp + kPass * pass + l.row);
+        hopper::store_shared(stage.factors(at.base) + (uint32_t(l.half) * kRows + row) * 4,
+                             raw[pass]);
+      }
+      if (pass == 0 && next < steps) wait(next);
+      read(next, pass);
+      const uint32_t to = here + uint32_t(pass * kPass * 128);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         hopper::store_shared16(to ^ uint32_t(16 * q), out[4 * q], out[4 * q + 1], out[4 * q + 2],
                                out[4 * q + 3]);
       }
-      if constexpr (F::kGroups) {
-        const uint32_t there = uint32_t(l.half * kRows + pass * kPass) + row;
-        hopper::store_shared(stage.factors(at.base) + there * 4, raw);
-      }
     }
-    hopper::stores_fence();
-    hopper::warp_sync();
-    if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
-    stage.next();
   }
-}
+
+  PYFMT_DEVICE void run(int steps) {
+    if (l.team >= steps) return;
+    wait(l.team);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) read(l.team, pass);
+    codes.next();
+#pragma unroll 1
+    for (int i = l.team; i < steps; i += kStep) {
+      bool special = false;
+      if constexpr (F::kHasSpecials) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) special |= F::special(words[pass], raw[pass]);
+        special = hopper::any_lane(special);
+      }
+      hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
+      if (special) {
+        decode<F::kHasSpecials>(i + kStep, steps);
+      } else {
+        decode<false>(i + kStep, steps);
+      }
+      hopper::stores_fence();
+      hopper::warp_sync();
+      if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
+      stage.next(kStep);
+      codes.next();
+    }
+  }
+};
 
 }  // namespace wide
 }  // namespace cuda

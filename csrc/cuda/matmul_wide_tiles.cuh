@@ -3,8 +3,8 @@
 //
 //   header     barriers
 //   stages     a tile of x, a tile of w, and of some formats the scales of w's tile
-//   codes      packed, a ring for each warp that decodes
-//   scales     those of the next few tiles, for each such warp
+//   codes      packed, those of the next few tiles
+//   scales     likewise
 //
 // A tile is 128 bytes of each row, as matrix products read it (wgmma.cuh). Nothing here knows what
 // kind of numbers those bytes are.
@@ -21,13 +21,13 @@ constexpr int kRows = 128;  // of w, in a block
 constexpr int kPass = 16;   // of them, that a warp decodes at a time
 constexpr int kBatch = 4;   // tiles whose scales are brought at once
 
-// Threads that multiply, and threads that decode. A product of 192 tokens or more is an instruction
-// of so many registers that it only fits a block of 384 threads, at 168 each to begin with; so long
-// are its products that one warpgroup decodes fast enough.
+// Threads that multiply, and warpgroups that take turns at decoding tiles. A product of 192 tokens
+// or more is an instruction of so many registers that it only fits a block of 384 threads, at 168
+// each to begin with; so long are its products that one warpgroup decodes fast enough.
 constexpr int kConsumers = 256;
 template <int kTokens>
-constexpr int producers() {
-  return kTokens >= 192 ? 128 : 256;
+constexpr int teams() {
+  return kTokens >= 192 ? 1 : 2;
 }
 
 struct Params {
@@ -86,22 +86,21 @@ constexpr int kHeader = 1024, kPitch = kRows + 4;
 
 template <class F, int kTokens>
 struct Layout {
-  static constexpr int kWarps = producers<kTokens>() / 32;  // that decode
-  static constexpr int kWarpRows = kRows / kWarps, kPasses = kWarpRows / kPass;
-  static constexpr int kStages = kTokens == 64 ? 6 : 4;
+  static constexpr int kWarps = 4, kWarpRows = kRows / kWarps, kPasses = kWarpRows / kPass;
+  static constexpr int kTeams = teams<kTokens>();  // of so many warps
+  static constexpr uint32_t kStages = kTokens == 64 ? 6 : 4;
   static constexpr uint32_t kTileOfX = kTokens * 128, kTileOfW = kRows * 128;
   static constexpr uint32_t kFactors = F::kGroups ? 1024 : 0;  // two floats a row
   static constexpr uint32_t kStage = kTileOfX + kTileOfW + kFactors;
   static constexpr uint32_t kStageAt = kHeader, kCodesAt = kStageAt + kStages * kStage;
 
-  static constexpr uint32_t kRowBytes = F::kColumns * F::kBits / 8, kSlot = kWarpRows * kRowBytes;
-  static constexpr uint32_t kScaleBytes = kWarpRows * F::kScalePitch;  // of a warp
-  static constexpr uint32_t kLeft = hopper::kMostShared - kCodesAt - kWarps * kScaleBytes;
-  static constexpr uint32_t kMost = kLeft / (kWarps * kSlot);
+  static constexpr uint32_t kRowBytes = F::kColumns * F::kBits / 8, kSlot = kRows * kRowBytes;
+  static constexpr uint32_t kScaleBytes = kTeams * kRows * F::kScalePitch;
+  static constexpr uint32_t kMost = (hopper::kMostShared - kCodesAt - kScaleBytes) / kSlot;
   static constexpr uint32_t kDepth = kMost > 8 ? 8 : kMost;  // tiles of codes under way or in use
   static_assert(kDepth >= 3, "the ring of codes");
-  static constexpr uint32_t kScalesAt = kCodesAt + kWarps * kDepth * kSlot;
-  static constexpr uint32_t kLoop = kScalesAt + kWarps * kScaleBytes;
+  static constexpr uint32_t kScalesAt = kCodesAt + kDepth * kSlot;
+  static constexpr uint32_t kLoop = kScalesAt + kScaleBytes;
   // Sums on their way to y; parts of K exchange a half of them first.
   static constexpr uint32_t kEnd = kHeader + kTokens * kPitch * 4;
   static constexpr uint32_t kBytes = kLoop > kEnd ? kLoop : kEnd;
@@ -115,9 +114,10 @@ struct Stage {
   using S = Layout<F, kTokens>;
   uint32_t place = 0, parity = 0;
 
-  PYFMT_DEVICE void next() {
-    if (++place == S::kStages) {
-      place = 0;
+  PYFMT_DEVICE void next(uint32_t by = 1) {
+    place += by;
+    if (place >= S::kStages) {
+      place -= S::kStages;
       parity ^= 1;
     }
   }
@@ -128,17 +128,21 @@ struct Stage {
   PYFMT_DEVICE uint32_t factors(uint32_t base) const { return w(base) + S::kTileOfW; }
 };
 
-PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, int warp, uint32_t slot) {
-  return base + 128u + 64u * uint32_t(warp) + 8u * slot;
+PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, uint32_t slot) {
+  return base + 128u + 8u * slot;
+}
+
+// For the sums of the other part of K.
+PYFMT_DEVICE uint32_t sums_barrier(uint32_t base) {
+  return base + 192u;
 }
 
 // By the first threads of a block.
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
-  using S = Layout<F, kTokens>;
   const uint32_t i = threadIdx.x;
-  if (i >= 16 + 8 * S::kWarps) return;
-  const uint32_t arrivals = i < 8    ? S::kWarps + 1
+  if (i > 24) return;
+  const uint32_t arrivals = i < 8    ? Layout<F, kTokens>::kWarps + 1
                             : i < 16 ? uint32_t(kConsumers / 32 * p.share)
                                      : 1;
   hopper::barrier_init(base + 8 * i, arrivals);
