@@ -82,6 +82,7 @@ struct FoldWeights {
   static constexpr int kBits = spec.bits(), kColumns = 128, kRun = 64;
   static constexpr int kEntry = 2, kScalePitch = 8 * kEntry + 4 * kEntry;
   static constexpr bool kFresh = true, kGroups = false, kFolded = true;
+  static constexpr bool kHasSpecials = false;
   static constexpr bool kLookup = kBits == 4, kInt = spec.is_int();
   // Two binary digits fit E5M2, whose bytes need no conversion; else E4M3.
   static constexpr bool kE5M2 = kBits == 6 && spec.man == 2;

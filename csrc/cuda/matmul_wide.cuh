@@ -4,7 +4,6 @@
 // tiles of x and packed codes, which one or two more warpgroups decode to tiles of w. They meet at
 // barriers alone, so decoding runs beside the products, several tiles ahead.
 #pragma once
-#include <cstdlib>
 
 #include "matmul_wide_copies.cuh"
 #include "matmul_wide_finish.cuh"
@@ -23,25 +22,22 @@ struct Consumer {
 
   const Params& p;
   const Place& at;
-  int lane = int(threadIdx.x) & 31, group = int(threadIdx.x) >> 7;
-  uint32_t peer = 0;  // what turns an address of this block into a peer's
+  int lane = int(threadIdx.x) & 31, group = hopper::uniform(int(threadIdx.x) >> 7);
+  bool releases;      // this lane, for one block of the cluster
+  uint32_t peer = 0;  // what turns an address of this block into that one's
   Stage<F, kTokens> stage;
   Copies<F, kTokens> copies;
 
   PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at), copies(p, at) {
-    if (p.share > 1 && lane < p.share) {
+    releases = lane < p.share;
+    if (p.share > 1 && releases) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
   }
 
   // The warp has no more use for a stage.
   PYFMT_DEVICE void release(const Stage<F, kTokens>& used) const {
-    const uint32_t empty = used.empty(at.base);
-    if (p.share > 1) {
-      if (lane < p.share) hopper::barrier_arrive(empty + peer);
-    } else if (lane == 0) {
-      hopper::barrier_arrive_here(empty);
-    }
+    if (releases) hopper::barrier_arrive(used.empty(at.base) + peer);
   }
 
   // The products of 32-byte steps kFrom to kTo - 1 of the tiles, as one group. fresh: not added.
@@ -49,7 +45,6 @@ struct Consumer {
   PYFMT_DEVICE void multiply(float (&sums)[kCount], bool fresh) const {
     const uint32_t x = hopper::tile_code(stage.x(at.base));
     const uint32_t w = hopper::tile_code(stage.w(at.base) + uint32_t(group * 64 * 128));
-    if (p.debug & 2) hopper::stores_fence();
     hopper::products_fence();
 #pragma unroll
     for (int s = kFrom; s < kTo; ++s) {
@@ -153,7 +148,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
     hopper::fewer_registers<kMany ? 88 : 104>();
     hopper::wait_for_previous();
     hopper::start_dependents();
-    produce<F, kTokens>(p, at);
+    Producer<F, kTokens>(p, at).run(at.last - at.first);
   } else {
     hopper::more_registers<kMany ? 168 : 200>();
     hopper::wait_for_previous();
@@ -197,7 +192,6 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
     codes.box_rows = kRows;
     p.codes_map = hopper::encode(codes);
   }
-  if (const char* e = getenv("PYFMT_WIDE_DEBUG")) p.debug = atoi(e);
   p.up = L::as_float(power_of_two_bits(F::kDown));
   const int cluster = p.share * p.split;
   const int blocks = int(p.n_clusters) * ((p.m + kTokens - 1) / kTokens) * cluster;

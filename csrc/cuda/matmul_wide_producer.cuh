@@ -31,7 +31,7 @@ struct Codes {
 
   const Params& p;
   const Place& at;
-  const Lane& l;
+  const Lane l;
   uint32_t mine;  // where this lane's codes start in the ring, but for turns
   uint32_t slot, parity = 0;
 
@@ -208,30 +208,39 @@ struct Scales {
 
 // ---- the loop ---------------------------------------------------------------------------------
 
+// A warp's part of the tiles that its team decodes.
 template <class F, int kTokens>
-PYFMT_DEVICE void produce(const Params& p, const Place& at) {
+struct Producer {
   using S = Layout<F, kTokens>;
-  constexpr int kPasses = S::kPasses;
+  static constexpr int kPasses = S::kPasses, kStep = S::kTeams;
+
+  const Params& p;
+  const Place& at;
   const Lane l;
-  const int steps = at.last - at.first;
-  Codes<F, kTokens> codes(p, at, l);
+  Codes<F, kTokens> codes;
   Scales<F, kTokens> scales[kPasses];
-  int offset[kPasses] = {};
-#pragma unroll
-  for (int pass = 0; pass < kPasses; ++pass) {
-    scales[pass].start(p, at, l, pass);
-    if constexpr (F::kFolded) {
-      const int n = at.n0 + S::kWarpRows * l.warp + pass * kPass + l.row;
-      offset[pass] = F::offset_of(p.w_scale[n < p.n ? n : p.n - 1]);
-    }
-  }
   Stage<F, kTokens> stage;
-  stage.place = uint32_t(l.team);
-  const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
-  uint32_t mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
-  hopper::keep(mine);
-#pragma unroll 1
-  for (int i = l.team; i < steps; i += S::kTeams) {
+  uint32_t mine;  // where this lane writes in a stage
+  int offset[kPasses] = {};
+  uint32_t words[kPasses][F::kRun * F::kBits / 32], raw[kPasses];
+
+  PYFMT_DEVICE Producer(const Params& p, const Place& at) : p(p), at(at), codes(p, at, l) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      scales[pass].start(p, at, l, pass);
+      if constexpr (F::kFolded) {
+        const int n = at.n0 + S::kWarpRows * l.warp + pass * kPass + l.row;
+        offset[pass] = F::offset_of(p.w_scale[n < p.n ? n : p.n - 1]);
+      }
+    }
+    stage.place = uint32_t(l.team);
+    const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
+    mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
+    hopper::keep(mine);
+  }
+
+  // Codes and scales of tile i are there.
+  PYFMT_DEVICE void wait(int i) {
     if (i % kBatch == l.team) {
       hopper::warp_sync();
 #pragma unroll
@@ -239,35 +248,68 @@ PYFMT_DEVICE void produce(const Params& p, const Place& at) {
       hopper::warp_sync();
     }
     codes.wait(i);
+  }
+  PYFMT_DEVICE void read(int i, int pass) {
+    codes.read(pass, words[pass]);
+    raw[pass] = scales[pass].read(i % kBatch);
+  }
+
+  // What was read, to its stage; the next tile's is read meanwhile, so that nobody waits for it.
+  template <bool kAll>
+  PYFMT_DEVICE void decode(int next, int steps) {
+    const uint32_t here = stage.x(at.base) + mine;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      uint32_t words[F::kRun * F::kBits / 32], out[16];
-      codes.read(pass, words);
-      const uint32_t raw = scales[pass].read(i % kBatch);
+      uint32_t out[16];
       if constexpr (F::kFolded) {
-        F::decode(words, raw, offset[pass], at.base + kTableAt, out);
+        F::decode(words[pass], raw[pass], offset[pass], at.base + kTableAt, out);
       } else {
-        F::decode(words, raw, out);
+        F::template decode<kAll>(words[pass], raw[pass], out);
       }
-      if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
-      const uint32_t to = stage.x(at.base) + mine + uint32_t(pass * kPass * 128);
+      if constexpr (F::kGroups) {
+        const uint32_t row = uint32_t(S::kWarpRows * l.warp + kPass * pass + l.row);
+        hopper::store_shared(stage.factors(at.base) + (uint32_t(l.half) * kRows + row) * 4,
+                             raw[pass]);
+      }
+      if (pass == 0 && next < steps) wait(next);
+      read(next, pass);
+      const uint32_t to = here + uint32_t(pass * kPass * 128);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         hopper::store_shared16(to ^ uint32_t(16 * q), out[4 * q], out[4 * q + 1], out[4 * q + 2],
                                out[4 * q + 3]);
       }
-      if constexpr (F::kGroups) {
-        const uint32_t there = uint32_t(l.half * kRows + pass * kPass) + row;
-        hopper::store_shared(stage.factors(at.base) + there * 4, raw);
-      }
     }
-    if (!(p.debug & 1)) hopper::stores_fence();
-    hopper::warp_sync();
-    if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
-    stage.next(S::kTeams);
-    codes.next();
   }
-}
+
+  PYFMT_DEVICE void run(int steps) {
+    if (l.team >= steps) return;
+    wait(l.team);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) read(l.team, pass);
+    codes.next();
+#pragma unroll 1
+    for (int i = l.team; i < steps; i += kStep) {
+      bool special = false;
+      if constexpr (F::kHasSpecials) {
+#pragma unroll
+        for (int pass = 0; pass < kPasses; ++pass) special |= F::special(words[pass], raw[pass]);
+        special = hopper::any_lane(special);
+      }
+      hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
+      if (special) {
+        decode<F::kHasSpecials>(i + kStep, steps);
+      } else {
+        decode<false>(i + kStep, steps);
+      }
+      hopper::stores_fence();
+      hopper::warp_sync();
+      if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
+      stage.next(kStep);
+      codes.next();
+    }
+  }
+};
 
 }  // namespace wide
 }  // namespace cuda
