@@ -260,10 +260,10 @@ def explain(call: Call, machine: Machine) -> dict[str, str]:
 def _why(name: str, call: Call) -> str:
     if call.batch_invariant:
         return "results must not depend on the batch"
-    limits = dict(TABLE.get(_key(call), ()))
-    if name not in limits:
+    limits = [n for path, n in TABLE.get(_key(call), ()) if path == name and _within(n, call)]
+    if not limits:
         return "no path of the table can serve the call"
-    limit = limits[name]
+    limit = limits[0]
     if isinstance(limit, tuple):
         limit = limit[call.n * call.k > SMALL]
     rows = "any number of rows" if limit is None else f"up to {limit} rows"

@@ -16,10 +16,10 @@ SMALL = 1 << 26
 Limit = int | tuple[int, int] | None
 
 TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
-    "fold-4": (("native", None), ("skinny", 16), ("wide", 384), ("fold", None)),
-    "fold-6": (("native", None), ("skinny", 16), ("wide", 384), ("fold", None)),
-    "fold-4 kept": (("skinny", 16), ("wide", 64), ("fold", None)),
-    "fold-6 kept": (("skinny", 16), ("wide", 64), ("fold", None)),
+    "fold-4": (("native", None), ("skinny", 16), ("fold", 128), ("wide", 384), ("fold", None)),
+    "fold-6": (("native", None), ("skinny", 16), ("fold", 64), ("wide", 384), ("fold", None)),
+    "fold-4 kept": (("skinny", 16), ("fold", None)),
+    "fold-6 kept": (("skinny", 16), ("fold", None)),
     "bf16-4": (("native", None), ("skinny", 16), ("wide", 2048), ("exact", None)),
     "bf16-6": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
     "bf16-8": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
@@ -28,4 +28,4 @@ TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
 
 # Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0); for more rows it
 # is written as fp8 for the library's GEMM.
-PACKED: dict[str, int] = {"fold-4": 1024, "fold-6": 1024}
+PACKED: dict[str, int] = {"fold-4": 128, "fold-6": 64, "fold-4 kept": 64, "fold-6 kept": 64}

@@ -80,7 +80,7 @@ struct FoldWeights {
   using F = Fold<E, false>;
   static constexpr ElementSpec spec = E::spec;
   static constexpr int kBits = spec.bits(), kColumns = 128, kRun = 64;
-  static constexpr int kEntry = 2, kScalePitch = 8 * kEntry + 4 * kEntry;
+  static constexpr int kEntry = 2, kScalePitch = 8 * kEntry;
   static constexpr bool kFresh = true, kGroups = false, kFolded = true;
   static constexpr bool kHasSpecials = false;
   static constexpr bool kLookup = kBits == 4, kInt = spec.is_int();
