@@ -79,7 +79,7 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
   const int64_t tiles = (a.k + 63) / 64;
   const bool groups = has_groups(a.format, a.format.element);
   double least = 0;
-  for (int tokens : {64, 128, 192, 256}) {
+  for (int tokens : {64, 128, 256}) {
     if (tokens > 128 && groups) break;
     for (int split : {1, 2}) {
       if (split > tiles) break;
@@ -121,6 +121,7 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.wide_scales = scales_aligned(a, p);
   p.group_runs = a.format.block_columns ? a.format.block_columns / 32 : 1 << 30;
   p.half_tiles = p.group_runs % 2 != 0;
+  p.two_tiles = p.group_runs % 4 == 0;
   p.m = int(a.m);
   p.n = int(a.n);
   p.tiles = int((a.k + kernel.columns - 1) / kernel.columns);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups of
 // 64 rows each multiply tiles in shared memory; two of their threads have the copy engine bring
-// tiles of x and packed codes, which one or two more warpgroups decode to tiles of w. They meet at
+// tiles of x and packed codes, which two more warpgroups decode to tiles of w. They meet at
 // barriers alone, so decoding runs beside the products, several tiles ahead.
 #pragma once
 
@@ -18,7 +18,10 @@ namespace wide {
 template <class F, int kTokens>
 struct Consumer {
   static constexpr int kCount = kTokens / 2;
-  using Product = hopper::Product<typename F::Type, kTokens>;
+  // Products of 256 would need more registers than the block starts with.
+  static constexpr int kMost = kTokens < 128 ? kTokens : 128;
+  using Product = hopper::Product<typename F::Type, kMost>;
+  using Sums = float[kMost / 2];
 
   const Params& p;
   const Place& at;
@@ -48,8 +51,12 @@ struct Consumer {
     hopper::products_fence();
 #pragma unroll
     for (int s = kFrom; s < kTo; ++s) {
-      Product::add_to(sums, hopper::tile_descriptor(w, s), hopper::tile_descriptor(x, s),
-                      fresh && s == kFrom ? 0 : 1);
+#pragma unroll
+      for (int t = 0; t < kTokens; t += kMost) {
+        const uint32_t part = x + uint32_t(t * 128 >> 4);
+        Product::add_to(reinterpret_cast<Sums&>(sums[t / 2]), hopper::tile_descriptor(w, s),
+                        hopper::tile_descriptor(part, s), fresh && s == kFrom ? 0 : 1);
+      }
     }
     hopper::products_commit();
   }
@@ -89,6 +96,7 @@ struct Consumer {
     }
   }
 
+  // Sums of two tiles, of one or of half of one in an accumulator of their own.
   PYFMT_DEVICE void run_apart(float (&sums)[kCount], int steps) {
     float fresh[kCount], factor[2] = {1.0f, 1.0f};
 #pragma unroll 1
@@ -106,6 +114,16 @@ struct Consumer {
         multiply<0, 4>(fresh, true);
       }
       copies.more(i);
+      if (F::kGroups && p.two_tiles && i + 1 < steps) {
+        const Stage<F, kTokens> before = stage;
+        ++i;
+        stage.next();
+        hopper::barrier_wait(stage.full(at.base), stage.parity);
+        multiply<0, 4>(fresh, false);
+        copies.more(i);
+        hopper::products_wait<1>();
+        release(before);
+      }
       hopper::products_wait<0>();
       hopper::pin(fresh);
       release(stage);
@@ -126,11 +144,6 @@ struct Consumer {
   }
 };
 
-template <int kTokens>
-constexpr int threads_of() {
-  return kConsumers + 128 * teams<kTokens>();
-}
-
 template <class F, int kTokens>
 PYFMT_DEVICE void run_block(const Params& p) {
   const Place at = Place::of<kTokens>(p);
@@ -144,15 +157,14 @@ PYFMT_DEVICE void run_block(const Params& p) {
   } else {
     __syncthreads();
   }
-  // The block's registers, shared out anew.
-  constexpr bool kMany = teams<kTokens>() == 2;
+  // Registers: 128 for each of 512 threads, shared out anew.
   if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<kMany ? 88 : 104>();
+    hopper::fewer_registers<88>();
     hopper::wait_for_previous();
     hopper::start_dependents();
     Producer<F, kTokens>(p, at).run(at.last - at.first);
   } else {
-    hopper::more_registers<kMany ? 168 : 200>();
+    hopper::more_registers<168>();
     hopper::wait_for_previous();
     float sums[kTokens / 2];
     Consumer<F, kTokens>(p, at).run(sums);
@@ -168,7 +180,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
 }
 
 #if defined(PYFMT_SM90A)
-#define PYFMT_WIDE_THREADS threads_of<kTokens>()
+#define PYFMT_WIDE_THREADS kThreadsOfBlock
 #else
 #define PYFMT_WIDE_THREADS 32  // tells the host that there is nothing to launch
 #endif
@@ -210,7 +222,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(threads_of<kTokens>());
+  config.blockDim = dim3(kThreadsOfBlock);
   config.dynamicSmemBytes = S::kBytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
@@ -218,7 +230,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   check(cudaLaunchKernelEx(&config, kernel, p), "launch");
 #else
   (void)stream;
-  emulation::launch_clusters(kernel, blocks, threads_of<kTokens>(), cluster, p);
+  emulation::launch_clusters(kernel, blocks, kThreadsOfBlock, cluster, p);
 #endif
 }
 
@@ -227,7 +239,6 @@ template <class F>
 void launch_format(Params& p, const WideCall& call, Stream stream) {
   if constexpr (!F::kFresh) {
     if (call.tokens == 256) return launch_tile<F, 256>(p, call, stream);
-    if (call.tokens == 192) return launch_tile<F, 192>(p, call, stream);
   }
   if (call.tokens == 128) return launch_tile<F, 128>(p, call, stream);
   launch_tile<F, 64>(p, call, stream);

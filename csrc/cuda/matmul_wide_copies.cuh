@@ -31,12 +31,12 @@ struct Copies {
   }
 
   PYFMT_DEVICE void bring_codes() {
-    if (!p.copied_codes || codes == steps) return;
+    if (!p.copied_codes || codes >= steps) return;
     const uint32_t bar = codes_barrier(at.base, slot);
     hopper::barrier_expect(bar, S::kSlot);
     hopper::copy_box(at.base + S::kCodesAt + slot * S::kSlot, p.codes_map,
-                     (at.first + codes) * int(S::kRowBytes), at.n0, bar, 0, false);
-    ++codes;
+                     (at.first + codes) * int(S::kTileRow), at.n0, bar, 0, false);
+    codes += S::kSpan;
     if (++slot == S::kDepth) slot = 0;
   }
 
@@ -72,7 +72,7 @@ struct Copies {
       if (i < 2 || x == steps) return;
       hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
       bring_x();
-    } else if (threadIdx.x == kConsumers / 2) {
+    } else if (threadIdx.x == kConsumers / 2 && (i + 1) % int(S::kSpan) == 0) {
       bring_codes();
     }
   }

@@ -28,7 +28,7 @@ struct Weights {
   static constexpr bool kGroups = kScale != Scale::kE8M0 && kScale != Scale::kE4M3;
   static constexpr bool kFresh = kGroups;
   static constexpr int kEntry = kGroups ? 4 : kScale == Scale::kE4M3 ? 2 : 1;
-  static constexpr int kScalePitch = 8 * kEntry + (kGroups ? 16 : 4 * kEntry);
+  static constexpr int kScalePitch = 8 * kEntry + (kGroups ? 16 : 0);
 
   // Whether codes of NaN or infinity, or scales beyond the reach of one factor, take more steps.
   static constexpr bool kHasSpecials = kScale == Scale::kE8M0;

@@ -33,20 +33,20 @@ struct Codes {
   const Place& at;
   const Lane l;
   uint32_t mine;  // where this lane's codes start in the ring, but for turns
-  uint32_t slot, parity = 0;
+  uint32_t slot = 0, parity = 0, tile = 0;  // tile: of a slot
 
   PYFMT_DEVICE Codes(const Params& p, const Place& at, const Lane& l)
       : p(p),
         at(at),
         l(l),
         mine(at.base + S::kCodesAt + uint32_t(S::kWarpRows * l.warp + l.row) * S::kRowBytes +
-             uint32_t(l.half * kRunBytes)),
-        slot(uint32_t(l.team)) {
+             uint32_t(l.half * kRunBytes)) {
     hopper::keep(mine);
+    if (l.team) next(1);
   }
 
   PYFMT_DEVICE uint32_t place(int pass, int byte) const {
-    const uint32_t here = mine + slot * S::kSlot + uint32_t(byte);
+    const uint32_t here = mine + slot * S::kSlot + tile * S::kTileRow + uint32_t(byte);
     return hopper::turned<S::kRowBytes>(here) + uint32_t(pass * kPass) * S::kRowBytes;
   }
 
@@ -60,7 +60,7 @@ struct Codes {
 #pragma unroll 1
     for (int pass = 0; pass < S::kPasses; ++pass) {
       const int n = at.n0 + S::kWarpRows * l.warp + pass * kPass + l.row;
-      const int64_t first = int64_t(at.first + i) * S::kRowBytes + l.half * kRunBytes;
+      const int64_t first = int64_t(at.first + i) * S::kTileRow + l.half * kRunBytes;
       const uint8_t* from = p.codes + n * p.row_bytes + first;
 #pragma unroll 1
       for (int b = 0; b < kRunBytes; ++b) {
@@ -90,11 +90,15 @@ struct Codes {
     }
   }
 
-  PYFMT_DEVICE void next() {
-    slot += S::kTeams;
-    if (slot >= S::kDepth) {
-      slot -= S::kDepth;
-      parity ^= 1;
+  PYFMT_DEVICE void next(int by) {
+#pragma unroll
+    for (int i = 0; i < by; ++i) {
+      if (++tile < S::kSpan) continue;
+      tile = 0;
+      if (++slot == S::kDepth) {
+        slot = 0;
+        parity ^= 1;
+      }
     }
   }
 };
@@ -212,7 +216,7 @@ struct Scales {
 template <class F, int kTokens>
 struct Producer {
   using S = Layout<F, kTokens>;
-  static constexpr int kPasses = S::kPasses, kStep = S::kTeams;
+  static constexpr int kPasses = S::kPasses, kStep = kTeams;
 
   const Params& p;
   const Place& at;
@@ -276,7 +280,7 @@ struct Producer {
     wait(l.team);
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) read(l.team, pass);
-    codes.next();
+    codes.next(kStep);
 #pragma unroll 1
     for (int i = l.team; i < steps; i += kStep) {
       bool special = false;
@@ -295,7 +299,7 @@ struct Producer {
       hopper::warp_sync();
       if (l.lane == 0) hopper::barrier_arrive_here(stage.full(at.base));
       stage.next(kStep);
-      codes.next();
+      codes.next(kStep);
     }
   }
 };

@@ -21,14 +21,8 @@ constexpr int kRows = 128;  // of w, in a block
 constexpr int kPass = 16;   // of them, that a warp decodes at a time
 constexpr int kBatch = 4;   // tiles whose scales are brought at once
 
-// Threads that multiply, and warpgroups that take turns at decoding tiles. A product of 192 tokens
-// or more is an instruction of so many registers that it only fits a block of 384 threads, at 168
-// each to begin with; so long are its products that one warpgroup decodes fast enough.
-constexpr int kConsumers = 256;
-template <int kTokens>
-constexpr int teams() {
-  return kTokens >= 192 ? 1 : 2;
-}
+// Threads that multiply, and warpgroups that take turns at decoding tiles.
+constexpr int kConsumers = 256, kTeams = 2, kThreadsOfBlock = kConsumers + 128 * kTeams;
 
 struct Params {
   hopper::TensorMap x, codes_map;
@@ -44,6 +38,7 @@ struct Params {
   bool wide_scales = false;                 // aligned for loads of a batch
   int group_runs = 1;                       // groups: of so many runs of 32 columns
   bool half_tiles = false;                  // a tile is of more groups than one
+  bool two_tiles = false;                   // a group is of pairs of tiles
   int m = 0, n = 0, tiles = 0, middle = 0;  // middle: where the second part of K begins
   unsigned n_clusters = 1;
   int share = 1, split = 1, share_bits = 0;  // split: 1 or 2
@@ -87,18 +82,21 @@ constexpr int kHeader = 1024, kPitch = kRows + 4;
 template <class F, int kTokens>
 struct Layout {
   static constexpr int kWarps = 4, kWarpRows = kRows / kWarps, kPasses = kWarpRows / kPass;
-  static constexpr int kTeams = teams<kTokens>();  // of so many warps
   static constexpr uint32_t kStages = kTokens == 64 ? 6 : 4;
   static constexpr uint32_t kTileOfX = kTokens * 128, kTileOfW = kRows * 128;
   static constexpr uint32_t kFactors = F::kGroups ? 1024 : 0;  // two floats a row
   static constexpr uint32_t kStage = kTileOfX + kTileOfW + kFactors;
   static constexpr uint32_t kStageAt = kHeader, kCodesAt = kStageAt + kStages * kStage;
 
-  static constexpr uint32_t kRowBytes = F::kColumns * F::kBits / 8, kSlot = kRows * kRowBytes;
+  // The copy engine takes its time for each row, however short: where there is room, codes of two
+  // or four tiles come together.
+  static constexpr uint32_t kTileRow = F::kColumns * F::kBits / 8;
+  static constexpr uint32_t kSpan = kTokens < 256 ? 128 / kTileRow : F::kBits == 4 ? 2 : 1;
+  static constexpr uint32_t kRowBytes = kSpan * kTileRow, kSlot = kRows * kRowBytes;
   static constexpr uint32_t kScaleBytes = kTeams * kRows * F::kScalePitch;
   static constexpr uint32_t kMost = (hopper::kMostShared - kCodesAt - kScaleBytes) / kSlot;
-  static constexpr uint32_t kDepth = kMost > 8 ? 8 : kMost;  // tiles of codes under way or in use
-  static_assert(kDepth >= 3, "the ring of codes");
+  static constexpr uint32_t kDepth = kMost * kSpan > 16 ? 16 / kSpan : kMost;
+  static_assert(kDepth * kSpan >= 4, "codes are read two tiles ahead");
   static constexpr uint32_t kScalesAt = kCodesAt + kDepth * kSlot;
   static constexpr uint32_t kLoop = kScalesAt + kScaleBytes;
   // Sums on their way to y; parts of K exchange a half of them first.
