@@ -23,7 +23,15 @@ from rich.table import Table
 import pyfmt
 from pyfmt._atomic import write_bytes
 from pyfmt._options import Exclude, Formats, Include, Json, chosen_formats
-from pyfmt._terminal import bytes_progress, console, guarded, plain, print_json, steps_progress
+from pyfmt._terminal import (
+    bytes_progress,
+    console,
+    counted,
+    guarded,
+    plain,
+    print_json,
+    steps_progress,
+)
 from pyfmt.formats import CLIPS, FORMATS, RECIPES, ROUNDINGS, SCALE_RULES, Format, get_format
 from pyfmt.study.command import study_command
 
@@ -147,7 +155,7 @@ def inspect_command(
             out.print("  " + "  ".join(_inspect_cells(report, widths, labelled=True)))
     out.print(_inspect_summary(reports, widths))
     if left:
-        out.print(f"Left out: {_reasons(left.values())}.")
+        out.print(f"Left out: {counted(left.values())}.")
 
 
 def _inspect_cells(report: Any, widths: Iterable[int], *, labelled: bool) -> list[str]:
@@ -193,13 +201,6 @@ def _inspect_summary(reports: list[Any], widths: Iterable[int]) -> str:
             f"Best of {width} bits: " + ", ".join(f"{name} in {n}" for name, n in ranked) + "."
         )
     return "\n".join(lines)
-
-
-def _reasons(reasons: Iterable[str]) -> str:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return "; ".join(f"{count} ({reason})" for reason, count in counts.items())
 
 
 @app.command("quantize")
@@ -271,7 +272,7 @@ def quantize_command(
     )
     left = [outcome.reason for outcome in outcomes if outcome.reason]
     if left:
-        out.print(f"Copied as they are: {_reasons(left)}.")
+        out.print(f"Copied as they are: {counted(left)}.")
 
 
 @app.command("compare")

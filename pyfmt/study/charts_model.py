@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyfmt import theory
 from pyfmt._chart import COLOURS, GREY, INK, RULE, bare, legend, line, panels, title, words
+from pyfmt.formats import Format
 from pyfmt.study import summary
 from pyfmt.study.measure import choices
 from pyfmt.study.summary import BEST, Facts
@@ -148,20 +149,13 @@ def tensors_chart(facts: Facts) -> Figure | None:
     figure, axes = panels(len(groups), 3.3)
     shapes = {"weight": "o", "activation": "s"}
     for panel, (integer, rivals) in zip(axes, groups.items(), strict=True):
-        floating, block = rivals[0], str(integer.block)
+        floating = rivals[0]
         own = summary.own_rotation(facts, integer)
         choice = choices(integer)[0]
         seen: list[float] = []
         for kind in kinds:
             for rotation in ("0", own):
-                points = [
-                    (tensor["crest"][rotation][block][0], ours - theirs)
-                    for tensor in summary.tensors_of(facts, kind, rotation)
-                    if block in tensor["crest"][rotation]
-                    for ours in [summary.decibels(tensor["qsnr"][rotation], integer, choice)]
-                    for theirs in [summary.decibels(tensor["qsnr"][rotation], floating, choice)]
-                    if ours is not None and theirs is not None
-                ]
+                points = _leads(facts, integer, floating, kind, rotation)
                 seen += [kappa for kappa, _ in points]
                 panel.scatter(
                     [kappa for kappa, _ in points],
@@ -201,7 +195,23 @@ def tensors_chart(facts: Facts) -> Figure | None:
     return figure
 
 
-def _lead(panel: Axes, integer: Any, floating: Any, seen: list[float]) -> None:
+def _leads(
+    facts: Facts, integer: Format, floating: Format, kind: str, rotation: str
+) -> list[tuple[float, float]]:
+    """Return (mean crest factor, INT less FP in dB) of every tensor, by the default choice."""
+    found = []
+    for tensor in summary.tensors_of(facts, kind, rotation):
+        crest = tensor["crest"][rotation].get(str(integer.block), [None])[0]
+        ours, theirs = (
+            summary.decibels(tensor["qsnr"][rotation], format, choices(format)[0])
+            for format in (integer, floating)
+        )
+        if crest is not None and ours is not None and theirs is not None:
+            found.append((crest, ours - theirs))
+    return found
+
+
+def _lead(panel: Axes, integer: Format, floating: Format, seen: list[float]) -> None:
     """Draw theory's lead, the line of a draw, and colour who wins on either side of it."""
     import numpy as np
 

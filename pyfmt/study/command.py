@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from pyfmt._atomic import write_bytes
 from pyfmt._options import Formats, Json, chosen_formats
-from pyfmt._terminal import console, fail, guarded, steps_progress
+from pyfmt._terminal import console, guarded, steps_progress
 
 KEEP_EVERY = 2.0  # seconds between two writes of what is known so far
 
@@ -79,7 +79,7 @@ def study_command(
             )
     except KeyboardInterrupt:
         kept.write()
-        fail(kept.words(), 130)
+        raise KeyboardInterrupt(kept.words()) from None
     except BaseException:
         kept.write()
         raise

@@ -6,6 +6,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.markup import escape
 
+from pyfmt._terminal import counted
 from pyfmt.study import summary, tables
 from pyfmt.study.summary import Facts
 from pyfmt.study.tables import Sheet
@@ -29,8 +30,8 @@ def show(facts: Facts, console: Console) -> None:
     for sentence in summary.findings(facts):
         console.print(escape(sentence))
     left = facts["model"]["left_out"] if facts["model"] else {}
-    for name, reason in left.items():
-        console.print(f"Left out: {escape(name)} ({escape(reason)}).")
+    if left:
+        console.print(f"Left out: {escape(counted(left.values()))}.")
 
 
 def heading(facts: Facts) -> str:

@@ -131,7 +131,7 @@ def rule_range(facts: Facts, format: Format, dataset: str = "gaussian") -> dict[
 
 def findings(facts: Facts) -> list[str]:
     """Return what the numbers say, one sentence or two each, every figure from the facts."""
-    said = [*_rules(facts), *_sigmas(facts), *_input_dtype(facts)]
+    said = [*_rules(facts), *_sigmas(facts), *_input_dtype(facts), *_codes(facts)]
     for kind in kinds_of(facts):
         said += _wins(facts, kind)
         said += _hurt(facts, kind)
@@ -151,11 +151,11 @@ def _rules(facts: Facts) -> list[str]:
         if integer.scale != "e8m0":
             continue
         a, b = rule_range(facts, integer), rule_range(facts, floating)
-        if not a or not b:
+        default = choices(integer)[0]
+        if default not in a or default not in b:
             continue
         best, high, worst, low = _spread(a)
         best_f, high_f, worst_f, low_f = _spread(b)
-        default = choices(integer)[0]
         gap, gap_best = a[default] - b[default], high - high_f
         if max(high - low, high_f - low_f) < 0.25:
             continue
@@ -201,6 +201,21 @@ def _input_dtype(facts: Facts) -> list[str]:
             said.append(
                 f"{format.name} resolves its input's dtype: Gaussian data stored in bfloat16 give "
                 f"{short:.2f} dB, in float32 {full:.2f}."
+            )
+    return said
+
+
+def _codes(facts: Facts) -> list[str]:
+    """Where the theory's 2^(b-1) for the largest code moves a crossover."""
+    said = []
+    for one in facts["theory"]:
+        as_is, exact = one["crossover"], one["crossover_exact"]
+        reach = one["largest_kappa"]
+        if as_is and exact and abs(as_is - exact) >= 0.1 and (reach is None or as_is < reach):
+            names = [get_format(one[side]).name for side in ("integer", "floating")]
+            said.append(
+                f"Theory gives {names[0]} the code 2^(b-1), which it does not have; with its own "
+                f"largest it meets {names[1]} at a crest factor of {exact:.2f}, not {as_is:.2f}."
             )
     return said
 
