@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pyfmt._chart import COLOURS, GREY, INK, LABELS, RULE, legend, look, png, words
+from pyfmt._chart import COLOURS, GREY, INK, LABELS, RULE, bare, legend, look, png, words
 from pyfmt.compare import Result, Row
 from pyfmt.formats import get_format
 
@@ -130,13 +130,9 @@ def _panel(
         )
     panel.set_ylim(max(lines.values()) + 0.8, -0.8)
     panel.set_yticks([])
-    panel.grid(axis="x", color=RULE, lw=1, zorder=0)
+    bare(panel, grid="x")
     for y in lines.values():
         panel.axhline(y, color=RULE, lw=0.8, zorder=1)
-    for edge in ("top", "right", "left"):
-        panel.spines[edge].set_visible(False)
-    panel.spines["bottom"].set_color(GREY)
-    panel.tick_params(axis="x", which="both", colors=GREY)
     panel.set_xlabel("distance from the float32 embeddings, 1 - cosine", color=GREY)
 
 
