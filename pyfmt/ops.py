@@ -25,6 +25,7 @@ from pyfmt import (
     _torch_dense,
     _torch_matmul,
     _torch_matmul_cpu,
+    _torch_train,
     _torch_triton,
 )
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
@@ -294,7 +295,7 @@ def _define() -> None:
         return
     _load_kernels()
     library = torch.library.Library("pyfmt", "DEF")
-    for schema in (*SCHEMAS, *HELPERS):
+    for schema in (*SCHEMAS, *HELPERS, *_torch_train.SCHEMAS):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for verb, fake in _FAKE.items():
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
@@ -308,6 +309,7 @@ def _define() -> None:
         library.impl("linear", room.linear, device)
     library.impl("_expand_weight", _torch_dense.expand_weight, "CUDA")
     _torch_autograd.register(library)
+    _torch_train.register(library)
     ops._library = library
 
 
