@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,17 +77,34 @@ class TrainLinear(nn.Linear):
         check_fit(recipe, self.in_features, self.out_features)
         _check.float_dtype(self.weight.dtype, "weight")
         self.recipe = recipe
-        for name, operand in SIGNS.items():
-            quantizer = recipe.quantizers[operand]
-            signs = None
-            if (
-                quantizer.signs and quantizer.rotation
-            ):  # the same for all products, so that one read serves two of them
-                generator = torch.Generator().manual_seed(recipe.seed)
-                bits = torch.randint(0, 2, (quantizer.rotation,), generator=generator, device="cpu")
-                signs = (1 - 2 * bits).to(torch.int8).to(self.weight.device)
-            self.register_buffer(name, signs, persistent=False)
         self._spec, self._stochastic = recipe.spec, recipe.stochastic
+        for name in SIGNS:
+            self.register_buffer(name, None, persistent=False)
+        self._draw_signs()
+
+    def _draw_signs(self) -> None:
+        """Make the signs on the weight's device: what a recipe's seed gives, of each size one."""
+        for name, operand in SIGNS.items():
+            quantizer = self.recipe.quantizers[operand]
+            if quantizer.signs and quantizer.rotation:
+                generator = torch.Generator().manual_seed(self.recipe.seed)
+                bits = torch.randint(0, 2, (quantizer.rotation,), generator=generator, device="cpu")
+                self._buffers[name] = (1 - 2 * bits).to(torch.int8).to(self.weight.device)
+
+    # A layer made on the meta device has no signs to move or load: they are drawn where it goes.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TrainLinear:
+        on_meta = self.weight.is_meta
+        super()._apply(fn, recurse)
+        if on_meta:
+            self._draw_signs()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **more: Any) -> None:
+        on_meta = self.weight.is_meta
+        super()._load_from_state_dict(*args, **more)
+        if on_meta:
+            self._draw_signs()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, recipe: str | Recipe = "mxint8") -> TrainLinear:

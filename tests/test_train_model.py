@@ -65,6 +65,15 @@ def test_copies_moves_and_casts() -> None:
     assert "recipe=nvfp4" in repr(layer)
 
 
+def test_signs_after_the_meta_device() -> None:
+    want = layer_of(STOCHASTIC)
+    empty = TrainLinear(64, 48, recipe=STOCHASTIC, device="meta").to_empty(device="cpu")
+    assigned = TrainLinear(64, 48, recipe=STOCHASTIC, device="meta")
+    assigned.load_state_dict(want.state_dict(), assign=True)
+    for layer in (empty, assigned):
+        assert torch.equal(layer.signs_dw, want.signs_dw)
+
+
 def test_autocast_casts_x_and_not_the_weight() -> None:
     layer = layer_of("mxint8")
     x = randn(5, 64).requires_grad_()
