@@ -49,6 +49,37 @@ def _any_requires_grad(*tensors: Any) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
+def kernel(verb: str, x: Any, bias: Any = None) -> Any:
+    """Return the Python kernel of matmul or linear, for a call without gradient; else None.
+
+    The operator would run it too, after it has turned all arguments to its own types and back
+    twice: at the Autograd key and at the device's.
+    """
+    if not plain(x):
+        return None
+    torch = sys.modules["torch"]
+    if torch._C._is_any_autocast_enabled() or (
+        torch.is_grad_enabled() and _any_requires_grad(x, bias)
+    ):
+        return None
+    where = verb + ("_cuda" if x.is_cuda else "_cpu")
+    return _operators.get(where) or _find_kernel(verb, where)
+
+
+def _find_kernel(verb: str, where: str) -> Any:
+    import torch
+
+    from pyfmt import _torch_matmul, _torch_matmul_cpu
+
+    found = getattr(_torch_matmul if where.endswith("_cuda") else _torch_matmul_cpu, verb)
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return found(*args)
+
+    return _operators.setdefault(where, run)
+
+
 def _rotates(rotation: Any, signs: Any) -> bool:
     """Whether a rotation is none, or a size, which the operator checks."""
     return signs is None if rotation is None else type(rotation) is int and rotation != 0
@@ -160,5 +191,28 @@ def hadamard(x: Any, size: Any, signs: Any, axis: Any) -> Any:
             return None
         with torch._C._AutoDispatchBelowAutograd():
             return op(x, size, signs, axis)
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+
+
+def matmul(a: Any, b: QTensor, bias: Any, dtype: Any, how: tuple[Any, ...]) -> Any:
+    """Multiply by a quantized matrix; how: path, precision, batch_invariant."""
+    quantized = isinstance(a, QTensor)
+    try:
+        run = kernel("matmul", a.codes if quantized else a, bias)
+        if run is None or b.layout != "rows" or len(b.shape) != 2 or b.axis != 1:
+            return None
+        if how != (None, "full", False) and not b.codes.is_cuda:
+            return None
+        if dtype is not None and not isinstance(dtype, sys.modules["torch"].dtype):
+            return None
+        if not quantized:
+            left = (a, None, None, None)
+        elif a.layout == "rows" and a.axis == len(a.shape) - 1:
+            left = (a.codes, a.scales, a.tensor_scale, a.format.key)
+        else:
+            return None
+        right = (b.codes, b.scales, b.tensor_scale, b.format.key, b.shape[1])
+        return run(*left, *right, bias, dtype, *how)
     except (AttributeError, RuntimeError, TypeError):
         return None

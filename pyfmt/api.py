@@ -285,6 +285,10 @@ def matmul(
             f"b: expected a QTensor, got {type(b).__name__}; quantize it with "
             "pyfmt.quantize(b, format) first"
         )
+    if backend is None:
+        y = _direct.matmul(a, b, bias, dtype, (path, precision, batch_invariant))
+        if y is not None:
+            return y
     dense = not isinstance(a, QTensor)
     if dense:
         _float_array(a)
