@@ -84,11 +84,10 @@ constexpr int kChunkThreads = 512, kChunkBlocks = 4;  // all that a multiprocess
 
 // Blocks of threads fetch the codes of the block that comes `ahead` blocks later to the L2 cache:
 // whole stretches of reads take less of the memory's time for writing than scattered ones.
-template <class E, DType kOut, bool kPow2>
+template <class E, DType kOut, Scale kScale>
 __global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
     dequantize_chunks(const __grid_constant__ DequantizeParams p) {
   using C = Chunk<E, kOut>;
-  const Scale kind = kPow2 ? Scale::kE8M0 : p.kind;
   using Codes = std::conditional_t<C::kBytes == 8, uint2,
                                    std::conditional_t<C::kBytes == 4, uint32_t, uint16_t>>;
   const int lane = threadIdx.x & 31;
@@ -106,7 +105,7 @@ __global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
 #pragma unroll
   for (int i = 0; i < C::kCount; ++i) {
     const bool live = first + 32 * i < p.chunks;
-    scales[i] = live ? load_scale(p.scales, kind, (first + 32 * i) >> p.chunk_shift) : 0;
+    scales[i] = live ? load_scale(p.scales, kScale, (first + 32 * i) >> p.chunk_shift) : 0;
   }
   constexpr int kOfBlock = kChunkThreads * C::kCount;
   const int64_t next = (int64_t(blockIdx.x) + p.ahead) * kOfBlock;
@@ -125,12 +124,19 @@ __global__ void __launch_bounds__(kChunkThreads, kChunkBlocks)
     }
     float v[16];  // the first are the chunk's
     Coder<E>::decode(packed, v);
-    const float scale = as_float(codec::decode_scale<uint32_t>(kind, scales[i]));
+    float scale;
+    if constexpr (kScale == Scale::kE4M3) {
+      float unused;
+      from_e4m3(scales[i], &scale, &unused);
+    } else {
+      scale = as_float(codec::decode_scale<uint32_t>(kScale, scales[i]));
+    }
     uint32_t words[4];
 #pragma unroll
     for (int j = 0; j < C::kElements; ++j) {
       v[j] = v[j] * scale;
-      if (p.tensor_scale) v[j] = v[j] * tensor_scale;
+      // No other scales go with a tensor scale; 1 changes nothing.
+      if constexpr (kScale == Scale::kE4M3) v[j] = v[j] * tensor_scale;
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -151,8 +157,8 @@ struct Kernels {
   using Kernel = void (*)(DequantizeParams);
   ElementSpec element;
   struct {
-    Kernel pow2, others;  // by the scales
-    int chunks;           // of a thread; 0: a unit
+    Kernel by_scale[5];
+    int chunks;  // of a thread; 0: a unit
   } by_dtype[3];
 };
 
@@ -160,10 +166,14 @@ template <class E, DType kOut>
 void fill(Kernels* k) {
   auto& to = k->by_dtype[int(kOut)];
   if constexpr (Chunk<E, kOut>::kServes) {
-    to = {dequantize_chunks<E, kOut, true>, dequantize_chunks<E, kOut, false>,
-          Chunk<E, kOut>::kCount};
+#define PYFMT_SCALE(id, name, bits) \
+  to.by_scale[int(Scale::id)] = dequantize_chunks<E, kOut, Scale::id>;
+#include "../formats.inc"
+    to.chunks = Chunk<E, kOut>::kCount;
   } else {
-    to = {dequantize_units<E, kOut>, dequantize_units<E, kOut>, 0};
+#define PYFMT_SCALE(id, name, bits) to.by_scale[int(Scale::id)] = dequantize_units<E, kOut>;
+#include "../formats.inc"
+    to.chunks = 0;
   }
 }
 
@@ -206,7 +216,7 @@ void dequantize(const DequantizeArgs& a, Stream stream) {
   p.out = a.out;
   p.kind = f.scale;
   const auto& found = k->by_dtype[int(a.dtype)];
-  const Kernels::Kernel kernel = f.scale == Scale::kE8M0 ? found.pow2 : found.others;
+  const Kernels::Kernel kernel = found.by_scale[int(f.scale)];
   if (found.chunks) {
     const int elements = 16 / dtype_bytes(a.dtype);
     p.chunks = a.view.count() / elements;
