@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
-from pyfmt import _check, _matmul_paths
+from pyfmt import _check, _direct, _matmul_paths
 from pyfmt._model import (
     Left,
     Replaced,
@@ -256,15 +256,16 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Buffers by way of their dict: nn.Module's attributes cost a microsecond each.
-        held = self._buffers
+        held, bias = self._buffers, self._parameters["bias"]
         scale_rule, recipe, clip = self.activation_options
-        y: Tensor = torch.ops.pyfmt.linear.default(
+        linear = _direct.kernel("linear", x, bias) or torch.ops.pyfmt.linear.default
+        y: Tensor = linear(
             x,
             held["weight_codes"],
             held["weight_scales"],
             held["weight_tensor_scale"],
             self.weight_format,
-            self._parameters["bias"],
+            bias,
             self.activation_format,
             self.rotation or 0,
             held["signs"],
