@@ -2,7 +2,7 @@
 """Train one small language model by every recipe: same seed, same data, same order.
 
     python bench/train_lm.py [--recipes bf16 mxint8 ...] [--seeds 3] [--steps 1200]
-        [--seconds 80] [--json PATH] [--checkpoints FOLDER] [--figure PATH]
+        [--seconds 80] [--json PATH] [--checkpoints FOLDER] [--figure PATH] [--draw]
 
 A Llama-shaped decoder of 50M parameters learns the bytes of the Python standard library's sources
 and documentation (bench/lm.py). float32 master weights, bfloat16 autocast, AdamW; a recipe
@@ -77,8 +77,8 @@ class Run:
         torch.manual_seed(seed)
         self.model = Decoder(settings.shape).to(device)
         if recipe != "bf16":
-            report = prepare_for_training(self.model, recipe)
-            assert len(report.replaced) == 4 * settings.shape.layers, report
+            replaced = prepare_for_training(self.model, recipe).replaced
+            assert len(replaced) == 4 * settings.shape.layers, replaced
         matrices = [p for p in self.model.parameters() if p.dim() == 2]
         vectors = [p for p in self.model.parameters() if p.dim() != 2]
         self.optimizer = torch.optim.AdamW(
@@ -339,6 +339,12 @@ def plan(recipes: list[str], seeds: int, record: dict[str, Any]) -> list[tuple[s
     return [(r, s) for s in range(seeds) for r in recipes if (r, s) not in done]
 
 
+def report(record: dict[str, Any], figure: Path | None) -> None:
+    print(table(record))
+    if figure:
+        _atomic.write_bytes(figure, chart(record))
+
+
 def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -356,10 +362,14 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path("out/train_lm.json"))
     parser.add_argument("--checkpoints", type=Path, default=Path("out/train_lm"))
     parser.add_argument("--figure", type=Path, help="draw what is finished into this PNG")
+    parser.add_argument("--draw", action="store_true", help="only print and draw the JSON")
     parser.add_argument("--text", type=Path, nargs="+", help="files instead of Python's library")
     parser.add_argument("--tiny", action="store_true", help="a model to try this program out with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(given)
+    if options.draw:
+        report(json.loads(options.json.read_text(encoding="utf-8")), options.figure)
+        return 0
     began = time.perf_counter()
     base = TINY if options.tiny else Settings()
     named = {"steps": options.steps, "batch": options.batch, "rate": options.rate}
@@ -402,9 +412,7 @@ def main(given: list[str] | None = None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if record["runs"]:
-        print(table(record))
-        if options.figure:
-            _atomic.write_bytes(options.figure, chart(record))
+        report(record, options.figure)
     print("unfinished: call again" if unfinished else "all runs are finished")
     return 0
 

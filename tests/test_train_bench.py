@@ -38,6 +38,9 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(train_lm: Any, tmp_path: P
     recipes = ["--recipes", "bf16", "mxint8", "nvfp4"]
     whole = visit(train_lm, tmp_path / "whole", *recipes, "--figure", str(tmp_path / "a.png"))
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    where = ["--json", str(tmp_path / "whole" / "runs.json"), "--figure", str(tmp_path / "b.png")]
+    assert train_lm.main(["--draw", *where]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert list(whole["summary"]) == ["bf16", "mxint8", "nvfp4"]
     assert whole["summary"]["bf16"]["percent_over_bf16"] == 0
     for name, (losses, held_out) in curves(whole).items():
