@@ -23,7 +23,7 @@ from pyfmt.formats import Format, closest, get_format
 PAIRS = (("x", "w"), ("dy", "w_t"), ("dy_t", "x_t"))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Quantizer:
     """How one operand is quantized: the options of `pyfmt.quantize`.
 
@@ -72,7 +72,7 @@ class Quantizer:
         return self.rounding == "stochastic"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Recipe:
     """A Quantizer for each of the six operands of a linear layer's three products.
 

@@ -20,7 +20,7 @@ from pyfmt._torch_train import rows_format  # noqa: E402
 from pyfmt.nn import RECIPES, Quantizer, Recipe, TrainLinear  # noqa: E402
 from pyfmt.nn_train import draw_seed  # noqa: E402
 from tests.rooms import to_numpy  # noqa: E402
-from tests.training import ALL, STOCHASTIC, grads, layer_of, randn, same, stack  # noqa: E402
+from tests.training import ALL, STOCHASTIC, grads, layer_of, randn, same, spread, stack  # noqa: E402
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -69,15 +69,16 @@ def check_gradients(
 ) -> None:
     dtype = dtype or torch.float32
     layer = layer_of(recipe, k, n).to(device)
-    x = randn(*lead, k).to(device, dtype).requires_grad_()
-    g = randn(*lead, n, seed=1).to(device, dtype)
+    m = int(np.prod(lead))
+    x = spread(m, k, seed=1).view(*lead, k).to(device, dtype).requires_grad_()
+    g = spread(m, n, seed=2).view(*lead, n).to(device, dtype)
     torch.manual_seed(7)
     y = layer(x)
     y.backward(g)
     assert y.dtype == dtype and x.grad.dtype == dtype and layer.weight.grad.dtype == torch.float32
 
     torch.manual_seed(7)
-    r, seed, m = layer.recipe, int(draw_seed()), int(np.prod(lead))
+    r, seed = layer.recipe, int(draw_seed())
     flat, w, flat_g = x.detach().reshape(m, k), layer.weight, g.reshape(m, n)
     a = decoded(flat, r.x, 1, seed, layer.signs_y)
     b = decoded(w, r.w, 1, seed + 1, layer.signs_y)
@@ -88,7 +89,7 @@ def check_gradients(
     a = decoded(flat_g, r.dy_t, 0, seed + 2, layer.signs_dw)
     b = decoded(flat, r.x_t, 0, seed, layer.signs_dw)
     close("dw", layer.weight.grad, a, b, c=constant(device, r.dy_t, r.x_t))
-    torch.testing.assert_close(layer.bias.grad, flat_g.float().sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(layer.bias.grad, flat_g.float().sum(0), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -33,9 +33,18 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def spread(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Gaussian numbers whose rows and columns differ by octaves, so that scales do too."""
+    sizes = randn(rows, 1, seed=seed + 100) + randn(1, columns, seed=seed + 101)
+    return randn(rows, columns, seed=seed) * torch.exp2(sizes)
+
+
 def layer_of(recipe: Any, k: int = 64, n: int = 48, bias: bool = True, **how: Any) -> TrainLinear:
     torch.manual_seed(0)
-    return TrainLinear(k, n, bias, recipe=recipe, **how)
+    layer = TrainLinear(k, n, bias, recipe=recipe, **how)
+    with torch.no_grad():
+        layer.weight.copy_(spread(n, k) * k**-0.5)
+    return layer
 
 
 def grads(model: nn.Module, call: Any, seed: int = 5) -> list[torch.Tensor]:
