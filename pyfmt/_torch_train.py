@@ -304,6 +304,15 @@ def _autograd(
     return _below(_OPS._train_linear.default, keyset, (x, w, bias, spec, seed, *signs, save))
 
 
+def _once(keyset: Any, *args: Any) -> Any:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        raise RuntimeError(
+            "TrainLinear has no second derivative: its backward rounds the gradient; leave out "
+            "create_graph=True, or use finish_training to make the layers dense"
+        )
+    return _below(_OPS._train_linear_backward.default, keyset, args)
+
+
 def register(library: Any) -> None:
     """Register both operators: kernels for every device, shapes, gradient, autocast."""
     for verb, kernel, fake in (
@@ -313,8 +322,7 @@ def register(library: Any) -> None:
         library.impl(verb, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
     library.impl("_train_linear", _autograd, "Autograd", with_keyset=True)
-    refuse = _torch_autograd._without_gradient("_train_linear_backward")
-    library.impl("_train_linear_backward", refuse, "Autograd", with_keyset=True)
+    library.impl("_train_linear_backward", _once, "Autograd", with_keyset=True)
     for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
         cast = _torch_autograd._autocast(_OPS._train_linear.default, device, key)
         library.impl("_train_linear", cast, key, with_keyset=True)

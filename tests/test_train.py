@@ -113,6 +113,31 @@ def test_large_products_on_a_gpu(name: str) -> None:
     check_gradients(ALL[name], (4, 512), 1024, 768, "cuda", torch.bfloat16)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_captured_step_is_the_eager_one(name: str) -> None:
+    layer = layer_of(name, 256, 128).to("cuda", torch.bfloat16)
+    x = randn(64, 256).to("cuda", torch.bfloat16).requires_grad_()
+    g = randn(64, 128, seed=1).to("cuda", torch.bfloat16)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(3)
+        y = layer(x)
+        return (y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), g))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        want = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_no_tokens_and_one() -> None:
     for name, recipe in ALL.items():
         layer = layer_of(recipe)
