@@ -121,16 +121,17 @@ def test_a_captured_step_is_the_eager_one(name: str) -> None:
     g = randn(64, 128, seed=1).to("cuda", torch.bfloat16)
 
     def step() -> tuple[torch.Tensor, ...]:
-        torch.manual_seed(3)
         y = layer(x)
         return (y.detach(), *torch.autograd.grad(y, (x, *layer.parameters()), g))
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        torch.manual_seed(3)
         want = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    torch.manual_seed(3)
     with torch.cuda.graph(graph):
         got = step()
     graph.replay()
