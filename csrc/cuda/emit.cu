@@ -2,7 +2,6 @@
 // Activations for the dense GEMMs: rotate, quantize, and write what the tensor cores take, without
 // packing codes and unpacking them again.
 #include "fold_scan.cuh"
-#include "hopper.cuh"
 #include "quantize.cuh"
 #include "rotate.cuh"
 
@@ -79,7 +78,7 @@ template <class E, bool kE5M2, int kUnits>
 __global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_constant__ EmitParams p) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
-  hopper::start_dependents();
+  allow_next_launch();
   if (blockIdx.x >= p.to.padded_rows) {
     scan_rows(p.scan, blockIdx.x - p.to.padded_rows);
     return;
@@ -243,7 +242,8 @@ void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
     p.scale.partial_count = amax_partials(amax, stream);
     p.scale.partials = a.partials;
   }
-  launch(find_round(a.format), blocks_for(p.units), kThreads, stream, p);
+  launch_after(p.scale.partials && launches_overlap(), find_round(a.format), blocks_for(p.units),
+               kThreads, stream, p);
 }
 
 }  // namespace cuda

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packed codes to folded rows.
 #include "fold_scan.cuh"
-#include "hopper.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -14,7 +13,7 @@ __global__ void __launch_bounds__(kThreads)
                     const __grid_constant__ FoldScanArgs scan) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
-  hopper::start_dependents();
+  allow_next_launch();
   if (blockIdx.x >= blocks) {
     scan_rows(scan, blockIdx.x - blocks);
     return;

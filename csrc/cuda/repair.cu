@@ -4,8 +4,8 @@
 //
 // Which rows they are is known on the device alone, so the launch is always the same; usually every
 // block of threads reads the marks, finds none and ends.
+#include "device.cuh"
 #include "expand.h"
-#include "hopper.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) repair_rows(const __grid_constant__ 
   const RepairArgs& a = p.args;
   // The marks are older than the GEMM, which this kernel may overlap.
   const bool any = any_marked(a.a, a.w);
-  hopper::wait_for_previous();
+  wait_for_earlier_launch();
   if (!any) return;
   const int lane = threadIdx.x & 31;
   const int64_t warp = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
@@ -273,24 +273,6 @@ __global__ void __launch_bounds__(kThreads) finish_rows(const __grid_constant__ 
   }
 }
 
-// Starts while the GEMM ends.
-void launch_repair(int blocks, Stream stream, const RepairParams& p) {
-#if defined(__CUDACC__)
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, repair_rows, p), "launch");
-#else
-  launch(repair_rows, blocks, kThreads, stream, p);
-#endif
-}
-
 }  // namespace
 
 void repair(const RepairArgs& a, Stream stream) {
@@ -298,7 +280,8 @@ void repair(const RepairArgs& a, Stream stream) {
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   if (a.rows && a.columns) {
-    launch_repair(processors, stream, RepairParams(a));
+    // Starts while the GEMM ends.
+    launch_after(launches_overlap(), repair_rows, processors, kThreads, stream, RepairParams(a));
   }
 }
 
