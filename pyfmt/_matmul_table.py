@@ -26,6 +26,6 @@ TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
     "any": (("skinny", 16), ("wide", None)),
 }
 
-# Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0); for more rows it
-# is written as fp8 for the library's GEMM.
+# Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0); for more rows
+# it is written as fp8 for the library's GEMM.
 PACKED: dict[str, int] = {"fold-4": 128, "fold-6": 64, "fold-4 kept": 64, "fold-6 kept": 64}

@@ -86,8 +86,10 @@ def noise(name: str, rows: int, columns: int, seed: int) -> Operand:
 
 
 def every_code(name: str, rows: int, count: int, offset: int) -> Operand:
-    """Rows of blocks that hold all codes, under so many neighbouring scales from `offset` on; blocks
-    of zeros between them, whose scales mean nothing."""
+    """Rows of blocks that hold all codes, under `count` neighbouring scales from `offset` on.
+
+    Blocks of zeros lie between them, whose scales mean nothing.
+    """
     fmt = get_format(name)
     rng = np.random.default_rng(4)
     w = Operand(np.ones((rows, 64 * count), np.float32), name)

@@ -219,6 +219,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, ops: Any) -> None:
     """CPU tensors take the paths of a GPU, with emulated kernels and torch's GEMMs for the CPU."""
     monkeypatch.setattr(_torch_dense.Parts, "ops", ops)
     monkeypatch.setattr(_torch_matmul, "machine_of", lambda device: HOPPER)
+    monkeypatch.setattr(paths, "PACKED", {})  # test_matmul_fold.py has the packed form
     _torch_matmul._choices.clear()
     yield  # type: ignore[misc]
     _torch_matmul._choices.clear()
@@ -295,6 +296,24 @@ def test_fold_never_rounds_wild_rows(name: str) -> None:
     within(y, exact, weight, 256)
     after = int(_torch_dense.total_of(torch.device("cpu")) or 0)
     assert after - before == 4
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("kept", [False, True])
+def test_fold_by_packed_weights(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, w = torch.from_numpy(grids.noise(9, 128)), torch.from_numpy(grids.noise(40, 128))
+    codes, scales, _ = torch.ops.pyfmt.quantize(w, "mxfp4")
+    expanded = _torch_dense.expand_weight(codes, scales, "mxfp4", 128, "fold") if kept else None
+    bias = torch.linspace(-1, 1, 40)
+    for x, rotation in ((a.bfloat16(), 32), (a, 0)):
+        args = (x, codes, scales, None, "mxfp4", bias, "mxfp4", rotation)
+        monkeypatch.setattr(paths, "PACKED", {})
+        want = torch.ops.pyfmt.linear(*args, expanded=expanded, path="fold")
+        monkeypatch.setattr(paths, "PACKED", {"fold-4": 9, "fold-4 kept": 9})
+        got = torch.ops.pyfmt.linear(*args, expanded=expanded, path="fold")
+        assert torch.allclose(got.float(), want.float(), rtol=2.0**-7, atol=1e-5)
+        monkeypatch.setattr(paths, "PACKED", {"fold-4": 8, "fold-4 kept": 8})
+        assert torch.equal(torch.ops.pyfmt.linear(*args, expanded=expanded, path="fold"), want)
 
 
 @pytest.mark.usefixtures("hopper")
@@ -392,7 +411,10 @@ def test_the_table_chooses_by_rows_and_says_why() -> None:
     assert paths.choose(call(None, "mxfp4", 1), FULL) == "skinny"
     assert paths.choose(call(None, "mxfp4", 128), FULL) == "wide"
     assert paths.choose(call(None, "mxfp4", 8192), FULL) == "exact"
-    assert paths.choose(call("mxfp4", "mxfp4", 8192), FULL) == "fold"
+    assert [paths.choose(call("mxfp4", "mxfp4", m), FULL) for m in (100, 256, 8192)] == [
+        "fold", "wide", "fold",
+    ]  # fmt: skip
+    assert "up to 128 rows" in paths.explain(call("mxfp4", "mxfp4", 100), FULL)["fold"]
     assert paths.choose(call("mxfp4", "mxfp4", 128, kept="fold"), FULL) == "fold"
     assert paths.choose(call("mxfp4", "mxfp4", 8192), paths.Machine((10, 0))) == "native"
     assert paths.choose(call("mxfp4", "mxfp4", 8192), paths.Machine((8, 0))) == "exact"
