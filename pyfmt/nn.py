@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model.
+"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model; for training
+TrainLinear and prepare_for_training (`nn_train.py`).
 
 A layer holds codes and scales and calls `torch.ops.pyfmt.linear`; which kernel that means is the
 operator's business, so a faster one changes nothing here.
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
-from pyfmt import _check, _matmul_paths
+from pyfmt import _check, _direct, _matmul_paths
 from pyfmt._model import (
     Left,
     Replaced,
@@ -30,8 +31,23 @@ from pyfmt._model import (
 )
 from pyfmt._torch_matmul import row_bytes, scales_shape
 from pyfmt.formats import SCALES, Format, closest, get_format
+from pyfmt.nn_train import TrainLinear, TrainReport, finish_training, prepare_for_training
+from pyfmt.recipes import RECIPES, Quantizer, Recipe, get_recipe
 
-__all__ = ["QuantLinear", "Report", "dequantize_model", "quantize_model"]
+__all__ = [
+    "RECIPES",
+    "QuantLinear",
+    "Quantizer",
+    "Recipe",
+    "Report",
+    "TrainLinear",
+    "TrainReport",
+    "dequantize_model",
+    "finish_training",
+    "get_recipe",
+    "prepare_for_training",
+    "quantize_model",
+]
 
 # Integer types that hold the bits of a float buffer while a module is cast.
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -240,15 +256,16 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Buffers by way of their dict: nn.Module's attributes cost a microsecond each.
-        held = self._buffers
+        held, bias = self._buffers, self._parameters["bias"]
         scale_rule, recipe, clip = self.activation_options
-        y: Tensor = torch.ops.pyfmt.linear.default(
+        linear = _direct.kernel("linear", x, bias) or torch.ops.pyfmt.linear.default
+        y: Tensor = linear(
             x,
             held["weight_codes"],
             held["weight_scales"],
             held["weight_tensor_scale"],
             self.weight_format,
-            self._parameters["bias"],
+            bias,
             self.activation_format,
             self.rotation or 0,
             held["signs"],

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ Am
   const int64_t units = (p.count + kUnit - 1) / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   int32_t largest = kOne;
+  allow_next_launch();
   // Every lane of a warp takes part in each round: rotations may reach across lanes.
   for (int64_t base = int64_t(blockIdx.x) * kThreads; base < units; base += step) {
     const int64_t unit = base + threadIdx.x;
@@ -101,6 +102,7 @@ __global__ void __launch_bounds__(kThreads) amax_across(const __grid_constant__ 
   const int64_t in_matrix = p.matrix_rows / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   int32_t largest = kOne;
+  allow_next_launch();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < strips * columns; i += step) {
     const int64_t strip = i / columns, at = strip * kUnit * columns + i % columns;
     float v[kUnit];
@@ -121,6 +123,7 @@ PYFMT_DEVICE int64_t place(const View& v, int64_t row, int64_t column) {
 __global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__ AmaxParams p) {
   int32_t largest = kOne;
   const int64_t step = int64_t(gridDim.x) * kThreads;
+  allow_next_launch();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.count; i += step) {
     const int64_t at = place(p.view, i / p.view.columns, i % p.view.columns);
     largest = max(largest, lifted(load_element(p.x, p.dtype, at)));
@@ -132,6 +135,7 @@ __global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__
 __global__ void __launch_bounds__(kThreads)
     amax_finish(const float* partials, int count, float* out) {
   int32_t largest = 0;
+  wait_for_earlier_launch();
   for (int i = threadIdx.x; i < count; i += kThreads) {
     largest = max(largest, int32_t(as_uint(partials[i])));
   }
@@ -219,7 +223,8 @@ int amax_partials_across(const AmaxArgs& a, Stream stream) {
 void amax(const AmaxArgs& a, Stream stream) {
   if (!a.block) {
     const int count = amax_partials(a, stream);
-    launch(amax_finish, 1, kThreads, stream, static_cast<const float*>(a.partials), count, a.out);
+    launch_after(launches_overlap(), amax_finish, 1, kThreads, stream,
+                 static_cast<const float*>(a.partials), count, a.out);
     return;
   }
   AmaxParams p = params(a);

@@ -234,7 +234,8 @@ void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
     p.scale.partial_count = amax_partials(amax, stream);
     p.scale.partials = a.partials;
   }
-  launch(find_round(a.format), blocks_for(p.units), kThreads, stream, p);
+  launch_after(p.scale.partials && launches_overlap(), find_round(a.format), blocks_for(p.units),
+               kThreads, stream, p);
 }
 
 }  // namespace cuda
