@@ -3,7 +3,7 @@
 
     native    block-scaled tensor cores (compute capability 10 and 12)
     skinny    few rows: the packed weight is read once
-    wide      up to a few hundred rows: the packed weight is decoded inside the tensor-core loop
+    wide      up to a few hundred rows: the packed weight is decoded beside the tensor cores' work
     fold      codes and scales as fp8 numbers times one power of two a row, fp8 tensor cores
     exact     element * scale as bfloat16 numbers, bfloat16 tensor cores
     portable  element * scale as float32 numbers, float32 sums
@@ -172,11 +172,11 @@ def wide_reason(call: Call) -> str | None:
         return _inexact(call)
     fmt = call.w_format
     groups = fmt.element.name in ("int4", "int8") and fmt.scale in ("bf16", "fp16", "fp32")
-    if groups and (fmt.block == "row" or (isinstance(fmt.block, int) and fmt.block % 128 == 0)):
+    if groups and (fmt.block == "row" or (isinstance(fmt.block, int) and fmt.block % 32 == 0)):
         return None
     if not groups and fmt in FORMATS.values():
         return None
-    return "it takes the formats of the table, and int4 and int8 in groups of a multiple of 128"
+    return "it takes the formats of the table, and int4 and int8 in groups of a multiple of 32"
 
 
 def native_reason(call: Call, machine: Machine) -> str | None:
