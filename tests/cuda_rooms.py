@@ -84,7 +84,7 @@ def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) 
             if fmt.tensor_scale:
                 ts = np.float32(0.01)
                 given += [{"tensor_scale": ts}, {"tensor_scale": ts, "rotation": 16}]
-                given += [{"recipe": r, "rotation": 4} for r in fmt.recipes]
+                given += [{"recipe": r, **o} for r in fmt.recipes for o in ({}, {"rotation": 4})]
         if shape in ((40, 64), (160, 224), (2, 64, 96)):
             given += [{"rounding": "stochastic", "seed": 2**40 + 5, "clip": "full"}]
         for options in given:
@@ -148,7 +148,11 @@ def random_bytes_decode_like_the_reference(room: Room, element: str, shape: Any)
         )
         size = rows * fmt.blocks(columns)
         scales = rng.integers(0, 256, size * scale.itemsize, dtype=np.uint8).view(scale)
-        parts = (codes, scales.reshape(rows, -1), np.array(3e-3, "f4") if fmt.tensor_scale else None)
+        parts = (
+            codes,
+            scales.reshape(rows, -1),
+            np.array(3e-3, "f4") if fmt.tensor_scale else None,
+        )
         for dtype in (BF16, np.dtype("float16"), np.dtype("float32")):
             with np.errstate(all="ignore"):
                 want = reference.dequantize(*parts, fmt, shape, dtype=dtype)
