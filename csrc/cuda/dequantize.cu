@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Codes and scales to values: a thread expands a unit of 32 elements.
 #include "generic.h"
+#include "overlap.cuh"
 #include "quantize.cuh"
 
 namespace pyfmt {
@@ -24,6 +25,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kWords = E::spec.bits();  // of a unit
   constexpr int kOutBytes = dtype_bytes(kOut) * kUnit;
   __shared__ uint4 shared[Stage<kOutBytes>::kShared];
+  take_turn();
   const int64_t unit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   uint32_t codes[kWords];
   float scale[2] = {0.0f, 0.0f};
@@ -110,7 +112,7 @@ void dequantize(const DequantizeArgs& a, Stream stream) {
   p.kind = f.scale;
   p.halves = block == 16 ? 2 : 1;
   while (int64_t(kUnit) << p.lane_shift < block) ++p.lane_shift;
-  launch(k->by_dtype[int(a.dtype)], blocks_for(p.units), kThreads, stream, p);
+  launch_ahead(k->by_dtype[int(a.dtype)], blocks_for(p.units), kThreads, stream, p);
 }
 
 }  // namespace cuda
