@@ -4,9 +4,9 @@
     python bench/paths.py [--write] [--json PATH] [--rows M ...]
 
 For each row of the table (what operands allow) and each size of a weight, its paths are timed over
-the number of rows M, by replays of CUDA graphs in turn with weights rotated among copies. The
-limits chosen are those for which the table's path takes the least time over the best one's where
-that is worst. --write puts them into pyfmt/_matmul_table.py. Takes about a minute.
+the number of rows M, by replays of CUDA graphs in turn with weights rotated among copies; a table
+that loses least against the best path at each M is printed. --write puts it into
+pyfmt/_matmul_table.py. Takes half a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,8 @@ PAIRS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
 # Rows between which a path is worth its time here, and the paths in the order of the table.
 SPAN = {"skinny": (1, 64), "wide": (8, 4096), "fold": (24, 4096), "exact": (24, 4096)}
 ORDER = ("skinny", "wide", "fold", "exact", "portable")
-
-Times = dict[tuple[str, int], dict[int, dict[str, float]]]  # (row, size): M: path: seconds
+# What a change of path from one M to the next must bring, as a fraction of the time.
+SWITCH = 0.03
 
 
 def cases(w: Weights, m: int) -> dict[tuple[str, int, str], Callable[[int], Any]]:
@@ -78,60 +77,50 @@ def cases(w: Weights, m: int) -> dict[tuple[str, int, str], Callable[[int], Any]
     return found
 
 
-def limits(times: dict[int, list[dict[str, float]]]) -> tuple[dict[str, int | None], float, int]:
-    """The limit of each path that loses least, how much it loses where it is worst, and that M."""
-    names = [p for p in ORDER if any(p in one for some in times.values() for one in some)]
+def limits(times: dict[int, list[dict[str, float]]]) -> tuple[list[Any], float, int]:
+    """Entries (path, limit) of one size, what they lose where that is worst, and the M of it.
+
+    A path's loss at M is the largest over the pairs. Of all ways through the paths from few rows to
+    many, that with the least sum of losses, where a change of path counts as much as SWITCH.
+    """
     rows = sorted(times)
-    best: tuple[float, float, int, dict[str, int | None]] | None = None
-    for ends in combinations_with_replacement([0, *rows], len(names) - 1):
-        worst, total, where = 0.0, 0.0, 0
-        for m in rows:
-            order = [n for n, end in zip(names, (*ends, rows[-1]), strict=True) if m <= end]
-            for one in times[m]:
-                taken = next((n for n in order if n in one), None)
-                loss = 9.0 if taken is None else one[taken] / min(one.values()) - 1
-                total += loss
-                if loss > worst:
-                    worst, where = loss, m
-        if best is None or (round(worst, 2), total) < best[:2]:
-            found: dict[str, int | None] = {n: e for n, e in zip(names, ends, strict=False) if e}
-            whole = [n for n, e in found.items() if e == rows[-1]]
-            if whole:  # what serves the most rows that were timed serves all beyond
-                found = {n: e for n, e in found.items() if e != rows[-1]} | {whole[0]: None}
-            else:
-                found[names[-1]] = None
-            best = (round(worst, 2), total, where, found)
-    assert best is not None
-    return best[3], best[0], best[2]
+    names = [p for p in ORDER if any(p in one for one in times[rows[0]] + times[rows[-1]])]
+    names += [p for p in ORDER if p not in names and any(p in o for m in rows for o in times[m])]
+
+    def loss(path: str, m: int) -> float:
+        return max(
+            one.get(path, 10 * max(one.values())) / min(one.values()) - 1 for one in times[m]
+        )
+
+    # The least sum up to a row that ends with a path, and the paths taken.
+    sums: dict[str, tuple[float, tuple[str, ...]]] = dict.fromkeys(names, (0.0, ()))
+    for m in rows:
+        sums = {
+            n: min(
+                (s + (SWITCH if taken and taken[-1] != n else 0) + loss(n, m), (*taken, n))
+                for s, taken in sums.values()
+            )
+            for n in names
+        }
+    _, taken = min(sums.values())
+    ends = [i for i in range(len(rows)) if i + 1 == len(rows) or taken[i] != taken[i + 1]]
+    entries: list[Any] = [(taken[i], rows[i]) for i in ends]
+    entries[-1] = (entries[-1][0], None)
+    worst, where = max((loss(n, m), m) for n, m in zip(taken, rows, strict=True))
+    return entries, worst, where
 
 
-def text_of(table: dict[str, tuple[tuple[str, Any], ...]]) -> str:
-    """The text of pyfmt/_matmul_table.py with other limits."""
-    path = Path(_matmul_table.__file__)
-    head = path.read_text(encoding="utf-8").partition("TABLE: ")[0]
+def text_of(table: dict[str, list[list[Any]]]) -> str:
+    """The text of pyfmt/_matmul_table.py with another table."""
+    head = Path(_matmul_table.__file__).read_text(encoding="utf-8").partition("TABLE: ")[0]
     lines = []
-    for row, entries in table.items():
+    for row, by_size in table.items():
         lines.append(f'    "{row}": (')
-        for name, limit in entries:
-            lines.append(f'        ("{name}", {limit!r}),')
+        for entries in by_size:
+            words = ", ".join(f'("{path}", {limit})' for path, limit in entries)
+            lines.append(f"        ({words}{',' if len(entries) == 1 else ''}),")
         lines.append("    ),")
-    return (
-        f"{head}TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {{\n" + "\n".join(lines) + "\n}\n"
-    )
-
-
-def table_of(found: dict[str, list[dict[str, int | None]]]) -> dict[str, Any]:
-    """Rows of the table from each row's limits by size; native stands first where it may serve."""
-    table: dict[str, Any] = {}
-    for row, by_size in found.items():
-        entries: list[tuple[str, Any]] = [] if "kept" in row else [("native", None)]
-        last = by_size[-1]
-        for name in (n for n in ORDER if any(n in one for one in by_size)):
-            sizes = tuple(one.get(name, 0) for one in by_size)
-            entries.append((name, None if all(s is None for s in sizes) else sizes))
-        assert last
-        table[row] = tuple(entries)
-    return table
+    return head + "TABLE: dict[str, tuple[Entries, ...]] = {\n" + "\n".join(lines) + "\n}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = machine()
     print(json.dumps(facts), flush=True)
     lines: list[dict[str, Any]] = []
-    found: dict[str, list[dict[str, int | None]]] = defaultdict(list)
+    table: dict[str, list[list[Any]]] = defaultdict(list)
     with torch.no_grad():
         for n, k in SHAPES:
             # Few copies: only the cheapest calls would find a weight of this size in the cache.
@@ -167,14 +156,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for (row, _), one in by_pair.items():
                     times[row].setdefault(m, []).append(one)
             for row in PAIRS:
-                best, loss, where = limits(times[row])
-                found[row].append(best)
+                entries, loss, where = limits(times[row])
+                if row == "any":
+                    entries = [*entries[:-1], ("skinny", 64), ("portable", None)]
+                table[row].append(entries)
+                words = ", ".join(f"{path} {limit or ''}".strip() for path, limit in entries)
                 print(
-                    f"{n:5} x {k:5} {row:12} {best}  at most {loss:.0%} over the best (M={where})"
+                    f"{n:5} x {k:5} {row:12} {words}; at most {loss:.0%} over the best, M = {where}"
                 )
             del w
             torch.cuda.empty_cache()
-    table = table_of(found)
     if options.json:
         record = {"machine": facts, "sizes": _matmul_table.SIZES, "lines": lines, "table": table}
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

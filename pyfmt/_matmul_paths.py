@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyfmt._matmul_table import SIZES, TABLE, Limit
+from pyfmt._matmul_table import SIZES, TABLE, Entries
 from pyfmt.formats import FORMATS, Format, closest, get_format
 
 PATHS = ("native", "skinny", "wide", "fold", "exact", "portable")
@@ -211,16 +211,12 @@ def row_of(call: Call) -> str:
     return "any"
 
 
-def _limit(limit: Limit, call: Call) -> int | None:
-    """A limit for a call's size of a weight."""
-    if not isinstance(limit, tuple):
-        return limit
-    return limit[sum(call.n * call.k > size for size in SIZES)]
-
-
-def _within(limit: Limit, call: Call) -> bool:
-    most = _limit(limit, call)
-    return most is None or call.m <= most
+def entries_of(call: Call) -> Entries:
+    """The table's entries (path, limit) for a call."""
+    size = sum(call.n * call.k > limit for limit in SIZES)
+    entries = TABLE[row_of(call)][size]
+    # A kept weight is for the path that it was expanded for.
+    return entries if call.kept else (("native", None), *entries)
 
 
 @lru_cache(maxsize=4096)
@@ -236,11 +232,11 @@ def choose(call: Call, machine: Machine, path: str | None = None) -> str:
             raise ValueError(f"path {path!r} cannot serve this call: {reason}")
         return path
     if call.batch_invariant:
-        order: tuple[tuple[str, Limit], ...] = tuple((name, None) for name in INVARIANT_ROWS)
+        order: Entries = tuple((name, None) for name in INVARIANT_ROWS)
     else:
-        order = TABLE[row_of(call)]
+        order = entries_of(call)
     for name, limit in order:
-        if _within(limit, call) and cannot(name, call, machine) is None:
+        if (limit is None or call.m <= limit) and cannot(name, call, machine) is None:
             return name
     # Beyond the table: whatever is fastest on most devices.
     for name in ("exact", "portable"):
@@ -264,9 +260,8 @@ def explain(call: Call, machine: Machine) -> dict[str, str]:
 def _why(name: str, call: Call) -> str:
     if call.batch_invariant:
         return "results must not depend on the batch"
-    limits = dict(TABLE[row_of(call)])
-    if name not in limits:
-        return "no path of the table can serve the call"
-    limit = _limit(limits[name], call)
-    rows = "any number of rows" if limit is None else f"up to {limit} rows"
-    return f"table row {row_of(call)!r}, {rows}, {call.m} here"
+    for path, limit in entries_of(call):
+        if path == name and (limit is None or call.m <= limit):
+            rows = "any number of rows" if limit is None else f"up to {limit} rows"
+            return f"table row {row_of(call)!r}, {rows}, {call.m} here"
+    return "no path of the table can serve the call"

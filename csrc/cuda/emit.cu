@@ -167,11 +167,22 @@ PYFMT_DEVICE void store_tensor_scale(const EmitParams& p, const codec::RecipeCon
   }
 }
 
+// A warp's next tile arrives in shared memory while it rounds the one before.
 template <class E, bool kPow2>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPow2 ? 4 : 3)
     round_values_flat(const __grid_constant__ EmitParams p) {
+  using T = Tile<1, false>;
   __shared__ uint4 shared[Stage<64>::kShared];
+  __shared__ __align__(256) uint8_t tiles[kWarps * T::kBytes];
   take_turn();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const SharedAddress buffer = shared_address(tiles) + warp * T::kBytes;
+  const SharedAddress to = buffer + T::copy_place(lane), from = buffer + T::read_place(lane);
+  const auto fetch = [&](int64_t first) {
+    T::fetch(to, static_cast<const uint8_t*>(p.x) + first * 64 + lane * 16, p.units - first, lane);
+  };
+  int64_t first = int64_t(blockIdx.x) * p.rounds * kThreads + warp * 32;
+  if (first < p.units) fetch(first);
   codec::RecipeConstants r{};
   Multipliers known{nullptr};
   if constexpr (!kPow2) {
@@ -182,14 +193,22 @@ __global__ void __launch_bounds__(kThreads)
     known.fill(p.scale, r);
     __syncthreads();
   }
-  int64_t unit = int64_t(blockIdx.x) * p.rounds * kThreads + threadIdx.x;
 #pragma unroll 1
-  for (int i = 0; i < p.rounds; ++i, unit += kThreads) {
+  for (int i = 0; i < p.rounds; ++i, first += kThreads) {
+    if (first >= p.units) break;
     float v[kUnit];
-    load_rotated(p, unit, unit < p.units, v);
     uint32_t words[kUnit / 2];
+    wait_copies();
+    __syncwarp();
+    T::read(from, words);
+    __syncwarp();
+    if (i + 1 < p.rounds && first + kThreads < p.units) fetch(first + kThreads);
+    // Lanes beyond the end hold whatever there was, and store nothing.
+#pragma unroll
+    for (int j = 0; j < kUnit; ++j) v[j] = half_at<DType::kBF16>(words[j / 2], j & 1);
+    if (p.rotation.size) rotate(v, p.rotation, (first + lane) * kUnit);
     round_unit<E, kPow2>(p, r, v, words, known);
-    Stage<64>::store(static_cast<uint8_t*>(p.out), unit, p.units, words, shared);
+    Stage<64>::store(static_cast<uint8_t*>(p.out), first + lane, p.units, words, shared);
   }
 }
 
