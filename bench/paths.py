@@ -29,7 +29,7 @@ from pyfmt import _matmul_paths as paths
 from pyfmt import _matmul_table, _torch_matmul
 
 ROWS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
-# Weights that stand for the sizes up to SIZES[0], SIZES[1], and beyond.
+# Weights that stand for those of up to SIZES[0] rows, up to SIZES[1], and more.
 SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192))
 # Left and right formats, and what the weight is kept expanded for, that stand for a row.
 PAIRS: dict[str, tuple[tuple[str | None, str, str], ...]] = {

@@ -213,7 +213,7 @@ def row_of(call: Call) -> str:
 
 def entries_of(call: Call) -> Entries:
     """The table's entries (path, limit) for a call."""
-    size = sum(call.n * call.k > limit for limit in SIZES)
+    size = sum(call.n > rows for rows in SIZES)
     entries = TABLE[row_of(call)][size]
     # A kept weight is for the path that it was expanded for.
     return entries if call.kept else (("native", None), *entries)

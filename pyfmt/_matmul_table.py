@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which GEMM path serves up to how many rows: data, written by bench/paths.py on one H200.
 
-A row of the table has entries (path, limit) for each size of a weight: up to SIZES[0] elements, up
+A row of the table has entries (path, limit) for each size of a weight: up to SIZES[0] rows (N), up
 to SIZES[1], and more. They are read from the front; the first path whose limit, a number of rows of
 a, is not exceeded and that can serve the call is taken. None: any number.
 
@@ -12,7 +12,7 @@ Rows: what the operands allow ("fold": both fold into fp8; "bf16": both are exac
 
 from __future__ import annotations
 
-SIZES = (1 << 25, 1 << 27)
+SIZES = (6144, 16384)
 
 Entries = tuple[tuple[str, int | None], ...]
 

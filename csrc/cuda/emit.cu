@@ -22,7 +22,6 @@ struct EmitParams {
   const float* factor = nullptr;
   float* tensor_scale_out = nullptr;
   int halves = 1, lanes = 1;
-  int rounds = 1;  // of a thread
 };
 
 PYFMT_DEVICE void load_rotated(const EmitParams& p, int64_t unit, bool live, float (&v)[kUnit]) {
@@ -181,7 +180,8 @@ __global__ void __launch_bounds__(kThreads, kPow2 ? 4 : 3)
   const auto fetch = [&](int64_t first) {
     T::fetch(to, static_cast<const uint8_t*>(p.x) + first * 64 + lane * 16, p.units - first, lane);
   };
-  int64_t first = int64_t(blockIdx.x) * p.rounds * kThreads + warp * 32;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  int64_t first = int64_t(blockIdx.x) * kThreads + warp * 32;
   if (first < p.units) fetch(first);
   codec::RecipeConstants r{};
   Multipliers known{nullptr};
@@ -194,15 +194,14 @@ __global__ void __launch_bounds__(kThreads, kPow2 ? 4 : 3)
     __syncthreads();
   }
 #pragma unroll 1
-  for (int i = 0; i < p.rounds; ++i, first += kThreads) {
-    if (first >= p.units) break;
+  for (; first < p.units; first += step) {
     float v[kUnit];
     uint32_t words[kUnit / 2];
     wait_copies();
     __syncwarp();
     T::read(from, words);
     __syncwarp();
-    if (i + 1 < p.rounds && first + kThreads < p.units) fetch(first + kThreads);
+    if (first + step < p.units) fetch(first + step);
     // Lanes beyond the end hold whatever there was, and store nothing.
 #pragma unroll
     for (int j = 0; j < kUnit; ++j) v[j] = half_at<DType::kBF16>(words[j / 2], j & 1);
@@ -379,12 +378,10 @@ void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
     p.scale.partials = a.partials;
   }
   // The recipe's constants are worked out once for several units.
-  constexpr int kRounds = 4;
-  if (a.format.scale == Scale::kE4M3 &&
-      p.units >= int64_t(kRounds) * kThreads * 4 * multiprocessors())
-    p.rounds = kRounds;
-  launch_ahead(find_round(a.format), blocks_for((p.units + p.rounds - 1) / p.rounds), kThreads,
-               stream, p);
+  // Blocks that stay work out the recipe's constants once; others come as places become free.
+  const int64_t all = blocks_for(p.units), stay = 3 * int64_t(multiprocessors());
+  const int64_t blocks = a.format.scale == Scale::kE4M3 && all > stay ? stay : all;
+  launch_ahead(find_round(a.format), blocks, kThreads, stream, p);
 }
 
 }  // namespace cuda
