@@ -81,10 +81,15 @@ __global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ Am
   if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
 }
 
+// Blocks of a multiprocessor, by what registers allow.
+constexpr int rotated_blocks(DType dtype) {
+  return dtype == DType::kFP32 ? 2 : 3;
+}
+
 // Of rotated rows. The factor multiplies the result alone: products with one positive number keep
 // the order.
 template <DType kIn>
-__global__ void __launch_bounds__(kThreads, kIn == DType::kFP32 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, rotated_blocks(kIn))
     amax_rotated(const __grid_constant__ AmaxParams p) {
   constexpr int kBytes = dtype_bytes(kIn) * kUnit;
   const int64_t whole = p.aligned ? p.count / kUnit : 0;
@@ -210,8 +215,8 @@ void launch_flat(const AmaxParams& p, int64_t blocks, Stream stream) {
   }
 }
 
-int64_t partials_for(int64_t threads) {
-  const int64_t most = int64_t(multiprocessors()) * 4;
+int64_t partials_for(int64_t threads, int blocks_at_once = 4) {
+  const int64_t most = int64_t(multiprocessors()) * blocks_at_once;
   const int64_t blocks = blocks_for(threads) < most ? blocks_for(threads) : most;
   return blocks > kPartials ? kPartials : blocks < 1 ? 1 : blocks;
 }
@@ -222,7 +227,9 @@ int amax_partials(const AmaxArgs& a, Stream stream) {
   AmaxParams p = params(a);
   p.out = a.partials;
   const bool flat = a.view.flat();
-  const int64_t blocks = partials_for(flat ? (p.count + kUnit - 1) / kUnit : (p.count + 7) / 8);
+  const int64_t blocks = flat ? partials_for((p.count + kUnit - 1) / kUnit,
+                                             p.rotation.size ? rotated_blocks(p.dtype) : 4)
+                              : partials_for((p.count + 7) / 8);
   if (flat) {
     launch_flat(p, blocks, stream);
   } else {
