@@ -141,6 +141,9 @@ def dense(seconds: float) -> None:
                 cases[f"{fmt} x {fmt}"] = w.matmul(x, fmt)
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
+            rival = gemlite_rival.rival(x, w.dense) if m != 8192 else None
+            if rival is not None:
+                cases["rival: gemlite int4 g128"] = rival
             show("dense", (m, n, k), in_turn(cases, seconds=seconds))
             del cases
         del w
@@ -305,10 +308,14 @@ def main() -> None:
         parser.error("no GPU is visible, which this measures; bench/matmul_cpu.py is for the CPU")
     facts = machine()
     print(json.dumps(facts))
+    start = time.perf_counter()
     check()
     with torch.no_grad():
         for part in options.part:
+            began = time.perf_counter()
             PARTS[part](options.seconds)
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"all: {time.perf_counter() - start:.0f} s")
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "lines": LINES}, indent=1) + "\n")
 
