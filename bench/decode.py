@@ -262,6 +262,9 @@ def main() -> None:
         base = results["bfloat16"]
         words = (f"{k} {v:9.1f} tok/s {v / base[k]:5.2f}x" for k, v in found.items())
         print(f"{name:18} " + "   ".join(words), flush=True)
+        if options.json:
+            record = {"machine": facts, "lines": results}
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     dense = decoder(options.layers, options.small, device)
     show("bfloat16", measure(dense, options))
@@ -272,8 +275,6 @@ def main() -> None:
         show(name, measure(model, options))
         del model, report
     show("bfloat16, again", measure(dense, options))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "lines": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
