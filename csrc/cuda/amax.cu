@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Largest magnitudes: of a tensor (finite elements only) and of blocks.
+#include "overlap.cuh"
 #include "rotate.cuh"
 
 namespace pyfmt {
@@ -60,6 +61,7 @@ PYFMT_DEVICE int32_t max_of_threads(int32_t largest) {
 template <DType kIn>
 __global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ AmaxParams p) {
   constexpr int kBytes = dtype_bytes(kIn) * kUnit;
+  take_turn();
   const int64_t whole = p.aligned ? p.count / kUnit : 0;
   const int64_t units = (p.count + kUnit - 1) / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
@@ -92,6 +94,7 @@ template <DType kIn>
 __global__ void __launch_bounds__(kThreads, rotated_blocks(kIn))
     amax_rotated(const __grid_constant__ AmaxParams p) {
   constexpr int kBytes = dtype_bytes(kIn) * kUnit;
+  take_turn();
   const int64_t whole = p.aligned ? p.count / kUnit : 0;
   const int64_t units = (p.count + kUnit - 1) / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
@@ -202,17 +205,12 @@ AmaxParams params(const AmaxArgs& a) {
 
 void launch_flat(const AmaxParams& p, int64_t blocks, Stream stream) {
   const bool rotated = p.rotation.size != 0;
-  switch (p.dtype) {
-    case DType::kBF16:
-      return launch(rotated ? amax_rotated<DType::kBF16> : amax_flat<DType::kBF16>, blocks,
-                    kThreads, stream, p);
-    case DType::kFP16:
-      return launch(rotated ? amax_rotated<DType::kFP16> : amax_flat<DType::kFP16>, blocks,
-                    kThreads, stream, p);
-    default:
-      return launch(rotated ? amax_rotated<DType::kFP32> : amax_flat<DType::kFP32>, blocks,
-                    kThreads, stream, p);
-  }
+  const auto kernel =
+      p.dtype == DType::kBF16   ? rotated ? amax_rotated<DType::kBF16> : amax_flat<DType::kBF16>
+      : p.dtype == DType::kFP16 ? rotated ? amax_rotated<DType::kFP16> : amax_flat<DType::kFP16>
+      : rotated                 ? amax_rotated<DType::kFP32>
+                                : amax_flat<DType::kFP32>;
+  launch_ahead(kernel, blocks, kThreads, stream, p);
 }
 
 int64_t partials_for(int64_t threads, int blocks_at_once = 4) {
