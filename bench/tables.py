@@ -108,10 +108,12 @@ def gpu_table(record: dict[str, Any]) -> str:
         if name not in plain
     ]
     small = [
-        f"{line['name']} {line['gpu_us']:.1f} and {line['eager_us']:.1f}"
+        f"{line['name']} {line['gpu_us']:.1f} and {line['eager_us']:.1f} "
+        f"({line['inference_us']:.1f})"
         for line in record["small"]
         if line["room"] == rooms[0]
     ]
+    torch_calls = [f"{name} {us:.1f}" for name, us in record["plain_us"].items()]
     quoted = [
         f"{library} (quoted, not measured here): "
         + ", ".join(f"{figure:.2f} at {size}" for size, figure in figures.items())
@@ -129,7 +131,8 @@ def gpu_table(record: dict[str, Any]) -> str:
             *table("call", others, rooms),
             "",
             f"{' x '.join(map(str, record['small'][0]['shape']))}, microseconds on the GPU and of "
-            f"the whole eager call: {', '.join(small)}.",
+            f"the whole eager call (in inference mode): {', '.join(small)}. Torch's own calls on "
+            f"the same host: {', '.join(torch_calls)}.",
             f"Rotation by {'; '.join(quoted)} of a copy.",
         ]
     )

@@ -110,6 +110,12 @@ inline std::string text_of(const Shape& shape) {
   return s + (shape.size() == 1 ? ",)" : ")");
 }
 
+inline void expect_sizes(const Shape& shape) {
+  for (int64_t n : shape) {
+    if (n < 0) options::fail("shape: expected no negative sizes, got ", text_of(shape));
+  }
+}
+
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }

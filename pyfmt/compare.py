@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyfmt._machine import machine
 from pyfmt.compare_model import BATCH, Encoder
 from pyfmt.compare_text import docstring_sentences
 from pyfmt.formats import ROTATION_SIZES, Format
@@ -182,7 +181,7 @@ def compare(
             "layers": len(linears),
             "weights": sum(linear.weight.numel() for linear in linears.values()),
         },
-        machine=_machine(),
+        machine=machine(),
         baseline={
             "weights_mb": sum(linear.weight.nbytes for linear in linears.values()) / 1e6,
             "rest_mb": rest / 1e6,
@@ -264,8 +263,9 @@ def layer_inputs(
     model: torch.nn.Module,
     linears: dict[str, torch.nn.Linear],
     batch: dict[str, torch.Tensor],
+    rows_each: int = SAMPLE_TOKENS,
 ) -> dict[str, torch.Tensor]:
-    """Return up to 256 rows of what each linear layer reads on one batch, padding left out."""
+    """Return up to `rows_each` rows of what each linear layer reads on a batch, without padding."""
     import torch
 
     inputs: dict[str, torch.Tensor] = {}
@@ -275,8 +275,8 @@ def layer_inputs(
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = args[0].reshape(-1, args[0].shape[-1])
             rows = rows[real] if len(rows) == len(real) else rows
-            step = max(len(rows) // SAMPLE_TOKENS, 1)
-            inputs[name] = rows[::step][:SAMPLE_TOKENS].clone()
+            step = max(len(rows) // rows_each, 1)
+            inputs[name] = rows[::step][:rows_each].clone()
 
         return hook
 
@@ -316,34 +316,3 @@ def _timed(
     start = time.perf_counter()
     embeddings = encode(model, batches)
     return embeddings, len(embeddings) / (time.perf_counter() - start)
-
-
-def _machine() -> dict[str, Any]:
-    """Describe the machine and the versions, so that a number can be placed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in ("pyfmt-kernels", "torch", "numpy", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "versions": versions,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

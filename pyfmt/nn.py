@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
-from pyfmt import _check, _matmul_paths
+from pyfmt import _check, _direct, _matmul_paths
 from pyfmt._fuse import Group, groups_of
 from pyfmt._model import (
     Left,
@@ -271,7 +271,8 @@ class QuantLinear(nn.Module):
     ) -> Tensor:
         """The layer's operator on x and a weight of its format."""
         scale_rule, recipe, clip = self.activation_options
-        y: Tensor = torch.ops.pyfmt.linear.default(
+        linear = _direct.kernel("linear", x, bias) or torch.ops.pyfmt.linear.default
+        y: Tensor = linear(
             x,
             codes,
             scales,

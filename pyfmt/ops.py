@@ -68,9 +68,15 @@ SCHEMAS = (
     "str? scale_rule=None, str? recipe=None, str clip='symmetric', Tensor[]? expanded=None, "
     "str? path=None, str precision='full', bool batch_invariant=False) -> Tensor",
 )
-# What layers call beside the verbs.
+# What layers call beside the verbs; and the verbs in fewer words, for pyfmt/_direct.py alone, which
+# calls them where nothing is traced: they have no fake kernels.
 HELPERS = (
     "_expand_weight(Tensor codes, Tensor scales, str format, SymInt k, str kind) -> Tensor[]",
+
+    "_quantize(Tensor x, int plan, int axis=-1, int rotation=0, Tensor? tensor_scale=None, "
+    "Tensor? signs=None) -> (Tensor codes, Tensor scales, Tensor tensor_scale)",
+
+    "_fake_quantize(Tensor x, int plan, int axis=-1, Tensor? tensor_scale=None) -> Tensor",
 )
 # fmt: on
 
@@ -307,6 +313,8 @@ def _define() -> None:
         library.impl("matmul", room.matmul, device)
         library.impl("linear", room.linear, device)
     library.impl("_expand_weight", _torch_dense.expand_weight, "CUDA")
+    for verb in ("_quantize", "_fake_quantize"):
+        library.impl(verb, torch.library.fallthrough_kernel, "Autograd")
     _torch_autograd.register(library)
     ops._library = library
 

@@ -32,35 +32,12 @@ from pyfmt.compare import (  # noqa: E402
 )
 from pyfmt.compare_model import Encoder, bundled_model  # noqa: E402
 from pyfmt.compare_text import docstring_sentences  # noqa: E402
+from tests.tiny_model import tiny_encoder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of one layer with random weights and a tokenizer of single letters."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["[PAD]", "[UNK]", *letters, *(f"##{letter}" for letter in letters)]
-    tokenizer = Tokenizer(
-        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    path = tmp_path_factory.mktemp("tiny-bert")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=128,
-        initializer_range=0.2,
-    )
-    transformers.BertModel(config).save_pretrained(path)
-    return path
+    return tiny_encoder(tmp_path_factory.mktemp("tiny-bert"))
 
 
 @pytest.fixture(scope="module")

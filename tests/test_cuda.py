@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 import pyfmt  # noqa: E402
 import pyfmt.nn  # noqa: E402
-from pyfmt import reference  # noqa: E402
+from pyfmt import _arrays, reference  # noqa: E402
 from pyfmt.formats import FORMATS, get_element, get_format  # noqa: E402
 from tests import grids, test_rotate  # noqa: E402
 from tests.cuda_rooms import (  # noqa: E402
@@ -490,10 +490,9 @@ def test_cupy_arrays_go_in_and_out_without_a_copy(room: Room, name: str) -> None
     fmt = get_format(name)
     x = grids.noise(64, 256)
     on_device = cupy.asarray(x)
-    module: Any = room.module
-    assert module._in(on_device).data_ptr() == on_device.data.ptr
+    assert _arrays.from_cupy(on_device).data_ptr() == on_device.data.ptr
     tensor = torch.ones(8, device="cuda", dtype=torch.bfloat16)
-    assert module._out(tensor, on_device).data.ptr == tensor.data_ptr()
+    assert _arrays.back_to(tensor, on_device).data.ptr == tensor.data_ptr()
     q = pyfmt.quantize(on_device, fmt, backend="cuda")
     want = reference.quantize(x, fmt)
     assert isinstance(q.codes, cupy.ndarray)

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // Largest magnitudes: of a tensor (finite elements only) and of blocks.
-#include "overlap.cuh"
 #include "rotate.cuh"
 
 namespace pyfmt {
@@ -61,7 +60,7 @@ PYFMT_DEVICE int32_t max_of_threads(int32_t largest) {
 template <DType kIn>
 __global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ AmaxParams p) {
   constexpr int kBytes = dtype_bytes(kIn) * kUnit;
-  take_turn();
+  allow_next_launch();
   const int64_t whole = p.aligned ? p.count / kUnit : 0;
   const int64_t units = (p.count + kUnit - 1) / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
@@ -94,7 +93,7 @@ template <DType kIn>
 __global__ void __launch_bounds__(kThreads, rotated_blocks(kIn))
     amax_rotated(const __grid_constant__ AmaxParams p) {
   constexpr int kBytes = dtype_bytes(kIn) * kUnit;
-  take_turn();
+  allow_next_launch();
   const int64_t whole = p.aligned ? p.count / kUnit : 0;
   const int64_t units = (p.count + kUnit - 1) / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
@@ -135,6 +134,7 @@ __global__ void __launch_bounds__(kThreads) amax_across(const __grid_constant__ 
   const int64_t in_matrix = p.matrix_rows / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   int32_t largest = kOne;
+  allow_next_launch();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < strips * columns; i += step) {
     const int64_t strip = i / columns, at = strip * kUnit * columns + i % columns;
     float v[kUnit];
@@ -155,6 +155,7 @@ PYFMT_DEVICE int64_t place(const View& v, int64_t row, int64_t column) {
 __global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__ AmaxParams p) {
   int32_t largest = kOne;
   const int64_t step = int64_t(gridDim.x) * kThreads;
+  allow_next_launch();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.count; i += step) {
     const int64_t at = place(p.view, i / p.view.columns, i % p.view.columns);
     largest = max(largest, lifted(load_element(p.x, p.dtype, at)));
@@ -166,6 +167,7 @@ __global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__
 __global__ void __launch_bounds__(kThreads)
     amax_finish(const float* partials, int count, float* out) {
   int32_t largest = 0;
+  wait_for_earlier_launch();
   for (int i = threadIdx.x; i < count; i += kThreads) {
     largest = max(largest, int32_t(as_uint(partials[i])));
   }
@@ -210,7 +212,7 @@ void launch_flat(const AmaxParams& p, int64_t blocks, Stream stream) {
       : p.dtype == DType::kFP16 ? rotated ? amax_rotated<DType::kFP16> : amax_flat<DType::kFP16>
       : rotated                 ? amax_rotated<DType::kFP32>
                                 : amax_flat<DType::kFP32>;
-  launch_ahead(kernel, blocks, kThreads, stream, p);
+  launch(kernel, blocks, kThreads, stream, p);
 }
 
 int64_t partials_for(int64_t threads, int blocks_at_once = 4) {
@@ -251,7 +253,8 @@ int amax_partials_across(const AmaxArgs& a, Stream stream) {
 void amax(const AmaxArgs& a, Stream stream) {
   if (!a.block) {
     const int count = amax_partials(a, stream);
-    launch(amax_finish, 1, kThreads, stream, static_cast<const float*>(a.partials), count, a.out);
+    launch_after(launches_overlap(), amax_finish, 1, kThreads, stream,
+                 static_cast<const float*>(a.partials), count, a.out);
     return;
   }
   AmaxParams p = params(a);

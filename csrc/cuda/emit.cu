@@ -2,9 +2,9 @@
 // Activations for the dense GEMMs: rotate, quantize, and write what the tensor cores take, without
 // packing codes and unpacking them again.
 #include "fold.cuh"
-#include "overlap.cuh"
 #include "quantize.cuh"
 #include "rotate.cuh"
+#include "warp.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(kThreads, kPow2 ? 4 : 3)
   using T = Tile<1, false>;
   __shared__ uint4 shared[Stage<64>::kShared];
   __shared__ __align__(256) uint8_t tiles[kWarps * T::kBytes];
-  take_turn();
+  allow_next_launch();
+  wait_for_earlier_launch();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const SharedAddress buffer = shared_address(tiles) + warp * T::kBytes;
   const SharedAddress to = buffer + T::copy_place(lane), from = buffer + T::read_place(lane);
@@ -225,7 +226,8 @@ __global__ void __launch_bounds__(kOnceThreads)
     round_values_once(const __grid_constant__ EmitParams p) {
   float* const of_block = reinterpret_cast<float*>(dynamic_shared());
   uint32_t* const of_warp = reinterpret_cast<uint32_t*>(of_block + 1);
-  take_turn();
+  allow_next_launch();
+  wait_for_earlier_launch();
   const int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   float v[kUnit];
   load_rotated(p, unit, unit < p.units, v);
@@ -377,11 +379,10 @@ void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
     p.scale.partial_count = amax_partials(amax, stream);
     p.scale.partials = a.partials;
   }
-  // The recipe's constants are worked out once for several units.
   // Blocks that stay work out the recipe's constants once; others come as places become free.
   const int64_t all = blocks_for(p.units), stay = 3 * int64_t(multiprocessors());
   const int64_t blocks = a.format.scale == Scale::kE4M3 && all > stay ? stay : all;
-  launch_ahead(find_round(a.format), blocks, kThreads, stream, p);
+  launch_after(launches_overlap(), find_round(a.format), blocks, kThreads, stream, p);
 }
 
 }  // namespace cuda

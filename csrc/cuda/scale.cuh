@@ -57,6 +57,7 @@ PYFMT_DEVICE codec::RecipeConstants start_recipe(const ScaleParams& p) {
   if (p.partials) {
     __shared__ uint32_t of_warp[kWarps];
     const uint32_t* partials = reinterpret_cast<const uint32_t*>(p.partials);
+    wait_for_earlier_launch();
     for (int i = threadIdx.x; i < p.partial_count; i += int(blockDim.x)) {
       largest = L::max(largest, partials[i]);
     }

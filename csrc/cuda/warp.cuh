@@ -101,21 +101,6 @@ PYFMT_DEVICE char* dynamic_shared() {
 #endif
 }
 
-// ---- launches that overlap the one before -----------------------------------------------------
-
-// Wait for what the launches before wrote; nothing to wait for in an ordinary launch.
-PYFMT_DEVICE void wait_for_earlier_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// Let the next launch start: it waits, as above, before it reads what this one writes.
-PYFMT_DEVICE void allow_next_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 // ---- memory to shared memory, in the background -----------------------------------------------
 
 // Sixteen bytes, or zeros where not `real`; visible to this thread after `copies_arrived`.
