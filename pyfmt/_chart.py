@@ -72,8 +72,7 @@ def legend(figure: Figure, handles: list[Any], **options: Any) -> None:
         frameon=False,
         handletextpad=0.5,
         columnspacing=1.8,
-        handlelength=1.2,
-        **({"ncols": len(handles)} | options),
+        **({"ncols": len(handles), "handlelength": 1.2} | options),
     )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model.
+"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model; for training
+TrainLinear and prepare_for_training (`nn_train.py`).
 
 A layer holds codes and scales and calls `torch.ops.pyfmt.linear`; which kernel that means is the
 operator's business, so a faster one changes nothing here.
@@ -31,8 +32,23 @@ from pyfmt._model import (
 )
 from pyfmt._torch_matmul import row_bytes, scales_shape
 from pyfmt.formats import SCALES, Format, closest, get_format
+from pyfmt.nn_train import TrainLinear, TrainReport, finish_training, prepare_for_training
+from pyfmt.recipes import RECIPES, Quantizer, Recipe, get_recipe
 
-__all__ = ["QuantLinear", "Report", "dequantize_model", "quantize_model"]
+__all__ = [
+    "RECIPES",
+    "QuantLinear",
+    "Quantizer",
+    "Recipe",
+    "Report",
+    "TrainLinear",
+    "TrainReport",
+    "dequantize_model",
+    "finish_training",
+    "get_recipe",
+    "prepare_for_training",
+    "quantize_model",
+]
 
 # Integer types that hold the bits of a float buffer while a module is cast.
 _BITS = {2: torch.int16, 4: torch.int32}

@@ -25,6 +25,7 @@ from pyfmt import (
     _torch_dense,
     _torch_matmul,
     _torch_matmul_cpu,
+    _torch_train,
     _torch_triton,
 )
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
@@ -300,7 +301,7 @@ def _define() -> None:
         return
     _load_kernels()
     library = torch.library.Library("pyfmt", "DEF")
-    for schema in (*SCHEMAS, *HELPERS):
+    for schema in (*SCHEMAS, *HELPERS, *_torch_train.SCHEMAS):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for verb, fake in _FAKE.items():
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
@@ -316,6 +317,7 @@ def _define() -> None:
     for verb in ("_quantize", "_fake_quantize"):
         library.impl(verb, torch.library.fallthrough_kernel, "Autograd")
     _torch_autograd.register(library)
+    _torch_train.register(library)
     ops._library = library
 
 
