@@ -48,7 +48,7 @@ PAIRS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
     "any": ((None, "mxfp4", ""),),
 }
 # Rows between which a path is worth its time here, and the paths in the order of the table.
-SPAN = {"skinny": (1, 64), "wide": (8, 4096), "fold": (24, 4096), "exact": (24, 4096)}
+SPAN = {"skinny": (1, 64), "wide": (8, 4096), "fold": (8, 4096), "exact": (24, 4096)}
 ORDER = ("skinny", "wide", "fold", "exact", "portable")
 # What a change of path from one M to the next must bring, as a fraction of the time.
 SWITCH = 0.03
@@ -111,8 +111,9 @@ def limits(times: dict[int, list[dict[str, float]]]) -> tuple[list[Any], float, 
 
 
 def text_of(table: dict[str, list[list[Any]]]) -> str:
-    """The text of pyfmt/_matmul_table.py with another table."""
-    head = Path(_matmul_table.__file__).read_text(encoding="utf-8").partition("TABLE: ")[0]
+    """The text of pyfmt/_matmul_table.py with another table; what stands around it stays."""
+    text = Path(_matmul_table.__file__).read_text(encoding="utf-8")
+    head, _, rest = text.partition("TABLE: ")
     lines = []
     for row, by_size in table.items():
         lines.append(f'    "{row}": (')
@@ -120,7 +121,8 @@ def text_of(table: dict[str, list[list[Any]]]) -> str:
             words = ", ".join(f'("{path}", {limit})' for path, limit in entries)
             lines.append(f"        ({words}{',' if len(entries) == 1 else ''}),")
         lines.append("    ),")
-    return head + "TABLE: dict[str, tuple[Entries, ...]] = {\n" + "\n".join(lines) + "\n}\n"
+    mine = "TABLE: dict[str, tuple[Entries, ...]] = {\n" + "\n".join(lines) + "\n}\n"
+    return head + mine + rest.partition("\n}\n")[2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
