@@ -452,10 +452,10 @@ def quantize_model(
     report; `strict` makes that a ValueError, before anything is replaced. A layer that stands in
     several places is quantized once. progress: a bar on a terminal, or a function of (done,
     total, name). keep_originals lets `report.undo()` put the very same layers back; otherwise it
-    makes dense ones from the quantized weights. fuse: names of layers that
-    stand beside each other and are given the same x, such as [("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj")] in Llama: one product serves them all when the first is called, they
-    share a tensor scale, and one that is given anything else works alone.
+    makes dense ones from the quantized weights. fuse: names of layers that stand beside each other
+    and are given the same x, such as [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] in
+    Llama: one product serves them all when the first is called, they share a tensor scale, and one
+    that is given anything else works alone.
 
     Returns a Report: what was replaced, what was left and why; `print(report)` shows a table.
     Raises ValueError or TypeError for wrong options.
