@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time matmul and linear on a GPU against cuBLAS bfloat16 of the same run.
 
-    python bench/matmul.py [--part dense decode sweep table errors calls] [--json PATH]
+    python bench/matmul.py [--part dense decode sweep errors calls] [--json PATH]
 
 All cases of a line are replays of CUDA graphs in turn, bfloat16 before each. Operands are fresh
 random data; the baseline multiplies the tensors that were quantized. Up to 64 rows the weights
 rotate among copies larger than the cache. Every path is checked against float64 first, and nothing
 is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row scales, and gemlite where
-it is installed. --part table times every path that can serve, for the table of paths.
+it is installed. bench/paths.py makes the table of paths.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemlite_rival
 import torch
 from graphs import in_turn
 from harness import machine
@@ -117,27 +118,6 @@ def fp8_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any]:
     )
 
 
-def gemlite_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any] | None:
-    """gemlite's W4A16 in groups of 128, or None where it is not installed."""
-    try:
-        from gemlite.core import DType, GemLiteLinear
-    except ImportError:
-        return None
-    layers = []
-    for t in w.dense:
-        groups = t.float().view(-1, 128)
-        scale = groups.abs().amax(1, keepdim=True) / 7
-        codes = (groups / scale).round().clamp(-7, 7) + 8
-        layer = GemLiteLinear(
-            4, group_size=128, in_features=w.k, out_features=w.n, input_dtype=DType.BF16,
-            output_dtype=DType.BF16,
-        )  # fmt: skip
-        zeros = torch.full_like(scale, 8)
-        layer.pack(codes.to(torch.uint8).view(w.n, w.k), scale.bfloat16(), zeros.bfloat16(), None)
-        layers.append(layer)
-    return lambda i: layers[i % len(layers)](x)
-
-
 # ---- parts ------------------------------------------------------------------------------------
 
 
@@ -161,6 +141,9 @@ def dense(seconds: float) -> None:
                 cases[f"{fmt} x {fmt}"] = w.matmul(x, fmt)
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
+            rival = gemlite_rival.rival(x, w.dense) if m != 8192 else None
+            if rival is not None:
+                cases["rival: gemlite int4 g128"] = rival
             show("dense", (m, n, k), in_turn(cases, seconds=seconds))
             del cases
         del w
@@ -183,7 +166,7 @@ def decode(seconds: float) -> None:
             for fmt in ("mxfp4", "nvfp4"):
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
-            rival = gemlite_rival(x, w)
+            rival = gemlite_rival.rival(x, w.dense)
             if rival is not None:
                 cases["rival: gemlite int4 g128"] = rival
             show("decode", (m, n, k), in_turn(cases, seconds=seconds, rotate=copies))
@@ -206,35 +189,6 @@ def sweep(seconds: float) -> None:
             cases[f"{fmt} x {fmt}"] = w.linear(x, fmt, fmt)
         rotate = 4 if m <= 64 else 1
         show("sweep", (m, n, k), in_turn(cases, seconds=seconds, rotate=rotate, least=3))
-
-
-def table(seconds: float) -> None:
-    """Every path that can serve a call, for the table of paths."""
-    device = _torch_matmul.machine_of(torch.device("cuda", 0))
-    assert device is not None
-    pairs = [(None, "mxfp4"), ("mxfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp6_e2m3"), (None, "mxint8")]
-    pairs += [("mxint8", "mxint8"), (None, "nvfp4"), ("nvfp4", "nvfp4"), (None, "int4")]
-    pairs += [(None, "int8"), (None, "mxfp6_e2m3")]
-    for n, k in ((8192, 8192), (4096, 4096)):
-        w = Weights(n, k, 4)
-        for m in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048):
-            x = randn(m, k)
-            cases = {"cuBLAS bf16": w.bf16(x)}
-            for left, right in pairs:
-                fmt = None if left is None else pyfmt.get_format(left)
-                call = paths.Call(fmt, "bfloat16", pyfmt.get_format(right), m, n, k)
-                for path, words in paths.explain(call, device).items():
-                    able = words == "able" or words.startswith("chosen")
-                    if able and not (path == "portable" and m > 64):
-                        name = f"{left or 'dense'} x {right} {path}"
-                        cases[name] = w.linear(x, right, left, path=path)
-                if fmt is not None and paths.folds(fmt) and m <= 256:
-                    kept = w.kept(right, "fold")
-                    cases[f"{left} x kept {right}"] = w.linear(
-                        x, right, left, expanded=kept, path="fold"
-                    )
-            show("table", (m, n, k), in_turn(cases, seconds=seconds, rotate=4, least=3))
-        del w
 
 
 def check() -> None:
@@ -341,12 +295,12 @@ def calls(_: float) -> None:
             print(f"calls   {name:40} {best * 1e6:6.1f} us")
 
 
-PARTS = {f.__name__: f for f in (errors, calls, dense, decode, sweep, table)}
+PARTS = {f.__name__: f for f in (errors, calls, dense, decode, sweep)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS)[:5])
+    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=0.3, help="time for each line's cases")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -354,10 +308,14 @@ def main() -> None:
         parser.error("no GPU is visible, which this measures; bench/matmul_cpu.py is for the CPU")
     facts = machine()
     print(json.dumps(facts))
+    start = time.perf_counter()
     check()
     with torch.no_grad():
         for part in options.part:
+            began = time.perf_counter()
             PARTS[part](options.seconds)
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"all: {time.perf_counter() - start:.0f} s")
     if options.json:
         options.json.write_text(json.dumps({"machine": facts, "lines": LINES}, indent=1) + "\n")
 
