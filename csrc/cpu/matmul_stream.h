@@ -82,6 +82,15 @@ PYFMT_INLINE void prefetch(const uint8_t* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
+// The scales of the `rows` rows after these.
+PYFMT_INLINE void prefetch_scales(const StreamArgs& s, int64_t row, int rows) {
+  const FormatSpec& f = s.right.format;
+  const int64_t bytes = f.blocks(s.k) * scale_bytes(f.scale);
+  if (f.block_rows != 1 || row + rows > s.n) return;
+  const uint8_t* const first = (const uint8_t*)s.right.scales + row * bytes;
+  for (int64_t i = 0; i < rows * bytes; i += 64) prefetch(first + i);
+}
+
 // y, bias and rounding for R rows of b from `row`.
 template <int R, int M>
 PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
@@ -123,6 +132,7 @@ static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
   const int64_t columns = stream_columns(f, s.k), bytes = f.row_bytes(s.k);
   const int64_t blocks = f.blocks(s.k), room = blocks + kGroup;
   for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+  prefetch_scales(s, row + R, R);
   const uint8_t* const codes = s.right.codes + row * bytes;
   F sum[R][M] = {}, scale[R];
   U words[R];
@@ -222,6 +232,7 @@ static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, ui
     float* const each = (float*)scales + r * room;
     for (int64_t b = 0; b < blocks; ++b) each[b] *= step;
   }
+  prefetch_scales(s, row + R, R);
   F sum[R][M] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t most = columns - b * block, width = block < most ? block : most;
@@ -319,6 +330,7 @@ static void table_rows(const StreamArgs& s, int64_t row, const ValueTable& table
   const int64_t columns = stream_columns(f, s.k), blocks = f.blocks(s.k), block = f.columns(s.k);
   const int64_t bytes = f.row_bytes(s.k), room = round_up(blocks, kGroup);
   for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+  prefetch_scales(s, row + R, R);
   const uint8_t* const codes = s.right.codes + row * bytes;
   const __m512i odd = _mm512_set1_epi32(int32_t(0xffff0000u));
   F sum[R][M] = {};
