@@ -231,25 +231,29 @@ void run_tiles(const ParallelFor& parallel, const MatmulCall& c) {
 
   thread_local Room panel_room, scale_room;
   const int64_t bytes = t.kind == TileKind::kInt8 ? 1 : t.kind == TileKind::kBF16 ? 2 : 4;
-  t.a_columns = up(t.segments() * t.segment, 64);
+  t.a_columns = up(t.segments() * t.segment, t.kind == TileKind::kBF16 ? 128 : 64);
   // A left side that is what the tiles read already is not copied.
   const bool ready =
-      !format && t.a_columns == c.k && c.a_dtype == (bytes == 2 ? DType::kBF16 : DType::kFP32);
+      !format && t.kind == TileKind::kFP32 && t.a_columns == c.k && c.a_dtype == DType::kFP32;
   if (ready) {
     t.a = const_cast<void*>(c.a);
   } else {
-    t.a = panel_room.get(c.m * t.a_columns * bytes);
-    if (format && !t.decoded) t.a_scales = (float*)scale_room.get(c.m * t.segments() * 4);
+    const int64_t rows = t.kind == TileKind::kBF16 ? up(c.m, 16) : c.m;
+    t.a = panel_room.get(rows * t.a_columns * bytes);
+    const int64_t scales = t.kind == TileKind::kBF16 ? t.a_columns / 16 : t.segments();
+    if (format && !t.decoded) t.a_scales = (float*)scale_room.get(rows * scales * 4);
     pack_left(parallel, c, &t);
   }
 
   // Enough items for every thread to have several, but few that pack the same panel again; equal
   // ones, since each thread gets as many as the others.
   const int64_t panels = (c.n + kernels.panel - 1) / kernels.panel;
-  constexpr int64_t kMostRows = 504, kFewRows = 48;
-  const int64_t most = std::max<int64_t>(1, c.m / kFewRows);
-  const int64_t wanted = std::max((c.m + kMostRows - 1) / kMostRows, std::min(16 / panels, most));
-  t.m_chunk = up((c.m + wanted - 1) / wanted, 12);  // whole tiles of 6 and of 4 rows
+  const bool tokens = t.kind == TileKind::kBF16;
+  const int64_t most_rows = tokens ? 128 : 504, few_rows = 48;
+  const int64_t most = std::max<int64_t>(1, c.m / few_rows);
+  const int64_t wanted = std::max((c.m + most_rows - 1) / most_rows, std::min(16 / panels, most));
+  // Whole tiles: of 16 rows, or of 6 and of 4.
+  t.m_chunk = up((c.m + wanted - 1) / wanted, tokens ? 16 : 12);
   const int64_t chunks = (c.m + t.m_chunk - 1) / t.m_chunk;
   const int64_t work = t.m_chunk * kernels.panel * c.k;
   parallel(panels * chunks, std::max<int64_t>(1, (int64_t(1) << 20) / std::max<int64_t>(1, work)),

@@ -66,8 +66,9 @@ struct StreamArgs {
 struct TileArgs {
   TileKind kind = TileKind::kFP32;
   int64_t m = 0, n = 0, k = 0;
-  // The left panel: rows of `a_columns` elements (biased bytes, bfloat16 or float32), zeros beyond
-  // k; and one scale a segment where the left side is quantized and its scales stand apart.
+  // The left panel: rows of `a_columns` elements (biased bytes or float32), zeros beyond k;
+  // bfloat16 in groups of 16 rows, pairs along K of each side by side. And one scale a segment
+  // where the left side is quantized and its scales stand apart, in the same order.
   void* a = nullptr;
   int64_t a_columns = 0;
   float* a_scales = nullptr;

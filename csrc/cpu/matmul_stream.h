@@ -295,9 +295,10 @@ struct ValueTable {
       high[i] = _mm512_load_si512(values + 64 + 32 * i);
     }
   }
-  // Codes in 16-bit lanes; of six bits, what lies above them does not count.
+  // Codes in 16-bit lanes; of four and six bits, what lies above them does not count.
   template <int kBits>
   PYFMT_HD __m512i of(__m512i codes) const {
+    if (kBits == 4) return _mm512_permutexvar_epi16(codes, low[0]);
     const __m512i first = _mm512_permutex2var_epi16(low[0], codes, low[1]);
     if (kBits == 6) return first;
     const __m512i second = _mm512_permutex2var_epi16(high[0], codes, high[1]);
@@ -313,6 +314,10 @@ struct ValueTable {
 template <int kBits>
 PYFMT_INLINE __m512i load_codes(const uint8_t* p) {
   if (kBits == 8) return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  if (kBits == 4) {
+    const __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)p));
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x000c000800040000ll), words);
+  }
   // 24 bytes: four codes lie in three bytes, which a 32-bit word of their own takes apart.
   alignas(64) static constexpr uint8_t kBytes[64] = {0,  1, 2,  0,  3,  4,  5,  0,  6,  7,  8,
                                                      0,  9, 10, 11, 0,  12, 13, 14, 0,  15, 16,
