@@ -29,6 +29,7 @@ static void left_tokens(const LeftArgs& a, int64_t begin, int64_t end, Extremes*
   const TileArgs& t = *a.tile;
   const int64_t quarter = quarter_of(t), group = 4 * quarter, groups = t.a_columns / group;
   const int64_t vectors = quarter / 8, slots = (t.k + quarter - 1) / quarter;
+  const PairOrder order(t.right.format, quarter);
   const Rows rows{a.left ? *a.left : t.right, t.k, t};
   std::optional<RowDecoder> decoder;
   if (a.left) decoder.emplace(rows, DType::kBF16);
@@ -51,8 +52,9 @@ static void left_tokens(const LeftArgs& a, int64_t begin, int64_t end, Extremes*
     const int64_t copies = at_row + 1 == t.m ? kQuad - lane : 1;
     for (const uint32_t* from = pairs; from < pairs + t.a_columns / 2; from += group / 2) {
       for (int64_t v = 0; v < vectors; ++v) {
-        for (int64_t pair = v; pair < 4 * vectors; pair += vectors, to += 4 * kLanes) {
-          for (int64_t i = 0; i < 4; ++i) to[4 * i] = from[i * quarter / 2 + pair];
+        for (int64_t j = 0; j < 4; ++j, to += 4 * kLanes) {
+          const uint32_t* const pair = from + (j * order.by_pair + v * order.by_vector) / 2;
+          for (int64_t i = 0; i < 4; ++i) to[4 * i] = pair[i * quarter / 2];
           for (int64_t c = 1; c < copies; ++c) {
             for (int64_t i = 0; i < 4; ++i) to[4 * i + c] = 0;
           }

@@ -20,8 +20,39 @@ PYFMT_INLINE int64_t quarter_of(const TileArgs& t) {
   return t.segment % 32 ? 16 : 32;
 }
 
-// Rows of b, decoded: quarter i of vector v of a group has the pairs that begin at elements
-// i * quarter + j * quarter / 4 + 2 v, j from 0 to 3. And the scales of the quarters.
+// Where the pairs of a group begin: pair j of quarter i of vector v at element
+// i * quarter + j * by_pair + v * by_vector, which is what decoding finds easiest.
+struct PairOrder {
+  int64_t by_pair, by_vector;
+
+  PYFMT_HD PairOrder(const FormatSpec& f, int64_t quarter)
+      : by_pair(f.bits() == 4 ? quarter / 4 : 2), by_vector(f.bits() == 4 ? 2 : 8) {}
+};
+
+// Values of elements as bfloat16, by bytes: of six bits, or of eight with a sign.
+struct ByteTable {
+  __m512i low[2], high[2];
+  __m512i least_low, least_high;  // of the code 0x80
+
+  explicit ByteTable(const ElementSpec& e) {
+    alignas(64) uint8_t bytes[2][128];
+    const auto value = [&](uint32_t code) {
+      return codec::bf16_from_float<uint32_t>(value_of(e, code & ((1u << e.bits()) - 1)));
+    };
+    for (uint32_t code = 0; code < 128; ++code) {
+      bytes[0][code] = uint8_t(value(code));
+      bytes[1][code] = uint8_t(value(code) >> 8);
+    }
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(bytes[0] + 64 * i);
+      high[i] = _mm512_load_si512(bytes[1] + 64 * i);
+    }
+    least_low = _mm512_set1_epi8(char(value(128)));
+    least_high = _mm512_set1_epi8(char(value(128) >> 8));
+  }
+};
+
+// Rows of b, decoded, and the scales of the quarters.
 struct Unit {
   uint16_t* data;  // (rows, kUnitStride)
   float* scales;   // (rows, kScaleStride)
@@ -37,14 +68,14 @@ class UnitDecoder {
         rows_{t.right, t.k, t},
         quarter_(quarter_of(t)),
         decoder_(rows_, DType::kBF16),
-        table_(t.right.format.element) {
+        nibbles_(t.right.format.element),
+        bytes_(t.right.format.element) {
     const ElementSpec& e = t.right.format.element;
     const int bits = e.bits();
     way_ = bits == 4                  ? kNibbles
-           : bits == 6                ? kTable64
-           : bits == 8 && e.is_signed ? e.is_int() ? kSteps : kTable128
+           : bits == 6                ? kSixBits
+           : bits == 8 && e.is_signed ? e.is_int() ? kIntegers : kFloats
                                       : kDecoder;
-    if (way_ == kSteps) step_ = codec::Lane<uint32_t>::as_float(power_of_two_bits(e.step_exp()));
   }
 
   // `rows` rows from `row`, elements `from` to `from + n` of K; zeros up to a whole group.
@@ -72,19 +103,19 @@ class UnitDecoder {
   }
 
  private:
-  enum Way { kNibbles, kTable64, kTable128, kSteps, kDecoder };
+  enum Way { kNibbles, kSixBits, kFloats, kIntegers, kDecoder };
 
   template <int kQuarter>
   PYFMT_HD void by_way(int64_t row, int64_t rows, int64_t from, int64_t n, Unit* u) {
     switch (way_) {
       case kNibbles:
         return by<kNibbles, kQuarter>(row, rows, from, n, u->data);
-      case kTable64:
-        return by<kTable64, kQuarter>(row, rows, from, n, u->data);
-      case kTable128:
-        return by<kTable128, kQuarter>(row, rows, from, n, u->data);
-      case kSteps:
-        return by<kSteps, kQuarter>(row, rows, from, n, u->data);
+      case kSixBits:
+        return by<kSixBits, kQuarter>(row, rows, from, n, u->data);
+      case kFloats:
+        return by<kFloats, kQuarter>(row, rows, from, n, u->data);
+      case kIntegers:
+        return by<kIntegers, kQuarter>(row, rows, from, n, u->data);
       default:
         for (int64_t r = 0; r < rows; ++r) plainly<kQuarter>(row + r, from, n, u, r);
     }
@@ -93,11 +124,18 @@ class UnitDecoder {
   // A group at a time; the last one by way of a copy that ends where the elements do.
   template <Way kWay, int kQuarter>
   PYFMT_HD void by(int64_t row, int64_t rows, int64_t from, int64_t n, uint16_t* data) const {
-    constexpr int kBits = kWay == kNibbles ? 4 : kWay == kTable64 ? 6 : 8;
+    constexpr int kBits = kWay == kNibbles ? 4 : kWay == kSixBits ? 6 : 8;
     constexpr int kColumns = 4 * kQuarter, kBytes = kColumns * kBits / 8;
     const int64_t bytes = t_.right.format.row_bytes(t_.k);
     const uint8_t* codes = t_.right.codes + row * bytes + from * kBits / 8;
-    const ValueTable table = table_;  // in registers: stores might change the member
+    // In registers: stores might change the members.
+    const std::conditional_t<kWay == kNibbles, ValueTable, ByteTable> table = [&] {
+      if constexpr (kWay == kNibbles) {
+        return nibbles_;
+      } else {
+        return bytes_;
+      }
+    }();
     for (int64_t r = 0; r < rows; ++r, codes += bytes, data += kUnitStride) {
       const uint8_t* p = codes;
       uint16_t* out = data;
@@ -114,32 +152,22 @@ class UnitDecoder {
     }
   }
 
-  template <Way kWay, int kQuarter>
-  static PYFMT_HD void one_group(const ValueTable& table, const uint8_t* p, uint16_t* out) {
-    constexpr int kHalves = kQuarter / 16;
-    if constexpr (kWay == kNibbles && kQuarter == 32) {
-      const __m512i x = _mm512_loadu_si512(p);
-      put(out, 0, table.of<4>(words(x, 0, 4)));
-      put(out, 1, table.of<4>(words(x, 8, 12)));
-      put(out, 2, table.of<4>(words(x, 16, 20)));
-      put(out, 3, table.of<4>(words(x, 24, 28)));
-      return;
-    }
-    PYFMT_UNROLL for (int h = 0; h < kHalves; ++h) {
-      const __m512i x = four_codes<kWay, kQuarter>(p, h);
-      if constexpr (kWay == kNibbles) {
-        put(out, 2 * h, table.of<4>(words(x, 0, 4)));
-        put(out, 2 * h + 1, table.of<4>(words(x, 8, 12)));
-      } else if constexpr (kWay == kTable64) {
-        put(out, 2 * h, table.of<6>(words(x, 0, 6)));
-        put(out, 2 * h + 1, table.of<6>(words(x, 12, 18)));
-      } else if constexpr (kWay == kTable128) {
-        put(out, 2 * h, table.of<8>(words(x, 0, 8)));
-        put(out, 2 * h + 1, table.of<8>(words(x, 16, 24)));
-      } else {
-        put(out, 2 * h, two_steps(_mm512_slli_epi32(x, 24), _mm512_slli_epi32(x, 16)));
-        put(out, 2 * h + 1, two_steps(_mm512_slli_epi32(x, 8), x));
+  template <Way kWay, int kQuarter, class Table>
+  static PYFMT_HD void one_group(const Table& table, const uint8_t* p, uint16_t* out) {
+    if constexpr (kWay != kNibbles) {
+      PYFMT_UNROLL for (int h = 0; h < kQuarter / 16; ++h) {
+        const __m512i codes = codes_of<kWay, kQuarter>(p, h);
+        __m512i low, high;
+        values<kWay>(table, codes, low, high);
+        put(out, 2 * h, _mm512_unpacklo_epi8(low, high));
+        put(out, 2 * h + 1, _mm512_unpackhi_epi8(low, high));
       }
+    } else if constexpr (kQuarter == 32) {
+      const __m512i x = _mm512_loadu_si512(p);
+      PYFMT_UNROLL for (int v = 0; v < 4; ++v) put(out, v, table.template of<4>(words(x, 8 * v)));
+    } else {
+      const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+      PYFMT_UNROLL for (int v = 0; v < 2; ++v) put(out, v, table.template of<4>(words(x, 8 * v)));
     }
   }
 
@@ -147,41 +175,56 @@ class UnitDecoder {
     _mm512_storeu_si512(out + i * kPairs, v);
   }
 
-  // Of each 32-bit lane, the bits from `low` and from `high` on at the low end of its halves.
-  static PYFMT_HD __m512i words(__m512i x, int low, int high) {
-    const int64_t lane = int64_t(high) << 16 | low;
-    return _mm512_multishift_epi64_epi8(
-        _mm512_set1_epi64((lane | 0x20002000000000ll) + (lane << 32)), x);
+  // Of each 32-bit lane, two nibbles from bit `first` on at the low ends of its halves.
+  static PYFMT_HD __m512i words(__m512i x, int first) {
+    const int64_t lane = int64_t(first + 4) << 16 | first;
+    const int64_t both = (lane | 0x20002000000000) + (lane << 32);
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(both), x);
   }
 
-  // The signed top bytes of both as bfloat16, which their eight significant bits fit.
-  static PYFMT_HD __m512i two_steps(__m512i even, __m512i odd) {
-    const __m512 a = _mm512_cvtepi32_ps(_mm512_srai_epi32(even, 24));
-    const __m512 b = _mm512_cvtepi32_ps(_mm512_srai_epi32(odd, 24));
-    return _mm512_or_si512(_mm512_srli_epi32((__m512i)a, 16), (__m512i)b);
+  // The bytes of values; of six bits, what lies above an index does not count.
+  template <Way kWay>
+  static PYFMT_HD void values(const ByteTable& t, __m512i codes, __m512i& low, __m512i& high) {
+    if constexpr (kWay == kSixBits) {
+      low = _mm512_permutexvar_epi8(codes, t.low[0]);
+      high = _mm512_permutexvar_epi8(codes, t.high[0]);
+      return;
+    }
+    const __m512i sign = _mm512_set1_epi8(char(0x80));
+    const __m512i index = kWay == kIntegers ? _mm512_abs_epi8(codes) : codes;
+    low = _mm512_permutex2var_epi8(t.low[0], index, t.low[1]);
+    high = _mm512_permutex2var_epi8(t.high[0], index, t.high[1]);
+    high = _mm512_ternarylogic_epi32(high, codes, sign, 0xf8);  // high | (codes & sign)
+    if constexpr (kWay == kIntegers) {
+      // The one that has no positive counterpart.
+      const __mmask64 least = _mm512_cmpeq_epi8_mask(codes, sign);
+      low = _mm512_mask_mov_epi8(low, least, t.least_low);
+      high = _mm512_mask_mov_epi8(high, least, t.least_high);
+    }
   }
 
-  // Four codes in each 32-bit lane: lane 4 i + j has those that begin at element
-  // i * kQuarter + j * kQuarter / 4 + 4 h.
+  // One code a byte: in quarter i those from element i * kQuarter + 16 h on.
   template <Way kWay, int kQuarter>
-  static PYFMT_HD __m512i four_codes(const uint8_t* p, int h) {
-    if constexpr (kWay == kNibbles) {
-      return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-    } else if constexpr (kWay == kTable64) {
+  static PYFMT_HD __m512i codes_of(const uint8_t* p, int h) {
+    if constexpr (kWay == kSixBits) {
       static constexpr ByteOrder orders[2] = {{kQuarter, 0}, {kQuarter, 1}};
       const __m512i index = _mm512_load_si512(orders[h].of);
-      const __mmask64 first48 = (__mmask64(1) << 48) - 1;
-      const __m512i a = _mm512_maskz_loadu_epi8(first48, p);
-      if (kQuarter == 16) return _mm512_permutexvar_epi8(index, a);
-      return _mm512_permutex2var_epi8(a, index, _mm512_maskz_loadu_epi8(first48, p + 48));
+      const __m512i four = kQuarter == 16
+                               ? _mm512_permutexvar_epi8(index, load48(p))
+                               : _mm512_permutex2var_epi8(load48(p), index, load48(p + 48));
+      return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x322c2620120c0600), four);
     } else {
       const __m512i a = _mm512_loadu_si512(p);
       if (kQuarter == 16) return a;
-      const __m512i every_other =
-          _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-      const __m512i index = _mm512_add_epi32(every_other, _mm512_set1_epi32(h));
-      return _mm512_permutex2var_epi32(a, index, _mm512_loadu_si512(p + 64));
+      const __m512i b = _mm512_loadu_si512(p + 64);
+      return h ? _mm512_shuffle_i64x2(a, b, 0xdd) : _mm512_shuffle_i64x2(a, b, 0x88);
     }
+  }
+
+  static PYFMT_HD __m512i load48(const uint8_t* p) {
+    const __m256i first = _mm256_loadu_si256((const __m256i*)p);
+    return _mm512_inserti32x4(_mm512_castsi256_si512(first),
+                              _mm_loadu_si128((const __m128i*)(p + 32)), 2);
   }
 
   // Where the three bytes of four six-bit codes are, in two vectors of 48 bytes.
@@ -189,7 +232,7 @@ class UnitDecoder {
     alignas(64) uint8_t of[64] = {};
     constexpr ByteOrder(int quarter, int h) {
       for (int lane = 0; lane < 16; ++lane) {
-        const int element = lane / 4 * quarter + lane % 4 * quarter / 4 + 4 * h;
+        const int element = lane / 4 * quarter + lane % 4 * 4 + 16 * h;
         for (int i = 0; i < 4; ++i) {
           const int byte = element * 6 / 8 + (i < 3 ? i : 0);
           of[lane * 4 + i] = uint8_t(byte < 48 ? byte : 64 + byte - 48);
@@ -210,7 +253,7 @@ class UnitDecoder {
          group += 4 * kQuarter) {
       for (int v = 0; v < kQuarter / 8; ++v) {
         for (int lane = 0; lane < 16; ++lane, out += 2) {
-          memcpy(out, group + lane / 4 * kQuarter + lane % 4 * kQuarter / 4 + 2 * v, 4);
+          memcpy(out, group + lane / 4 * kQuarter + lane % 4 * 2 + 8 * v, 4);
         }
       }
     }
@@ -222,14 +265,12 @@ class UnitDecoder {
     const int64_t block = f.columns(t_.k), first = from / block;
     // Left scales, which products of scales are made with, want extremes and no empty blocks.
     if (t_.a_scales) {
-      return segment_scales(rows_, row, from / quarter_, slots, quarter_, step_, out, extremes);
+      return segment_scales(rows_, row, from / quarter_, slots, quarter_, 1.0f, out, extremes);
     }
     const int64_t last = (from + slots * quarter_ - 1) / block;
     const int64_t blocks = (last < f.blocks(t_.k) ? last + 1 : f.blocks(t_.k)) - first;
     if (block == quarter_) {
-      row_scales(t_.right, row, t_.k, first, blocks, (uint32_t*)out);
-      for (int64_t i = 0; i < slots; i += kLanes) store<F>(out + i, load<F>(out + i) * all(step_));
-      return;
+      return row_scales(t_.right, row, t_.k, first, blocks, (uint32_t*)out);
     }
     alignas(64) float some[kScaleStride];
     row_scales(t_.right, row, t_.k, first, blocks, (uint32_t*)some);
@@ -238,15 +279,14 @@ class UnitDecoder {
       I index;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / each);
       for (int64_t i = 0; i < slots; i += kLanes) {
-        const F scale = (F)__builtin_shuffle(load<U>(some + i / each), (U)index);
-        store<F>(out + i, scale * all(step_));
+        store<U>(out + i, __builtin_shuffle(load<U>(some + i / each), (U)index));
       }
       return;
     }
     int64_t slot = 0;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t end = b + 1 < blocks ? ((first + b + 1) * block - from) / quarter_ : slots;
-      for (; slot < end; slot += kLanes) store<F>(out + slot, all(some[b] * step_));
+      for (; slot < end; slot += kLanes) store<F>(out + slot, all(some[b]));
       slot = end;
     }
   }
@@ -255,9 +295,9 @@ class UnitDecoder {
   Rows rows_;
   int64_t quarter_;
   RowDecoder decoder_;
-  ValueTable table_;
+  ValueTable nibbles_;
+  ByteTable bytes_;
   Way way_;
-  float step_ = 1.0f;  // what the scales are multiplied by
 };
 
 }  // namespace PYFMT_ISA
