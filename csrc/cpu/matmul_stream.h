@@ -322,7 +322,9 @@ PYFMT_INLINE __m512i load_codes(const uint8_t* p) {
   alignas(64) static constexpr uint8_t kBytes[64] = {0,  1, 2,  0,  3,  4,  5,  0,  6,  7,  8,
                                                      0,  9, 10, 11, 0,  12, 13, 14, 0,  15, 16,
                                                      17, 0, 18, 19, 20, 0,  21, 22, 23, 0};
-  const __m256i bytes = _mm256_maskz_loadu_epi8(0xffffffu, p);
+  const __m256i bytes =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
+                              _mm_loadl_epi64((const __m128i*)(p + 16)), 1);
   const __m256i words = _mm256_permutexvar_epi8(_mm256_load_si256((const __m256i*)kBytes), bytes);
   const __m512i wide = _mm512_cvtepu32_epi64(words);
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0012000c00060000ll), wide);

@@ -24,18 +24,19 @@ constexpr int64_t kUnitRows = 16;   // rows of b in a short unit
 // ---- left -----------------------------------------------------------------------------
 
 // Rows begin to end of the left side to its panel: (16 tokens, groups of four quarters, vectors of
-// a group, four pairs, four quads, 16); scales (16 tokens, groups, four quads, 16).
+// a group, four pairs, four quads, 16); scales (16 tokens, groups, parts, four quads, 16).
 static void left_tokens(const LeftArgs& a, int64_t begin, int64_t end, Extremes* extremes) {
   const TileArgs& t = *a.tile;
   const int64_t quarter = quarter_of(t), group = 4 * quarter, groups = t.a_columns / group;
-  const int64_t vectors = quarter / 8, slots = (t.k + quarter - 1) / quarter;
+  const int64_t parts = parts_of(t), slot = quarter / parts;
+  const int64_t vectors = quarter / 8, slots = (t.k + slot - 1) / slot;
   const PairOrder order(t.right.format, quarter);
   const Rows rows{a.left ? *a.left : t.right, t.k, t};
   std::optional<RowDecoder> decoder;
   if (a.left) decoder.emplace(rows, DType::kBF16);
-  Scratch scratch(t.a_columns * 2 + groups * 16 + 256);
+  Scratch scratch(t.a_columns * 2 + groups * parts * 16 + 256);
   uint32_t* const pairs = scratch.take<uint32_t>(t.a_columns / 2);
-  float* const scales = scratch.take<float>(groups * 4);
+  float* const scales = scratch.take<float>(groups * parts * 4);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at_row = a.first_row + row, lane = at_row % kQuad;
     if (a.left) {
@@ -62,12 +63,15 @@ static void left_tokens(const LeftArgs& a, int64_t begin, int64_t end, Extremes*
       }
     }
     if (!t.a_scales) continue;
-    segment_scales(rows, row, 0, slots, quarter, 1.0f, scales, extremes);
-    for (int64_t i = slots; i < groups * 4; ++i) scales[i] = 0.0f;
-    float* const out = t.a_scales + at_row / kTokens * groups * 4 * kLanes + place;
-    for (int64_t i = 0; i < groups * 4; ++i) {
-      for (int64_t c = 0; c < copies; ++c) {
-        out[i / 4 * 4 * kLanes + i % 4 * 4 + c] = c ? 0.0f : scales[i];
+    segment_scales(rows, row, 0, slots, slot, 1.0f, scales, extremes);
+    for (int64_t i = slots; i < groups * parts * 4; ++i) scales[i] = 0.0f;
+    float* out = t.a_scales + at_row / kTokens * groups * parts * 4 * kLanes + place;
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t p = 0; p < parts; ++p, out += 4 * kLanes) {
+        for (int64_t i = 0; i < 4; ++i) {
+          out[4 * i] = scales[(g * 4 + i) * parts + p];
+          for (int64_t c = 1; c < copies; ++c) out[4 * i + c] = 0.0f;
+        }
       }
     }
   }
@@ -106,81 +110,96 @@ static __attribute__((noinline)) void add_wide_quads(F part, F left, F scale, fl
   }
 }
 
+// What a tile adds to the sums of: one part of each quarter of a group.
+template <int kPart, int kParts, int kRows, int kQuads, bool kLeft>
+PYFMT_INLINE void add_part(const Unit& u, const uint16_t* w, const uint32_t* a, const float* scales,
+                           const float* left_scales, float* const (&sums)[2]) {
+  // Sums stay in memory: compilers would carry them in registers that the parts need.
+  asm volatile("" ::: "memory");
+  F part[kRows][kQuads];
+  PYFMT_UNROLL for (int r = 0; r < kRows; ++r) {
+    PYFMT_UNROLL for (int q = 0; q < kQuads; ++q) part[r][q] = F{};
+  }
+  for (int64_t v = 0; v < u.vectors; ++v, w += kPairs, a += 16 * kLanes) {
+    dot_quads<kPart * 2>(w, a, part);
+    dot_quads<kPart * 2 + 1>(w, a, part);
+    if constexpr (kParts == 1) {
+      dot_quads<2>(w, a, part);
+      dot_quads<3>(w, a, part);
+    }
+  }
+  // The scales of a group, each to its quarter.
+  I quarters;
+  for (int i = 0; i < kLanes; ++i) quarters[i] = i / 4 * kParts + kPart;
+  PYFMT_UNROLL for (int r = 0; r < kRows; ++r) {
+    const __m256 some = _mm256_loadu_ps(scales + r * kScaleStride);
+    const F scale = (F)_mm512_permutexvar_ps((__m512i)quarters, _mm512_castps256_ps512(some));
+    PYFMT_UNROLL for (int q = 0; q < kQuads; ++q) {
+      float* const sum = sums[r / 4] + (q * 4 + r % 4) * kLanes;
+      F each = scale;
+      if (kLeft) {
+        const F left = load<F>(left_scales + (kPart * 4 + q) * kLanes);
+        if (u.wide) {
+          add_wide_quads(part[r][q], left, scale, sum);
+          continue;
+        }
+        each = scale * left;
+      }
+      store<F>(sum, multiply_add(part[r][q], each, load<F>(sum)));
+    }
+  }
+}
+
 // kRows rows of a unit by kQuads quads of tokens, added to the sums.
-template <int kRows, int kQuads, bool kLeft>
+template <int kParts, int kRows, int kQuads, bool kLeft>
 static __attribute__((noinline)) void token_tile(Unit& u, int64_t first, const Tokens& k) {
   const uint16_t* w = u.data + first * kUnitStride;
   const float* scales = u.scales + first * kScaleStride + u.first_scale;
+  const float* left = k.scales;
   const uint32_t* a = k.a;
-  float* const sums[2] = {k.sums + first / 4 * k.sum_stride,
-                          k.sums + (first / 4 + 1) * k.sum_stride};
-  const int64_t groups = u.groups, vectors = u.vectors;
-  const int64_t codes = (u.codes.lines + groups - 1) / groups;
-  const int64_t scale_codes = (u.scale_codes.lines + groups - 1) / groups;
-  // Four scales, each to its quarter.
-  const __m512i quarters = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-  for (int64_t g = 0; g < groups; ++g, scales += 4) {
-    // Sums stay in memory: compilers would carry them in registers that the parts need.
-    asm volatile("" ::: "memory");
+  float* const four_rows = k.sums + first / 4 * k.sum_stride;
+  float* const sums[2] = {four_rows, four_rows + k.sum_stride};
+  const int64_t codes = (u.codes.lines + u.groups - 1) / u.groups;
+  const int64_t scale_codes = (u.scale_codes.lines + u.groups - 1) / u.groups;
+  for (int64_t g = 0; g < u.groups; ++g, scales += 4 * kParts, left += 4 * kLanes * kParts) {
     if (k.first) {
       u.codes.fetch(codes);
       u.scale_codes.fetch(scale_codes);
     }
-    F part[kRows][kQuads];
-    PYFMT_UNROLL for (int r = 0; r < kRows; ++r) {
-      PYFMT_UNROLL for (int q = 0; q < kQuads; ++q) part[r][q] = F{};
+    add_part<0, kParts, kRows, kQuads, kLeft>(u, w, a, scales, left, sums);
+    if constexpr (kParts == 2) {
+      add_part<1, kParts, kRows, kQuads, kLeft>(u, w, a, scales, left, sums);
     }
-    for (int64_t v = 0; v < vectors; ++v, w += kPairs, a += 16 * kLanes) {
-      dot_quads<0>(w, a, part);
-      dot_quads<1>(w, a, part);
-      dot_quads<2>(w, a, part);
-      dot_quads<3>(w, a, part);
-    }
-    PYFMT_UNROLL for (int r = 0; r < kRows; ++r) {
-      const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(scales + r * kScaleStride));
-      const F scale = (F)_mm512_permutevar_ps(four, quarters);
-      PYFMT_UNROLL for (int q = 0; q < kQuads; ++q) {
-        float* const sum = sums[r / 4] + (q * 4 + r % 4) * kLanes;
-        F each = scale;
-        if (kLeft) {
-          const F left = load<F>(k.scales + (g * 4 + q) * kLanes);
-          if (u.wide) {
-            add_wide_quads(part[r][q], left, scale, sum);
-            continue;
-          }
-          each = scale * left;
-        }
-        store<F>(sum, multiply_add(part[r][q], each, load<F>(sum)));
-      }
-    }
+    w += u.vectors * kPairs;
+    a += u.vectors * 16 * kLanes;
   }
 }
 
-template <int kRows, int kQuads, bool kLeft>
+template <int kParts, int kRows, int kQuads, bool kLeft>
 static void unit_rows(Unit& u, int64_t rows, Tokens& k) {
   for (int64_t r = 0; r < rows; r += kRows, k.first = false) {
-    token_tile<kRows, kQuads, kLeft>(u, r, k);
+    token_tile<kParts, kRows, kQuads, kLeft>(u, r, k);
   }
 }
 
 // Rows of a unit by all quads, four at a time; tokens are `next` words apart, scales `next_scales`.
-template <bool kLeft>
+template <int kParts, bool kLeft>
 static void all_tokens(Unit& u, int64_t rows, int64_t quads, Tokens k, int64_t next,
                        int64_t next_scales) {
   k.first = true;
   for (; quads > 0; quads -= 4) {
     switch (quads) {
       case 1:
-        unit_rows<8, 1, kLeft>(u, rows, k);
+        unit_rows<kParts, 8, 1, kLeft>(u, rows, k);
         break;
       case 2:
-        unit_rows<8, 2, kLeft>(u, rows, k);
+        unit_rows<kParts, 8, 2, kLeft>(u, rows, k);
         break;
       case 3:
-        unit_rows<4, 3, kLeft>(u, rows, k);
+        unit_rows<kParts, 4, 3, kLeft>(u, rows, k);
         break;
       default:
-        unit_rows<4, 4, kLeft>(u, rows, k);
+        unit_rows<kParts, 4, 4, kLeft>(u, rows, k);
     }
     k.a += next;
     k.scales += next_scales;
@@ -223,6 +242,7 @@ static void finish_tokens(const TileArgs& t, int64_t token, int64_t tokens, int6
 
 static void token_tiles(const TileArgs& t, int64_t begin, int64_t end) {
   const int64_t panels = (t.n + kPanel - 1) / kPanel, quarter = quarter_of(t);
+  const int64_t slot = quarter / parts_of(t);
   // Few tokens: short units, which the first-level cache holds beside them.
   const int64_t rows = t.m_chunk <= kFewTokens ? kUnitRows : kPanel;
   const int64_t stride = (t.m_chunk + kQuad - 1) / kQuad * 4 * kLanes;
@@ -233,6 +253,9 @@ static void token_tiles(const TileArgs& t, int64_t begin, int64_t end) {
   unit.data = (uint16_t*)(unit.scales + kPanel * kScaleStride);
   unit.vectors = quarter / 8;
   UnitDecoder decoder(t);
+  const auto multiply = parts_of(t) == 2 ? t.a_scales ? all_tokens<2, true> : all_tokens<2, false>
+                        : t.a_scales     ? all_tokens<1, true>
+                                         : all_tokens<1, false>;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item % panels * kPanel, token = item / panels * t.m_chunk;
     const int64_t tokens = t.m - token < t.m_chunk ? t.m - token : t.m_chunk;
@@ -246,20 +269,18 @@ static void token_tiles(const TileArgs& t, int64_t begin, int64_t end) {
         if (place == 0) {
           decoder.scales(row + r, rows, from, t.k - from < kStretch ? t.k - from : kStretch, &unit);
         }
-        unit.first_scale = place / quarter;
+        unit.first_scale = place / slot;
         decoder.run(row + r, rows, from, t.k - from < kUnitColumns ? t.k - from : kUnitColumns,
                     &unit);
         Tokens k;
         const int64_t next = t.a_columns * (kTokens / 2), block = token / kTokens;
-        const int64_t next_scales = t.a_columns / quarter * kTokens;
+        const int64_t next_scales = t.a_columns / slot * kTokens;
         k.a = (const uint32_t*)t.a + block * next + from * (kTokens / 2);
-        k.scales =
-            t.a_scales ? t.a_scales + block * next_scales + from / quarter * kTokens : nullptr;
+        k.scales = t.a_scales ? t.a_scales + block * next_scales + from / slot * kTokens : nullptr;
         k.sums = sums + r / 4 * stride;
         k.sum_stride = stride;
         const int64_t quads = (tokens + kQuad - 1) / kQuad;
-        t.a_scales ? all_tokens<true>(unit, rows, quads, k, next, next_scales)
-                   : all_tokens<false>(unit, rows, quads, k, next, next_scales);
+        multiply(unit, rows, quads, k, next, next_scales);
       }
     }
     finish_tokens(t, token, tokens, row, sums, stride);

@@ -15,9 +15,13 @@ constexpr int64_t kUnitStride = kUnitColumns + 32;  // of a decoded row: not a p
 constexpr int64_t kStretch = 8 * kUnitColumns;      // columns whose scales are decoded together
 constexpr int64_t kScaleStride = kStretch / 16 + 16;
 
-// Elements of K in a quarter: a group of four has 128 or 64 columns, each quarter one scale.
+// Elements of K in a quarter, and parts of it with a scale of their own. A group of four has 128
+// columns, or 64 where neither scales nor codes allow for more.
+PYFMT_INLINE int64_t parts_of(const TileArgs& t) {
+  return t.segment % 32 && t.right.format.bits() == 4 ? 2 : 1;
+}
 PYFMT_INLINE int64_t quarter_of(const TileArgs& t) {
-  return t.segment % 32 ? 16 : 32;
+  return t.segment % 32 && parts_of(t) == 1 ? 16 : 32;
 }
 
 // Where the pairs of a group begin: pair j of quarter i of vector v at element
@@ -52,7 +56,7 @@ struct ByteTable {
   }
 };
 
-// Rows of b, decoded, and the scales of the quarters.
+// Rows of b, decoded, and the scales of the quarters' parts.
 struct Unit {
   uint16_t* data;  // (rows, kUnitStride)
   float* scales;   // (rows, kScaleStride)
@@ -67,6 +71,7 @@ class UnitDecoder {
       : t_(t),
         rows_{t.right, t.k, t},
         quarter_(quarter_of(t)),
+        slot_(quarter_ / parts_of(t)),
         decoder_(rows_, DType::kBF16),
         nibbles_(t.right.format.element),
         bytes_(t.right.format.element) {
@@ -88,9 +93,9 @@ class UnitDecoder {
     }
   }
 
-  // The scales of elements `from` to `from + n` of the same rows, one for each quarter.
+  // The scales of elements `from` to `from + n` of the same rows, one for each part of a quarter.
   PYFMT_HD void scales(int64_t row, int64_t rows, int64_t from, int64_t n, Unit* u) const {
-    const int64_t slots = (n + quarter_ - 1) / quarter_, whole = round_up(slots, 4);
+    const int64_t slots = (n + slot_ - 1) / slot_, whole = round_up(slots, 8);
     Extremes extremes;
     for (int64_t r = 0; r < rows; ++r) {
       float* const out = u->scales + r * kScaleStride;
@@ -109,7 +114,7 @@ class UnitDecoder {
   PYFMT_HD void by_way(int64_t row, int64_t rows, int64_t from, int64_t n, Unit* u) {
     switch (way_) {
       case kNibbles:
-        return by<kNibbles, kQuarter>(row, rows, from, n, u->data);
+        return by<kNibbles, 32>(row, rows, from, n, u->data);
       case kSixBits:
         return by<kSixBits, kQuarter>(row, rows, from, n, u->data);
       case kFloats:
@@ -162,12 +167,10 @@ class UnitDecoder {
         put(out, 2 * h, _mm512_unpacklo_epi8(low, high));
         put(out, 2 * h + 1, _mm512_unpackhi_epi8(low, high));
       }
-    } else if constexpr (kQuarter == 32) {
+    } else {
+      static_assert(kQuarter == 32, "nibbles come in whole vectors");
       const __m512i x = _mm512_loadu_si512(p);
       PYFMT_UNROLL for (int v = 0; v < 4; ++v) put(out, v, table.template of<4>(words(x, 8 * v)));
-    } else {
-      const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-      PYFMT_UNROLL for (int v = 0; v < 2; ++v) put(out, v, table.template of<4>(words(x, 8 * v)));
     }
   }
 
@@ -265,17 +268,17 @@ class UnitDecoder {
     const int64_t block = f.columns(t_.k), first = from / block;
     // Left scales, which products of scales are made with, want extremes and no empty blocks.
     if (t_.a_scales) {
-      return segment_scales(rows_, row, from / quarter_, slots, quarter_, 1.0f, out, extremes);
+      return segment_scales(rows_, row, from / slot_, slots, slot_, 1.0f, out, extremes);
     }
-    const int64_t last = (from + slots * quarter_ - 1) / block;
+    const int64_t last = (from + slots * slot_ - 1) / block;
     const int64_t blocks = (last < f.blocks(t_.k) ? last + 1 : f.blocks(t_.k)) - first;
-    if (block == quarter_) {
+    if (block == slot_) {
       return row_scales(t_.right, row, t_.k, first, blocks, (uint32_t*)out);
     }
     alignas(64) float some[kScaleStride];
     row_scales(t_.right, row, t_.k, first, blocks, (uint32_t*)some);
-    const int64_t each = block / quarter_;
-    if (each * quarter_ == block && kLanes % each == 0 && from % block == 0) {
+    const int64_t each = block / slot_;
+    if (each * slot_ == block && kLanes % each == 0 && from % block == 0) {
       I index;
       for (int i = 0; i < kLanes; ++i) index[i] = int32_t(i / each);
       for (int64_t i = 0; i < slots; i += kLanes) {
@@ -285,7 +288,7 @@ class UnitDecoder {
     }
     int64_t slot = 0;
     for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t end = b + 1 < blocks ? ((first + b + 1) * block - from) / quarter_ : slots;
+      const int64_t end = b + 1 < blocks ? ((first + b + 1) * block - from) / slot_ : slots;
       for (; slot < end; slot += kLanes) store<F>(out + slot, all(some[b]));
       slot = end;
     }
@@ -293,7 +296,7 @@ class UnitDecoder {
 
   const TileArgs& t_;
   Rows rows_;
-  int64_t quarter_;
+  int64_t quarter_, slot_;  // elements of a quarter, and with a scale of their own
   RowDecoder decoder_;
   ValueTable nibbles_;
   ByteTable bytes_;
