@@ -95,7 +95,8 @@ bool multiplier_of(const Packed* left, const Packed& right, float* out) {
 bool stream_serves(const MatmulCall& c) {
   const MatmulKernels& kernels = matmul_kernels();
   float multiplier;
-  return !c.left && c.m <= kStreamRows && kernels.stream_serves(c.right.format, c.k) &&
+  const bool tokens = kernels.has_bf16 && c.a_dtype == DType::kBF16;
+  return !c.left && c.m <= (tokens ? kStreamTokens : kStreamRows) && kernels.stream_serves(c.right.format, c.k) &&
          multiplier_of(nullptr, c.right, &multiplier) && kernels.tame(c.a, c.a_dtype, c.m * c.k);
 }
 

@@ -50,6 +50,7 @@ enum class TileKind : uint8_t { kInt8, kBF16, kFP32 };
 
 // At most so many left rows are multiplied while b streams by.
 constexpr int64_t kStreamRows = 4;
+constexpr int64_t kStreamTokens = 2;  // where bfloat16 tiles are faster from there on
 
 struct StreamArgs {
   Packed right;
