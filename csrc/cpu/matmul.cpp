@@ -15,7 +15,7 @@ namespace pyfmt {
 namespace cpu {
 namespace {
 
-// Memory that a thread keeps between calls; what is larger is given back after each.
+// Memory that a thread keeps between calls; what is larger is the caller's, or given back.
 constexpr int64_t kKept = int64_t(8) << 20;
 
 class Room {
@@ -39,6 +39,10 @@ class Room {
   std::unique_ptr<char[]> room_;
   int64_t have_ = 0;
 };
+
+char* room_for(const MatmulCall& c, int64_t bytes, Room* room) {
+  return bytes > kKept && c.borrow ? (char*)c.borrow(c.context, bytes) : room->get(bytes);
+}
 
 void* thread_workspace(int64_t bytes) {
   thread_local Room room;
@@ -96,7 +100,8 @@ bool stream_serves(const MatmulCall& c) {
   const MatmulKernels& kernels = matmul_kernels();
   float multiplier;
   const bool tokens = kernels.has_bf16 && c.a_dtype == DType::kBF16;
-  return !c.left && c.m <= (tokens ? kStreamTokens : kStreamRows) && kernels.stream_serves(c.right.format, c.k) &&
+  return !c.left && c.m <= (tokens ? kStreamTokens : kStreamRows) &&
+         kernels.stream_serves(c.right.format, c.k) &&
          multiplier_of(nullptr, c.right, &multiplier) && kernels.tame(c.a, c.a_dtype, c.m * c.k);
 }
 
@@ -114,7 +119,7 @@ void run_stream(const ParallelFor& parallel, const MatmulCall& c) {
   s.bias_dtype = c.bias_dtype;
   s.out = c.out;
   s.out_dtype = c.out_dtype;
-  s.prepared = (float*)room.get(c.m * kernels.stream_columns(c.right.format, c.k) * 4);
+  s.prepared = (float*)room_for(c, c.m * kernels.stream_columns(c.right.format, c.k) * 4, &room);
   kernels.stream_prepare(s);
   // Whole groups of four rows.
   const int64_t groups = (c.n + 3) / 4;
@@ -240,9 +245,9 @@ void run_tiles(const ParallelFor& parallel, const MatmulCall& c) {
     t.a = const_cast<void*>(c.a);
   } else {
     const int64_t rows = t.kind == TileKind::kBF16 ? up(c.m, 16) : c.m;
-    t.a = panel_room.get(rows * t.a_columns * bytes);
+    t.a = room_for(c, rows * t.a_columns * bytes, &panel_room);
     const int64_t scales = t.kind == TileKind::kBF16 ? t.a_columns / 16 : t.segments();
-    if (format && !t.decoded) t.a_scales = (float*)scale_room.get(rows * scales * 4);
+    if (format && !t.decoded) t.a_scales = (float*)room_for(c, rows * scales * 4, &scale_room);
     pack_left(parallel, c, &t);
   }
 
@@ -274,7 +279,8 @@ void quantize_first(const ParallelFor& parallel, MatmulCall c) {
   const int64_t strips = c.view.batches * ((c.view.rows + f.block_rows - 1) / f.block_rows);
   const int64_t codes = up(c.m * f.row_bytes(c.k), 64);
   thread_local Room room;
-  uint8_t* const to = (uint8_t*)room.get(codes + strips * f.blocks(c.k) * scale_bytes(f.scale));
+  uint8_t* const to =
+      (uint8_t*)room_for(c, codes + strips * f.blocks(c.k) * scale_bytes(f.scale), &room);
   left.codes = to;
   left.scales = to + codes;
   quantize(parallel, Source{c.a, c.a_dtype, c.view}, *c.quantize, to, to + codes,
@@ -287,7 +293,7 @@ void quantize_first(const ParallelFor& parallel, MatmulCall c) {
 
 void rotate_first(const ParallelFor& parallel, MatmulCall c) {
   thread_local Room room;
-  void* const to = room.get(c.m * c.k * dtype_bytes(c.a_dtype));
+  void* const to = room_for(c, c.m * c.k * dtype_bytes(c.a_dtype), &room);
   View v;
   v.rows = c.m;
   v.columns = c.k;

@@ -40,6 +40,10 @@ struct MatmulCall {
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;  // (m, n)
   DType out_dtype = DType::kFP32;
+  // Memory for the time of the call, aligned to 64 bytes: for what is too large for threads to
+  // keep. Without it such memory is allocated and given back.
+  void* (*borrow)(void* context, int64_t bytes) = nullptr;
+  void* context = nullptr;
 };
 
 void matmul(const ParallelFor&, const MatmulCall&);
