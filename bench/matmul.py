@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time matmul and linear on a GPU against cuBLAS bfloat16 of the same run.
+"""Time matmul and linear against torch's dense products of the same run.
 
-    python bench/matmul.py [--part dense decode sweep errors calls] [--json PATH]
+    python bench/matmul.py [--device cpu|cuda] [--part dense decode ...] [--save NAME]
+    python bench/matmul.py --device cpu [--rows 1 16 256] [--plot docs/matmul_cpu.svg]
 
-All cases of a line are replays of CUDA graphs in turn, bfloat16 before each. Operands are fresh
-random data; the baseline multiplies the tensors that were quantized. Up to 64 rows the weights
-rotate among copies larger than the cache. Every path is checked against float64 first, and nothing
-is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row scales, and gemlite where
-it is installed. bench/paths.py makes the table of paths.
+On a GPU all cases of a line are replays of CUDA graphs in turn, cuBLAS bfloat16 before each.
+Operands are fresh random data; the baseline multiplies the tensors that were quantized. Up to 64
+rows the weights rotate among copies larger than the cache. Every path is checked against float64
+first, and nothing is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row
+scales, and gemlite where it is installed. bench/paths.py makes the table of paths. On the CPU:
+bench/matmul_cpu.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import gemlite_rival
+import matmul_cpu
 import torch
 from graphs import in_turn
-from harness import machine
+from harness import arguments, machine, write
 
 import pyfmt
 import pyfmt.nn
@@ -298,26 +300,39 @@ def calls(_: float) -> None:
 PARTS = {f.__name__: f for f in (errors, calls, dense, decode, sweep)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each line's cases")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no GPU is visible, which this measures; bench/matmul_cpu.py is for the CPU")
-    facts = machine()
-    print(json.dumps(facts))
+def run(args: Any) -> None:
+    """Check, then time the parts of `args.part`; print and save their lines."""
+    print(json.dumps(machine()))
     start = time.perf_counter()
     check()
     with torch.no_grad():
-        for part in options.part:
+        for part in args.part or [name for name in PARTS if name != "sweep"]:
             began = time.perf_counter()
-            PARTS[part](options.seconds)
+            PARTS[part](args.seconds or 0.3)
             print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
     print(f"all: {time.perf_counter() - start:.0f} s")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "lines": LINES}, indent=1) + "\n")
+    if args.save:
+        print(write(args.save, LINES))
+
+
+def main() -> int:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.set_defaults(seconds=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one is")
+    parser.add_argument("--part", nargs="+", help="parts to time; default: all but sweep")
+    parser.add_argument("--json", dest="save", metavar="PATH", help="the same as --save")
+    parser.add_argument("--rows", type=int, nargs="+", help="CPU: numbers of rows of x")
+    parser.add_argument("--plot", type=Path, help="CPU: draw time against rows of x")
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = PARTS if args.device == "cuda" else matmul_cpu.PARTS
+    for part in args.part or ():
+        if part not in parts:
+            parser.error(f"--part: {args.device} has {', '.join(parts)}, got {part!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible; leave it out, or pass --device cpu")
+    run(args) if args.device == "cuda" else matmul_cpu.run(args)
+    return 0
 
 
 if __name__ == "__main__":

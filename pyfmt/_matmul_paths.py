@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GEMM paths of the GPU: what each can serve, and which one the table chooses.
+"""The GEMM paths: what each can serve, and which one the table of the GPU chooses.
 
     native    block-scaled tensor cores (compute capability 10 and 12)
     skinny    few rows: the packed weight is read once
     wide      up to a few hundred rows: the packed weight is decoded inside the tensor-core loop
     fold      codes and scales as fp8 numbers times one power of two a row, fp8 tensor cores
     exact     element * scale as bfloat16 numbers, bfloat16 tensor cores
+    packed    on the CPU: packed operands, decoded by the compiled kernels as they go
     portable  element * scale as float32 numbers, float32 sums
 
 Nothing here looks at values, so that a choice needs no device and can be explained.
@@ -19,7 +20,7 @@ from functools import lru_cache
 from pyfmt._matmul_table import SIZES, TABLE, Entries
 from pyfmt.formats import FORMATS, Format, closest, get_format
 
-PATHS = ("native", "skinny", "wide", "fold", "exact", "portable")
+PATHS = ("native", "skinny", "wide", "fold", "exact", "packed", "portable")
 PRECISIONS = ("full", "fast")
 
 # Rows of a that a call of the path takes at once where the batch must not matter.
@@ -152,6 +153,8 @@ def cannot(path: str, call: Call, machine: Machine) -> str | None:
         return _inexact(call)
     if path == "native":
         return native_reason(call, machine)
+    if path == "packed":
+        return "it serves tensors on the CPU"
     return None
 
 
@@ -243,6 +246,24 @@ def choose(call: Call, machine: Machine, path: str | None = None) -> str:
         if cannot(name, call, machine) is None:
             return name
     raise AssertionError("the portable path serves every call")
+
+
+def choose_on_cpu(call: Call, path: str | None = None) -> str:
+    """Return the path of a call on CPU tensors; ValueError where a named one cannot serve.
+
+    The kernels choose by the number of rows, and rows of their tiles are not those of streams.
+    """
+    if call.batch_invariant and path == "packed":
+        raise ValueError(
+            "path 'packed' cannot serve this call: its sums depend on how many rows there are; "
+            "leave the path or batch_invariant out"
+        )
+    if path not in (None, "packed", "portable"):
+        raise ValueError(
+            f"path: tensors on cpu have the packed and the portable path, got {path!r}; leave it "
+            "out (the others need CUDA tensors and the compiled GPU library)"
+        )
+    return path or ("portable" if call.batch_invariant else "packed")
 
 
 def explain(call: Call, machine: Machine) -> dict[str, str]:

@@ -449,14 +449,28 @@ def test_a_path_by_name_never_falls_back() -> None:
             torch.ops.pyfmt.linear(x, codes, scales, None, "mxint8", **options)
 
 
-def test_cpu_tensors_have_the_portable_path() -> None:
+def test_cpu_tensors_have_the_packed_and_the_portable_path() -> None:
     codes, scales, _ = torch.ops.pyfmt.quantize(torch.randn(4, 64), "mxfp4")
     x = torch.randint(-9, 10, (3, 64)).float()  # all sums are exact, in whatever order
     want = torch.ops.pyfmt.linear(x, codes, scales, None, "mxfp4")
-    got = torch.ops.pyfmt.linear(x, codes, scales, None, "mxfp4", path="portable")
-    assert torch.equal(got, want)
-    with pytest.raises(RuntimeError, match="portable path alone"):
+    for path in ("packed", "portable"):
+        got = torch.ops.pyfmt.linear(x, codes, scales, None, "mxfp4", path=path)
+        assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="packed and the portable path"):
         torch.ops.pyfmt.linear(x, codes, scales, None, "mxfp4", path="exact")
+    with pytest.raises(RuntimeError, match="how many rows"):
+        torch.ops.pyfmt.linear(x, codes, scales, None, "mxfp4", path="packed", batch_invariant=True)
+
+
+def test_the_cpu_says_which_kernels_serve() -> None:
+    for x in (torch.randn(4, 64), np.ones((4, 64), np.float32)):
+        q = pyfmt.quantize(x, "mxfp4")
+        found = pyfmt.backends.explain_matmul(x, q)
+        best = pyfmt.backends.cpu.matmul_levels(torch.ops.pyfmt)[1][-1]
+        assert found["packed"].startswith(f"chosen: kernels for {best} of baseline")
+        assert "none for AMX" in found["packed"] and found["portable"] == "able"
+        found = pyfmt.backends.explain_matmul(x, q, batch_invariant=True)
+        assert found["portable"].startswith("chosen") and "how many rows" in found["packed"]
 
 
 # ---- the public functions ---------------------------------------------------------------------
