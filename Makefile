@@ -48,7 +48,7 @@ demo-quick: build ## the same in under a minute
 	$(BIN)/pyfmt compare --quick $(ARGS)
 
 bench: build ## measure this machine's kernels against their rivals (a GPU's where there is one)
-	for job in $(wildcard $(patsubst %,bench/%.py,quantize matmul_cpu overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
+	for job in $(wildcard $(patsubst %,bench/%.py,quantize matmul overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
 
 study: build ## INT against FP: theory, drawn data and a real model's tensors, in out/
 	$(BIN)/pyfmt study $(ARGS)

@@ -301,6 +301,9 @@ def compare_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; torch's choice if left out.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What quantized models compute in: float32 or bfloat16.")
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
     """Quantize a real sentence encoder into every format and measure what is left of it.
@@ -323,6 +326,7 @@ def compare_command(
             sentences=(128 if quick else 1000) if sentences is None else sentences,
             quick=quick,
             threads=threads,
+            dtype=dtype,
             progress=progress,
         )
     facts = json.dumps(plain(result.facts()), indent=2)

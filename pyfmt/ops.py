@@ -24,7 +24,6 @@ from pyfmt import (
     _torch_autograd,
     _torch_dense,
     _torch_matmul,
-    _torch_matmul_cpu,
     _torch_train,
     _torch_triton,
 )
@@ -310,9 +309,9 @@ def _define() -> None:
     if cuda_kernels() == "triton":
         _torch_triton.register(library)
         library.impl("quantize_dual", _quantize_twice, "CUDA")
-    for device, room in (("CPU", _torch_matmul_cpu), ("CUDA", _torch_matmul)):
-        library.impl("matmul", room.matmul, device)
-        library.impl("linear", room.linear, device)
+    for device in ("CPU", "CUDA"):
+        library.impl("matmul", _torch_matmul.matmul, device)
+        library.impl("linear", _torch_matmul.linear, device)
     library.impl("_expand_weight", _torch_dense.expand_weight, "CUDA")
     for verb in ("_quantize", "_fake_quantize"):
         library.impl(verb, torch.library.fallthrough_kernel, "Autograd")

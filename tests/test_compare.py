@@ -174,6 +174,21 @@ def test_the_model_is_left_as_it_was(folder: Path) -> None:
         assert replace(a, sentences_per_s=0) == replace(b, sentences_per_s=0)
 
 
+def test_models_may_compute_in_bfloat16(folder: Path) -> None:
+    chosen = [get_format("mxint8")]
+    plain, half = (
+        compare(chosen, model=folder, sentences=24, quick=True, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.settings["dtype"] == "bfloat16"
+    assert half.baseline["bfloat16_sentences_per_s"] > 0
+    assert half.baseline["weights_mb"] == plain.baseline["weights_mb"]
+    for a, b in zip(plain.rows, half.rows, strict=True):
+        assert a.layers == b.layers and abs(a.cosine - b.cosine) < 1e-3
+    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+        compare(chosen, model=folder, sentences=24, dtype="float16")
+
+
 def test_progress_is_told(folder: Path) -> None:
     told: list[tuple[str, int, int]] = []
     compare(

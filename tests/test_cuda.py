@@ -23,6 +23,7 @@ from tests.cuda_rooms import (  # noqa: E402
     dual_equals_two_calls,
     fake_across_equals_reference,
     poison_device,
+    random_bytes_decode_like_the_reference,
     squares_equal_reference,
 )
 from tests.grids import BF16, DTYPES  # noqa: E402
@@ -328,6 +329,12 @@ def test_fake_quantize_down_the_columns(ops: Any, name: str, dtype: str) -> None
 @pytest.mark.parametrize("name", SQUARES)
 def test_square_blocks(room: Room, name: str, dtype: str) -> None:
     squares_equal_reference(room, name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("element", sorted({e.name for e in ELEMENTS}))
+def test_random_bytes_decode(room: Room, element: str) -> None:
+    random_bytes_decode_like_the_reference(room, element, (37, 384))
+    random_bytes_decode_like_the_reference(room, element, (1200, 4096))
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 1024])

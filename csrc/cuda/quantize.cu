@@ -337,9 +337,14 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
     p.scale_t.partial_count = amax_partials_across(amax, stream);
     if (!a.codes) p.scale = p.scale_t;
   }
-  const Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
-  launch_scaled(p.scale, find_kernels(a.format)->dual[int(a.dtype)][int(way)], tiles_of(a, p),
-                kThreads, stream, p);
+  const auto& kernels = find_kernels(a.format)->dual[int(a.dtype)];
+  Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
+  const bool products = a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao;
+  if (way == Way::kPlain && products && a.format.block_columns == 16 &&
+      kernels[int(Way::kTwoLevel)]) {
+    way = Way::kTwoLevel;
+  }
+  launch_scaled(p.scale, kernels[int(way)], tiles_of(a, p), kThreads, stream, p);
 }
 
 void fake_quantize_across(const QuantizeArgs& a, Stream stream) {

@@ -145,6 +145,19 @@ PYFMT_DEVICE BlockScale block_scale(const ScaleParams& p, const codec::RecipeCon
   return b;
 }
 
+// The same for E4M3 scales by the recipes that multiply (all but torchao's), without branches.
+PYFMT_DEVICE BlockScale product_scale(const codec::RecipeConstants& r, uint32_t amax,
+                                      Multipliers known) {
+  BlockScale b;
+  b.poisoned = amax >= kFloatInf;
+  const uint32_t finite = b.poisoned ? 0u : amax;
+  const float s = fminf(as_float(finite) * as_float(r.amax_factor), as_float(kFloatMax));
+  b.code = to_fp8<false>(finite ? s : 0.0f, 0.0f);
+  b.multiplier = known.of[b.code];
+  if (b.poisoned) b.code = codec::scale_nan(Scale::kE4M3);
+  return b;
+}
+
 // The multiplier of elements from a stored scale code (0 for NaN).
 PYFMT_DEVICE float multiplier_of(const ScaleParams& p, const codec::RecipeConstants& r,
                                  uint32_t code) {

@@ -121,6 +121,7 @@ void launch_clusters(void (*kernel)(P), int64_t clusters, int blocks, int tiles,
     std::get<0>(call)(*std::get<1>(call));
   };
   if (b.fibers.size() < size_t(all)) b.fibers.resize(size_t(all));
+  b.exchange.resize(size_t(all));
   grid_size() = dim3(unsigned(clusters * blocks), unsigned(tiles));
   block_size() = dim3(unsigned(threads));
   for (int64_t at = 0; at < clusters * tiles; ++at) {
