@@ -58,7 +58,7 @@ def test_exact_sums(op: Skinny, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxfp6_e3m2", "mxint8", "int4"])
 def test_every_way_to_share_the_work(op: Skinny, name: str) -> None:
-    for plan in ([1, 1, 2, 1], [2, 1, 1, 0], [4, 2, 1, 1], [1, 4, 2, 1], [8, 1, 1, 0]):
+    for plan in ([1, 1], [2, 0], [3, 1], [7, 0], [200, 1]):
         skinny.exact_integers(op, name, 3, 200, 1536, plan=plan)
 
 
