@@ -60,7 +60,6 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.out_dtype = a.out_dtype;
   p.n = int(a.n);
   p.k = int(a.k);
-  p.padded = int(a.format.padded(a.k));
   const bool guard = !aligned16(a.codes) || p.row_bytes % 16 != 0 || a.n < 128;
   const Inputs inputs = guard                      ? Inputs::kGuarded
                         : p.terms == 1 && p.x_wide ? Inputs::kBF16
@@ -71,11 +70,12 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   const auto shared = [&](int tokens) {
     const int sums = 4 * tokens * p.terms * (kernel.strips * kernel.strip + 4);
     p.slot = std::max(kernel.codes + kernel.step * tokens * int(x_bytes), (sums + 15) / 16 * 16);
-    return kernel.warps * kernel.depth * (p.slot + kernel.scales);
+    p.terms_bytes = inputs == Inputs::kBF16 ? 0 : 2 * kernel.step * tokens * p.terms;
+    return kernel.warps * (kernel.depth * (p.slot + kernel.scales) + p.terms_bytes);
   };
   p.tile_tokens = int(std::min<int64_t>(a.m, 8 * kernel.tiles / p.terms));
   while (shared(p.tile_tokens) > kMostShared) --p.tile_tokens;
-  const int steps = (p.padded + kernel.step - 1) / kernel.step;
+  const int steps = (int(a.format.padded(a.k)) + kernel.step - 1) / kernel.step;
   if (a.format.block_columns) {
     const bool whole = a.format.block_columns % kernel.step == 0;
     const int64_t runs = a.format.block_columns / (whole ? kernel.step : 32);
@@ -94,15 +94,16 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
     for (p.scale_shift = 0; 1 << p.scale_shift < least;) ++p.scale_shift;
   }
   p.strips = (p.n + kernel.strip - 1) / kernel.strip;
-  p.even_steps = steps / kernel.warps;
-  p.longer_parts = steps % kernel.warps;
-  ClusterLaunch l;
-  l.clusters = std::min(p.strips, a.blocks ? a.blocks : multiprocessors());
+  p.even_steps = steps / kernel.parts;
+  p.longer_parts = steps % kernel.parts;
+  OverlappedLaunch l;
+  l.shared = shared(p.tile_tokens);
+  const int at_once = kernel.blocks * (l.shared + 1024) <= 228 * 1024 ? kernel.blocks : 1;
+  l.blocks = std::min(p.strips, a.blocks ? a.blocks : at_once * multiprocessors());
   l.overlap = a.overlap;
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
   l.threads = 32 * kernel.warps;
-  l.shared = shared(p.tile_tokens);
-  launch_clusters(kernel.run, l, stream, p);
+  launch_overlapped(kernel.run, l, stream, p);
 }
 
 }  // namespace cuda

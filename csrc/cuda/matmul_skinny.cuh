@@ -12,8 +12,7 @@
 // is in the batch.
 //
 // Code that runs once has to be fetched, and a block that waits for its first bytes or for the last
-// sum does nothing: hence one rolled loop, and blocks of half a multiprocessor, so that the next
-// launch copies its first weights while this one computes.
+// sum does nothing: hence one rolled loop, and copies that start before the launch ahead ends.
 #pragma once
 
 #include "matmul_skinny_warp.cuh"
@@ -36,16 +35,20 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
   constexpr int kLines = Warp::kAllRows, kPitch = kLines + 4;
   char* const shared = dynamic_shared();
   const int me = int(threadIdx.x >> 5), ring_bytes = kDepth * p.slot;
-  const int warp_bytes = ring_bytes + kDepth * Warp::kScaleBytes;
-  int first_step = part_start(p, me), steps = part_start(p, me + 1) - first_step;
+  const int warp_bytes = ring_bytes + kDepth * Warp::kScaleBytes + p.terms_bytes;
+  constexpr int kTurns = Shape::kTurns;
+  static_assert(kTurns <= 2, "sums of one earlier part are kept");
+  int first_step = part_start(p, kTurns * me);
+  int steps = part_start(p, kTurns * (me + 1)) - first_step;
   keep(first_step);
   keep(steps);
-  const int longest = p.even_steps + (p.longer_parts != 0);
+  const int turn = part_start(p, kTurns * me + 1) - first_step;  // where the second part starts
+  const int longest = part_start(p, kTurns);                     // of any warp
   const int first_token = int(blockIdx.y) * p.tile_tokens;
   const int tokens = min(p.tile_tokens, p.tokens - first_token), columns = tokens * p.terms;
   const int from = int(int64_t(p.strips) * blockIdx.x / gridDim.x);
   const int to = int(int64_t(p.strips) * (blockIdx.x + 1) / gridDim.x);
-  Warp warp(p, shared_address(shared + me * warp_bytes), tokens);
+  Warp warp(p, shared_address(shared + me * warp_bytes), columns);
   const typename Warp::X x(p, warp.lane, first_token);
   // Rows that a round starts with; the last one may repeat rows of the one before.
   const auto first_row = [&](int strip) {
@@ -102,8 +105,8 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
 #pragma unroll 1
     for (int d = 0; d < kDepth - 1; ++d) {
       if (step < steps && strip < to)
-        x.load(p, warp.ring + unsigned(d * p.slot + Warp::kCodeBytes), warp.lane, first_token, tokens,
-               first_step + step);
+        x.load(p, warp.ring + unsigned(d * p.slot + Warp::kCodeBytes), warp.lane, first_token,
+               tokens, first_step + step);
       close_copies();
       if (++step == longest) step = 0, strip += kStrips;
     }
@@ -115,6 +118,7 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
   for (int strip = from; strip < to; strip += kStrips) {
     const int strips = min(kStrips, to - strip), row = first_row(strip);
     warp.clear();
+    float early[kTurns > 1 ? Warp::kSums : 1] = {};
     used_scales.chunk = -1;
     unsigned used = 0;
 #pragma unroll 1
@@ -122,28 +126,44 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
       copies_arrived<kDepth - 2>();
       warp_barrier();
       load(true);
+      if (kTurns > 1 && step == turn) {
+#pragma unroll
+        for (int i = 0; i < Warp::kSums; ++i) early[i] = warp.sum(i);
+        warp.clear();
+      }
       if (step < steps) {
         const int s = first_step + step;
         used_scales.next(warp.scale_chunk(s));
         const int inside = Warp::kLaneScales ? 0 : warp.scales_at(s) & ((1 << p.scale_shift) - 1);
-        warp.multiply_step(warp.ring + slot, scales + used_scales.at + unsigned(inside), s, row,
-                           strips);
+        SharedAddress activations = warp.ring + slot + unsigned(Warp::kCodeBytes);
+        if constexpr (Warp::X::kAny) {
+          const SharedAddress terms = warp.ring + unsigned(ring_bytes + kDepth * Warp::kScaleBytes);
+          Warp::X::convert(p, activations, terms, warp.lane, tokens);
+          activations = terms;
+          warp_barrier();
+        }
+        warp.multiply_step(warp.ring + slot, scales + used_scales.at + unsigned(inside),
+                           activations, s, row, strips);
       }
       used = slot;
       slot = int(slot) + p.slot == ring_bytes ? 0 : slot + unsigned(p.slot);
+    }
+
+    if (kTurns > 1 && turn < longest) {
+#pragma unroll
+      for (int i = 0; i < Warp::kSums; ++i) warp.sum(i) = early[i] + warp.sum(i);
     }
 
     // The warps' sums, [column][row], each warp's in the slot that it has just used.
     warp_barrier();
     float* const partial = reinterpret_cast<float*>(shared + used);
 #pragma unroll
-    for (int i = 0; i < kStrips * Warp::kRowTiles * kTiles * 4; ++i) {
+    for (int i = 0; i < Warp::kSums; ++i) {
       const int c = i % 4, tile = i / 4 % kTiles, row_tile = i / 4 / kTiles;
       const int at = 8 * tile + 2 * warp.t + (c & 1);
       const int line = 16 * row_tile + (warp.lane >> 2) + 8 * (c >> 1);
       if (at < columns) {
-        partial[me * (warp_bytes / 4) + at * kPitch + line] =
-            warp.sums[row_tile / Warp::kRowTiles][row_tile % Warp::kRowTiles][tile][c];
+        partial[me * (warp_bytes / 4) + at * kPitch + line] = warp.sum(i);
       }
     }
     block_barrier();
@@ -156,7 +176,11 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
       for (int term = p.terms - 1; term >= 0; --term) {
         const float* const column = partial + (token * p.terms + term) * kPitch + line;
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum = sum + column[w * (warp_bytes / 4)];
+        for (int w = 0; w < kWarps; w += 2 / kTurns) {
+          float two = column[w * (warp_bytes / 4)];
+          if (kTurns == 1) two = two + column[(w + 1) * (warp_bytes / 4)];
+          sum = sum + two;
+        }
       }
       float y = sum * factor;
       if (p.bias) y = y + load_element(p.bias, p.bias_dtype, n);
@@ -171,22 +195,34 @@ __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
 // One of the compiled kernels and what its launch must know of it.
 struct SkinnyKernel {
   void (*run)(SkinnyParams) = nullptr;
-  int step = 0, depth = 0, codes = 0, scales = 0, strip = 0, strips = 0, warps = 0, tiles = 0;
+  int step = 0, depth = 0, codes = 0, scales = 0, strip = 0, strips = 0, warps = 0, parts = 0,
+      blocks = 0, tiles = 0;
 };
 
 template <class W, int kTiles, Inputs kInputs>
 SkinnyKernel describe_skinny() {
   using Shape = SkinnyShape<W, kTiles>;
   using Warp = SkinnyWarp<W, kTiles, kInputs>;
-  return {skinny<W, kTiles, kInputs>, W::kStep,     Shape::kDepth,  Warp::kCodeBytes,
-          Warp::kScaleBytes,          Warp::kStrip, Shape::kStrips, Shape::kWarps,
+  return {skinny<W, kTiles, kInputs>,
+          W::kStep,
+          Shape::kDepth,
+          Warp::kCodeBytes,
+          Warp::kScaleBytes,
+          Warp::kStrip,
+          Shape::kStrips,
+          Shape::kWarps,
+          Shape::kWarps * Shape::kTurns,
+          Shape::kBlocks,
           kTiles};
 }
 
 template <class W>
 SkinnyKernel skinny_kernel(int columns, Inputs inputs) {
   if (inputs == Inputs::kGuarded) return describe_skinny<W, 2, Inputs::kGuarded>();
-  if (inputs == Inputs::kAny) return describe_skinny<W, 2, Inputs::kAny>();
+  if (inputs == Inputs::kAny) {
+    return columns <= 8 ? describe_skinny<W, 1, Inputs::kAny>()
+                        : describe_skinny<W, 2, Inputs::kAny>();
+  }
   return columns <= 8 ? describe_skinny<W, 1, Inputs::kBF16>()
                       : describe_skinny<W, 2, Inputs::kBF16>();
 }

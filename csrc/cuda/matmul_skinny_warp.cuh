@@ -8,22 +8,6 @@
 namespace pyfmt {
 namespace cuda {
 
-// Tiles of 16 rows that share a decoding pass (a strip), strips whose sums a warp keeps at once,
-// and steps in its ring, for kTiles tiles of 8 columns.
-template <class W, int kTiles>
-struct SkinnyShape {
-#ifdef SK_ROWTILES
-  static constexpr int kRowTiles = SK_ROWTILES, kStrips = SK_STRIPS, kDepth = SK_DEPTH,
-                       kWarps = SK_WARPS, kBlocks = SK_BLOCKS;
-#else
-  static constexpr int kRowTiles = W::D::kBits == 4 ? 2 : 1;
-  static constexpr int kStrips = 2;
-  static constexpr int kDepth = 2;
-  static constexpr int kWarps = kTiles > 1 || W::D::kBits == 6 ? 8 : 16;
-  static constexpr int kBlocks = 1;
-#endif
-};
-
 template <class W, int kTiles, Inputs kInputs>
 struct SkinnyWarp {
   using D = typename W::D;
@@ -45,23 +29,26 @@ struct SkinnyWarp {
   static constexpr int kCopyRows = W::kVectors == 2 ? 4 : 8;  // of each turn
 
   const SkinnyParams& p;
-  const int tokens;
+  const int columns;
   int lane, t;
   SharedAddress ring;
   const uint8_t* codes[kKinds];  // where this lane's next copies start
   float sums[kStrips][kRowTiles][kTiles][4];
 
-  PYFMT_DEVICE SkinnyWarp(const SkinnyParams& p, SharedAddress ring, int tokens)
-      : p(p), tokens(tokens), lane(int(threadIdx.x & 31)), ring(ring) {
+  PYFMT_DEVICE SkinnyWarp(const SkinnyParams& p, SharedAddress ring, int columns)
+      : p(p), columns(columns), lane(int(threadIdx.x & 31)), ring(ring) {
     keep(lane);
     keep(this->ring);
     t = lane & 3;
   }
 
+  static constexpr int kSums = kStrips * kRowTiles * kTiles * 4;
+  PYFMT_DEVICE float& sum(int i) {
+    return sums[i / 4 / kTiles / kRowTiles][i / 4 / kTiles % kRowTiles][i / 4 % kTiles][i % 4];
+  }
   PYFMT_DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < kStrips * kRowTiles * kTiles * 4; ++i)
-      sums[i / 4 / kTiles / kRowTiles][i / 4 / kTiles % kRowTiles][i / 4 % kTiles][i % 4] = 0;
+    for (int i = 0; i < kSums; ++i) sum(i) = 0;
   }
 
   // ---- codes ----------------------------------------------------------------------------------
@@ -209,10 +196,10 @@ struct SkinnyWarp {
     for (int i = 0; i < kAllRows / 8; ++i) {
       const int row = 8 * i + (lane >> 2);
       if (row >= strips * kStrip) break;
-      const uint64_t index = uint64_t(min(first + row, p.n - 1)) * uint32_t(p.row_scales) +
-                             group_index(step);
-      const uint8_t* from = static_cast<const uint8_t*>(p.scales) +
-                            (narrow ? 2 * (index & ~uint64_t(1)) : 4 * index);
+      const uint64_t index =
+          uint64_t(min(first + row, p.n - 1)) * uint32_t(p.row_scales) + group_index(step);
+      const uint8_t* from =
+          static_cast<const uint8_t*>(p.scales) + (narrow ? 2 * (index & ~uint64_t(1)) : 4 * index);
       start_copy<4>(slot + unsigned(16 * row + 4 * t), from, narrow && !(index & 1) ? 2 : 4);
     }
   }
@@ -232,8 +219,8 @@ struct SkinnyWarp {
     if (p.scale == Scale::kFP32) {
       return as_float(load_small<4>(W::kGrouping == Grouping::k32 ? row + unsigned(4 * t) : row));
     }
-    const uint32_t half = load_small<2>(
-        W::kGrouping == Grouping::k32 ? row + unsigned(4 * t + (odd ? 2 : 0)) : row);
+    const uint32_t half =
+        load_small<2>(W::kGrouping == Grouping::k32 ? row + unsigned(4 * t + (odd ? 2 : 0)) : row);
     return p.scale == Scale::kBF16 ? as_float(half << 16) : from_half(half);
   }
 
@@ -247,8 +234,8 @@ struct SkinnyWarp {
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int v = 0; v < W::kVectors; ++v) {
-        const int at = (lane >> 2) * kRow + (W::kVectors == 2 ? 16 * t + 64 * v
-                                                              : 16 * (W::kVectors * t + v));
+        const int at =
+            (lane >> 2) * kRow + (W::kVectors == 2 ? 16 * t + 64 * v : 16 * (W::kVectors * t + v));
         const uint4 q =
             load_shared16(slot + unsigned(turned(at)) + unsigned((strip * kStrip + 8 * r) * kRow));
         uint32_t* w = words[r] + 4 * v;
@@ -295,24 +282,24 @@ struct SkinnyWarp {
     }
   }
 
-  // scales: those of this step, in the first row.
-  PYFMT_DEVICE void multiply_step(SharedAddress slot, SharedAddress scales, int step, int first,
-                                  int strips) {
+  // scales: those of this step, in the first row; activations: its bfloat16 columns.
+  PYFMT_DEVICE void multiply_step(SharedAddress slot, SharedAddress scales,
+                                  SharedAddress activations, int step, int first, int strips) {
     if (special(slot, scales, strips)) {
-      multiply<true>(slot, scales, step, first, strips);
+      multiply<true>(slot, scales, activations, step, first, strips);
     } else {
-      multiply<false>(slot, scales, step, first, strips);
+      multiply<false>(slot, scales, activations, step, first, strips);
     }
   }
 
   template <bool kEverything>
-  PYFMT_DEVICE void multiply(SharedAddress slot, SharedAddress scales, int step, int first,
-                             int strips) {
+  PYFMT_DEVICE void multiply(SharedAddress slot, SharedAddress scales, SharedAddress activations,
+                             int step, int first, int strips) {
     const SharedAddress mine = scales + unsigned(16 * (lane >> 2));
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       Fragments x;
-      X::template fetch<kParts>(p, slot + unsigned(kCodeBytes), lane, tokens, part, x);
+      X::template fetch<kParts>(activations, lane, columns, part, x);
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) {
         if (s >= strips) break;
@@ -359,8 +346,8 @@ struct SkinnyWarp {
   }
 
   PYFMT_DEVICE static void multiply_unit(float (&d)[kRowTiles][kTiles][4],
-                                         const uint32_t (&a)[kRows][D::kPairs],
-                                         const Fragments& x, int u) {
+                                         const uint32_t (&a)[kRows][D::kPairs], const Fragments& x,
+                                         int u) {
 #pragma unroll
     for (int f = 0; f < 2 * W::kUnitFragments; ++f) {
 #pragma unroll
@@ -376,8 +363,8 @@ struct SkinnyWarp {
   }
 
   // Integers as they are; each group's sum times its scale, in float32.
-  PYFMT_DEVICE void multiply_groups(Words& words, SharedAddress scales, int step, int first, int strip,
-                                    const Fragments& x) {
+  PYFMT_DEVICE void multiply_groups(Words& words, SharedAddress scales, int step, int first,
+                                    int strip, const Fragments& x) {
     constexpr bool kTurned = W::kGrouping == Grouping::k32;
     if constexpr (kTurned) {
 #pragma unroll

@@ -28,10 +28,10 @@ struct SkinnyParams {
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;
   DType out_dtype = DType::kBF16;
-  int n = 0, k = 0, padded = 0;
+  int n = 0, k = 0;
   int strips = 0;                        // of rows
   int even_steps = 0, longer_parts = 0;  // of a warp's part of k; how many have one more
-  int slot = 0;                          // bytes of a step in shared memory
+  int slot = 0, terms_bytes = 0;         // of a step in shared memory; of its bfloat16 terms
 };
 
 enum class Grouping { kBlocks, kSteps, k32 };
@@ -47,7 +47,7 @@ struct Weights {
   static constexpr bool kGrouped = kGroups != Grouping::kBlocks;
   static constexpr Scale kScale = kScaleKind;
   static constexpr int kVectors = D::kBits == 6 ? 3 : D::kBits / 4;  // of 16 bytes, a lane's
-  static constexpr int kLane = kVectors * 128 / D::kBits;  // elements of them
+  static constexpr int kLane = kVectors * 128 / D::kBits;            // elements of them
   static constexpr int kStep = 4 * kLane;
   static constexpr int kUnits = kLane / D::kElements;
   static constexpr int kFragments = kLane / 8;  // of 8 elements of x a lane, two matrix steps
@@ -58,12 +58,26 @@ struct Weights {
   // each holds whole codes.
   PYFMT_DEVICE static int unit_start(int t, int u) {
     if constexpr (kVectors == 2) {
-      return 64 * (u / 2) +
-             (kGroups == Grouping::k32 ? 16 * (2 * (u & 1) + (t & 1)) + 8 * (t >> 1)
-                                       : 16 * t + 8 * (u & 1));
+      return 64 * (u / 2) + (kGroups == Grouping::k32 ? 16 * (2 * (u & 1) + (t & 1)) + 8 * (t >> 1)
+                                                      : 16 * t + 8 * (u & 1));
     }
     return kGroups == Grouping::k32 ? 32 * u + 8 * t : t * kLane + u * D::kElements;
   }
+};
+
+// Tiles of 16 rows that share a decoding pass (a strip), strips whose sums a warp keeps at once,
+// steps in its ring, warps of a block, neighbouring parts of k that each of them takes in turn, and
+// most blocks of a multiprocessor, for kTiles tiles of 8 columns. kWarps * kTurns, the number of
+// parts, is the same for any kTiles, so that it does not matter how many tokens there are.
+template <class W, int kTiles>
+struct SkinnyShape {
+  static constexpr bool kMany = kTiles > 1, kSix = W::D::kBits == 6;
+  static constexpr int kRowTiles = W::D::kBits == 4 ? 2 : 1;
+  static constexpr int kStrips = kMany && W::D::kBits == 8 ? 4 : 2;
+  static constexpr int kDepth = kMany && kSix ? 3 : 2;
+  static constexpr int kTurns = kMany ? 2 : 1;
+  static constexpr int kWarps = (kSix ? 8 : 16) / kTurns;
+  static constexpr int kBlocks = kSix && !kMany ? 2 : 1;
 };
 
 // Activations of a step in shared memory: each token's as they lie in memory, but for the places
@@ -148,41 +162,94 @@ struct SkinnyX {
     }
   }
 
-  // This lane's operands of a part of a step. Columns beyond the last are read as the last: what
-  // they give is never stored.
-  template <int kParts>
-  PYFMT_DEVICE static void fetch(const SkinnyParams& p, SharedAddress from, int lane, int tokens,
-                                 int part, Fragments<kParts>& x) {
+  // A step's activations as bfloat16 terms, the largest first: a column of `terms` each, in which
+  // elements lie as bfloat16 activations would.
+  PYFMT_DEVICE static void convert(const SkinnyParams& p, SharedAddress slot, SharedAddress terms,
+                                   int lane, int tokens) {
+    if (p.x_dtype == DType::kBF16) {
+      convert_from<DType::kBF16>(slot, terms, lane, tokens);
+    } else if (p.x_dtype == DType::kFP16) {
+      convert_from<DType::kFP16>(slot, terms, lane, tokens);
+    } else {
+      convert_from<DType::kFP32>(slot, terms, lane, tokens);
+    }
+  }
+  template <DType kIn>
+  PYFMT_DEVICE static void convert_from(SharedAddress slot, SharedAddress terms, int lane,
+                                        int tokens) {
+    constexpr int kBytes = dtype_bytes(kIn), kChunks = W::kStep / 8, kPieces = kBytes / 2;
+    constexpr int kTerms = kIn == DType::kBF16 ? 1 : kIn == DType::kFP16 ? 2 : 3;
+#pragma unroll 1
+    for (int i = lane; i < tokens * kChunks; i += 32) {
+      const int token = i / kChunks;
+      const unsigned at = unsigned(i % kChunks) * 8;
+      uint32_t raw[4 * kPieces], words[kTerms][4];
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int column = 8 * j + (lane >> 2);
-      const int token = min(kAny ? column / p.terms : column, tokens - 1);
-      const int term = kAny ? column - token * p.terms : 0;
-      const int bytes = kAny && p.x_dtype == DType::kFP32 ? 4 : 2;
-      const SharedAddress row = from + unsigned(token * W::kStep * bytes);
+      for (int j = 0; j < kPieces; ++j) {
+        const uint4 q =
+            load_shared16(slot + unsigned(token * W::kStep * kBytes) + place(at * kBytes + 16 * j));
+        raw[4 * j] = q.x;
+        raw[4 * j + 1] = q.y;
+        raw[4 * j + 2] = q.z;
+        raw[4 * j + 3] = q.w;
+      }
 #pragma unroll
-      for (int u = 0; u < W::kUnits / kParts; ++u) {
-        uint32_t* const words = x.words[j][u * W::kUnitFragments];
-        const unsigned at = unsigned(W::unit_start(lane & 3, part * (W::kUnits / kParts) + u));
-        if (!kAny || p.x_dtype == DType::kBF16) {
-          unpack<DType::kBF16>(row, at, term, words);
-        } else if (p.x_dtype == DType::kFP16) {
-          unpack<DType::kFP16>(row, at, term, words);
-        } else {
-          unpack<DType::kFP32>(row, at, term, words);
-        }
+      for (int j = 0; j < 4; ++j) {
+        uint32_t low[kTerms], high[kTerms];
+        split<kIn>(raw, 2 * j, low);
+        split<kIn>(raw, 2 * j + 1, high);
+#pragma unroll
+        for (int n = 0; n < kTerms; ++n) words[n][j] = pick_bytes(low[n], high[n], 0x7632);
+      }
+#pragma unroll
+      for (int n = 0; n < kTerms; ++n) {
+        store_shared16(terms + unsigned((token * kTerms + n) * 2 * W::kStep) + place(2 * at),
+                       make_uint4(words[n][0], words[n][1], words[n][2], words[n][3]));
       }
     }
   }
 
-  // A unit's elements, which start at `at` of a token's, as pairs of one of their bfloat16 terms.
-  template <DType kIn>
-  PYFMT_DEVICE static void unpack(SharedAddress row, unsigned at, int term, uint32_t* words) {
-    constexpr int kBytes = dtype_bytes(kIn), kPieces = D::kElements * kBytes / 16;
-    uint32_t raw[4 * kPieces];
+  // An element in its terms: float32 bits of which the low half is zero.
+  template <DType kIn, int kTerms>
+  PYFMT_DEVICE static void split(const uint32_t* raw, int i, uint32_t (&term)[kTerms]) {
+    if constexpr (kIn == DType::kBF16) {
+      term[0] = i & 1 ? raw[i / 2] & 0xffff0000u : raw[i / 2] << 16;
+    } else {
+      float rest = kIn == DType::kFP32 ? as_float(raw[i]) : half_at<kIn>(raw[i / 2], i & 1);
+      const uint32_t bits = as_uint(rest), magnitude = bits & 0x7fffffffu;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) {
-      const uint4 q = load_shared16(row + place(at * kBytes + 16 * i));
+      for (int j = 0; j < kTerms; ++j) {
+        term[j] = as_uint(rest) & 0xffff0000u;
+        rest = rest - as_float(term[j]);
+        // A NaN must not lose the bits that make it one; an infinity has no other terms.
+        if (magnitude >= kFloatInf) term[j] = j ? 0 : magnitude > kFloatInf ? kFloatNaN : bits;
+      }
+    }
+  }
+
+  // This lane's operands of a part of a step. Columns beyond the last are read as the last: what
+  // they give is never stored.
+  template <int kParts>
+  PYFMT_DEVICE static void fetch(SharedAddress from, int lane, int columns, int part,
+                                 Fragments<kParts>& x) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int column = min(8 * j + (lane >> 2), columns - 1);
+      const SharedAddress row = from + unsigned(column * 2 * W::kStep);
+#pragma unroll
+      for (int u = 0; u < W::kUnits / kParts; ++u) {
+        const unsigned at = unsigned(W::unit_start(lane & 3, part * (W::kUnits / kParts) + u));
+        unpack(row, at, x.words[j][u * W::kUnitFragments]);
+      }
+    }
+  }
+
+  // A unit's elements, which start at `at` of a column's, in pairs.
+  PYFMT_DEVICE static void unpack(SharedAddress row, unsigned at, uint32_t* words) {
+    uint32_t raw[D::kPairs];
+#pragma unroll
+    for (int i = 0; i < D::kPairs / 4; ++i) {
+      const uint4 q = load_shared16(row + place(2 * at + 16 * i));
       raw[4 * i] = q.x;
       raw[4 * i + 1] = q.y;
       raw[4 * i + 2] = q.z;
@@ -191,32 +258,9 @@ struct SkinnyX {
 #pragma unroll
     for (int j = 0; j < D::kPairs; ++j) {
       const int low = D::element(j, 0), high = D::element(j, 1);
-      if constexpr (kIn == DType::kBF16) {
-        words[j] = pick_bytes(raw[low / 2], raw[high / 2],
-                              (low & 1 ? 0x32u : 0x10u) | (high & 1 ? 0x7600u : 0x5400u));
-      } else {
-        words[j] = pick_bytes(term_of<kIn>(raw, low, term), term_of<kIn>(raw, high, term), 0x7632);
-      }
+      words[j] = pick_bytes(raw[low / 2], raw[high / 2],
+                            (low & 1 ? 0x32u : 0x10u) | (high & 1 ? 0x7600u : 0x5400u));
     }
-  }
-
-  // Term `term` of an element, the largest first: float32 bits of which the low half is zero.
-  template <DType kIn>
-  PYFMT_DEVICE static uint32_t term_of(const uint32_t* raw, int i, int term) {
-    float rest = kIn == DType::kFP32 ? as_float(raw[i]) : half_at<kIn>(raw[i / 2], i & 1);
-    const uint32_t magnitude = as_uint(rest) & 0x7fffffffu;
-    // A NaN must not lose the bits that make it one; an infinity has no other terms.
-    if (magnitude >= kFloatInf) {
-      return term ? 0 : magnitude > kFloatInf ? kFloatNaN : as_uint(rest);
-    }
-    uint32_t found = as_uint(rest) & 0xffff0000u;
-#pragma unroll
-    for (int j = 1; j < (kIn == DType::kFP32 ? 3 : 2); ++j) {
-      rest = rest - as_float(found);
-      if (j > term) break;
-      found = as_uint(rest) & 0xffff0000u;
-    }
-    return found;
   }
 };
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a warp, a block and a cluster of blocks do together: tensor-core steps, votes, barriers,
-// reads from a neighbour's shared memory. The host texts run in the emulation of tests/emulation.
+// What a warp and a block do together: tensor-core steps, votes, barriers, copies in the
+// background. The host texts run in the emulation of tests/emulation.
 #pragma once
 
 #include "device.cuh"
 #if !defined(__CUDACC__)
-#include "clusters.h"
+#include "warps.h"
 #endif
 
 namespace pyfmt {
@@ -73,32 +73,6 @@ PYFMT_DEVICE void block_barrier() {
 #endif
 }
 
-// All threads of all blocks of the cluster, what they wrote to shared memory included.
-PYFMT_DEVICE void cluster_barrier() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#elif !defined(__CUDACC__)
-  emulation::cluster_barrier();
-#endif
-}
-
-// What block `rank` of the cluster holds where this block holds *mine.
-PYFMT_DEVICE float from_block(const float* mine, int rank) {
-#if defined(__CUDA_ARCH__)
-  const uint32_t here = uint32_t(__cvta_generic_to_shared(mine));
-  uint32_t there;
-  float value;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
-  return value;
-#elif !defined(__CUDACC__)
-  return *emulation::in_block(mine, rank);
-#else
-  return *mine;
-#endif
-}
-
 // The launch's dynamic shared memory.
 PYFMT_DEVICE char* dynamic_shared() {
 #if defined(__CUDACC__)
@@ -131,7 +105,8 @@ template <int kBytes>
 PYFMT_DEVICE uint32_t load_small(SharedAddress from) {
 #if defined(__CUDA_ARCH__)
   uint32_t v;
-  if constexpr (kBytes == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  if constexpr (kBytes == 1)
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
   if constexpr (kBytes == 2)
     asm volatile("{.reg .b16 h;\n ld.shared.b16 h, [%1];\n cvt.u32.u16 %0, h;}"
                  : "=r"(v)
@@ -173,8 +148,8 @@ PYFMT_DEVICE void keep(T& value) {
 
 // ---- memory to shared memory, in the background -----------------------------------------------
 
-// kBytes, 4, 8 or 16, of which the first `real` are read and the others zeros; visible to this thread
-// after `copies_arrived`.
+// kBytes, 4, 8 or 16, of which the first `real` are read and the others zeros; visible to this
+// thread after `copies_arrived`.
 template <int kBytes>
 PYFMT_DEVICE void start_copy(SharedAddress to, const void* from, int real) {
 #if defined(__CUDA_ARCH__)
@@ -182,8 +157,8 @@ PYFMT_DEVICE void start_copy(SharedAddress to, const void* from, int real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from),
-                 "n"(kBytes), "r"(real)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(real)
                  : "memory");
   }
 #else
@@ -205,67 +180,35 @@ PYFMT_DEVICE void copies_arrived() {
 #endif
 }
 
-struct ClusterLaunch {
-  int64_t clusters = 0;
-  int cluster = 1, tiles = 1, threads = 0, shared = 0;
+struct OverlappedLaunch {
+  int64_t blocks = 0;
+  int tiles = 1, threads = 0, shared = 0;
   bool overlap = true;  // start before the launch ahead ends
 };
 
 #if defined(__CUDACC__)
-// How many clusters of that many blocks run at once; 0 where the device has none.
+// A grid of blocks by tiles.
 template <class P>
-int clusters_at_once(void (*kernel)(P), int cluster, int threads, int shared) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(cluster));
-  config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = size_t(shared);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-        "shared memory");
-  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters");
-  return count;
-}
-
-// A grid of clusters * cluster by tiles blocks.
-template <class P>
-void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, const P& params) {
+void launch_overlapped(void (*kernel)(P), const OverlappedLaunch& l, Stream stream,
+                       const P& params) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
         "shared memory");
-  cudaLaunchAttribute attributes[2];
-  unsigned count = 0;
-  if (l.overlap) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  if (l.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count].val.clusterDim.x = unsigned(l.cluster);
-    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-    ++count;
-  }
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(l.clusters * l.cluster), unsigned(l.tiles));
+  config.gridDim = dim3(unsigned(l.blocks), unsigned(l.tiles));
   config.blockDim = dim3(unsigned(l.threads));
   config.dynamicSmemBytes = size_t(l.shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = count;
+  config.attrs = &attribute;
+  config.numAttrs = l.overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
 }
 #else
 template <class P>
-int clusters_at_once(void (*)(P), int, int, int) {
-  return 1;
-}
-template <class P>
-void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream, const P& params) {
-  emulation::launch_clusters(kernel, l.clusters, l.cluster, l.tiles, l.threads, l.shared, params);
+void launch_overlapped(void (*kernel)(P), const OverlappedLaunch& l, Stream, const P& params) {
+  emulation::launch_warps(kernel, l.blocks, l.tiles, l.threads, l.shared, params);
 }
 #endif
 
