@@ -10,7 +10,7 @@ CPP = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*
 PYTEST := $(BIN)/pytest -n $(JOBS) --dist worksteal --benchmark-disable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo demo-quick bench lint format codegen sanitize wheel clean tools
+.PHONY: help setup build test demo demo-quick bench study lint format codegen sanitize wheel clean tools
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,7 +48,10 @@ demo-quick: build ## the same in under a minute
 	$(BIN)/pyfmt compare --quick $(ARGS)
 
 bench: build ## measure this machine's kernels against their rivals (a GPU's where there is one)
-	for job in $(wildcard $(patsubst %,bench/%.py,quantize matmul_cpu overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
+	for job in $(wildcard $(patsubst %,bench/%.py,quantize matmul overhead)); do $(BIN)/python $$job $(ARGS) || exit; done
+
+study: build ## INT against FP: theory, drawn data and a real model's tensors, in out/
+	$(BIN)/pyfmt study $(ARGS)
 
 lint: build ## what CI checks beside the tests
 	$(BIN)/ruff check .
@@ -56,6 +59,7 @@ lint: build ## what CI checks beside the tests
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/python -m pyfmt._codegen --check
+	$(BIN)/python bench/study_page.py --check
 
 format: $(STAMP) ## format Python and C++, and mend what ruff can
 	$(BIN)/ruff check --fix .

@@ -308,20 +308,22 @@ def of_other_shapes(room: Any, turns: Turns) -> list[Case]:
         check = check_quantize(turns, fmt, axis, **options)
         found.append(Case(name, call, both, n, "other shapes", room=room.name, check=check))
 
-    def dual(name: str, aim: float | None, **options: Any) -> None:
+    def dual(name: str, aim: float | None, how: str = "", reads: int = 1, **options: Any) -> None:
         def call() -> Any:
             return ops.quantize_dual(turns.x, name, **options)
 
-        both = size + stored_bytes(name, *x.shape) + stored_bytes(name, *transposed)
-        rotated = f" rotated {options['rotation']}" if options else ""
+        both = reads * size + stored_bytes(name, *x.shape) + stored_bytes(name, *transposed)
         check = check_dual(turns, name, **options)
-        label = f"quantize_dual {name}{rotated}"
+        label = f"quantize_dual {name}{how}"
         found.append(Case(label, call, both, n, "dual", room=room.name, aim=aim, check=check))
 
     if isinstance(room, Ops):
         for name in ("mxfp4", "mxfp8_e4m3", "mxint8"):
             dual(name, 0.75 if room.name == "cuda" else None)
-        dual("mxfp4", None, rotation=32)
+        dual("mxfp4", None, " rotated 32", rotation=32)
+        for name in ("nvfp4", "nvint4"):
+            dual(name, None, tensor_scale=torch.tensor(GIVEN, device=x.device))
+            dual(name, None, " dynamic", 2)
     add("quantize mxfp4 along axis -2", "mxfp4", -2)
     for name in ("int8-brow-bf16", "e2m1-b32x32-e8m0", "e2m1-b16x16-e4m3"):
         add(f"quantize {name}", name)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tokens a second of a Llama-shaped decoder with quantized linear layers, against bfloat16.
 
-    python bench/decode.py [--layers 32] [--json PATH]
+    python bench/decode.py [--layers 32] [--only NAMES] [--json PATH]
 
 transformers' LlamaForCausalLM with the shapes of the 8B model and random weights; quantize_model
-replaces all linear layers but lm_head. Decode: one token for each sequence by replays of a CUDA
-graph, at batch 1 and 16, with a static cache of 512 positions. Prefill: 8192 tokens of one
-sequence. Every model runs in the same process, bfloat16 first and last.
+replaces all linear layers but lm_head, and fuses q, k and v, and gate and up, but where the name
+says apart. Every model runs in the same process, bfloat16 first and
+last, its decoder layers compiled by torch.compile.
+
+Decode: greedy generation after a prompt of 64 tokens, replays of one CUDA graph, at batch 1 and 16,
+with keys and values of 256 positions. Prefill: 8192 tokens of one sequence, also a CUDA graph.
+Keys and values are buffers of the attention modules, by way of transformers' attention interface,
+so that all layers share one compiled program. Generated logits are checked against a pass over the
+whole sequence.
 """
 
 from __future__ import annotations
@@ -21,26 +27,53 @@ from typing import Any
 
 import torch
 from harness import machine
+from torch.nn.functional import scaled_dot_product_attention
 
 import pyfmt.nn
 
-CONTEXT = 512
+CONTEXT, PROMPT = 256, 64
+FUSED = {"fuse": [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]}
+W4A4 = {"weight": "mxfp4", "activation": "mxfp4", "rotation": 32}
 MODELS: dict[str, dict[str, Any]] = {
-    "mxfp4 weight-only": {"weight": "mxfp4"},
-    "nvfp4 weight-only": {"weight": "nvfp4"},
-    "int4 weight-only": {"weight": "int4"},
-    "mxint8 weight-only": {"weight": "mxint8"},
-    "mxfp4 x mxfp4, rotated 32": {"weight": "mxfp4", "activation": "mxfp4", "rotation": 32},
-    "mxfp4 x mxfp4, rotated 32, kept": {
-        "weight": "mxfp4", "activation": "mxfp4", "rotation": 32, "expanded": "keep",
-    },
-}  # fmt: skip
+    "mxfp4": {"weight": "mxfp4"} | FUSED,
+    "mxfp4-apart": {"weight": "mxfp4"},
+    "nvfp4": {"weight": "nvfp4"} | FUSED,
+    "int4": {"weight": "int4"} | FUSED,
+    "mxint8": {"weight": "mxint8"} | FUSED,
+    "mxfp4-w4a4": W4A4 | FUSED,
+    "mxfp4-w4a4-kept": W4A4 | FUSED | {"expanded": "keep"},
+}
+
+
+def attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float,
+    position: Any = None, seen: Any = None, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention, or that of one token to the positions that `seen` says."""
+    if position is None:
+        y = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return y.transpose(1, 2).contiguous(), None
+    module.keys.index_copy_(2, position, key)
+    module.values.index_copy_(2, position, value)
+    if query.shape[2] > 1:
+        return attention(module, query, key, value, None, scaling=scaling)
+    # The heads that share keys and values stand where other tokens would: nothing is repeated.
+    batch, _, _, size = query.shape
+    grouped = query.view(batch, key.shape[1], -1, size)
+    mask = seen.expand(batch, key.shape[1], grouped.shape[2], -1)
+    y = scaled_dot_product_attention(
+        grouped, module.keys, module.values, attn_mask=mask, scale=scaling
+    )
+    return y.view(batch, 1, -1, size), None
 
 
 def decoder(layers: int, small: bool, device: str) -> Any:
     """A decoder with random weights; `small` for trying this program out."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
+    AttentionInterface.register("buffers", attention)
     shape: dict[str, Any] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 16384,
@@ -49,7 +82,7 @@ def decoder(layers: int, small: bool, device: str) -> Any:
         shape |= {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
         shape |= {"num_key_value_heads": 2, "vocab_size": 512}
     config = LlamaConfig(
-        num_hidden_layers=layers, attn_implementation="sdpa", dtype=torch.bfloat16, **shape
+        num_hidden_layers=layers, attn_implementation="buffers", dtype=torch.bfloat16, **shape
     )
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -67,99 +100,181 @@ def decoder(layers: int, small: bool, device: str) -> Any:
     return model
 
 
-class Step:
-    """One token for each of `batch` sequences: a captured graph."""
+def compiled(model: Any, backend: str) -> None:
+    """Compile each decoder layer; those of a model share one program for each shape."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, dynamic=False, backend=backend)
+    model.model.norm.compile(fullgraph=True, dynamic=False, backend=backend)
 
-    def __init__(self, model: Any, batch: int) -> None:
-        from transformers import StaticCache
 
-        device = model.device
-        self.cache = StaticCache(config=model.config, max_cache_len=CONTEXT)
-        self.model, self.batch = model, batch
-        prompt = torch.randint(0, model.config.vocab_size, (batch, 64), device=device)
-        with torch.no_grad():
-            model(prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.token = prompt[:, -1:].clone()
-        self.position = torch.full((batch, 1), 64, device=device)
-        self.mask = torch.zeros((batch, 1, 1, CONTEXT), dtype=torch.bfloat16, device=device)
-        self.mask[..., 65:] = torch.finfo(torch.bfloat16).min
-        self.logits = self.run()
+class Graph:
+    """A call as a captured CUDA graph; on the CPU the call itself."""
 
-    def run(self) -> torch.Tensor:
-        with torch.no_grad():
-            out: torch.Tensor = self.model(
-                self.token, past_key_values=self.cache, use_cache=True,
-                position_ids=self.position, attention_mask=self.mask,
-            ).logits  # fmt: skip
-        return out
-
-    def capture(self) -> None:
+    def __init__(self, call: Callable[[], Any], warm: int = 2) -> None:
+        self.call = call
+        if not torch.cuda.is_available():
+            return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(2):
-                self.run()
+            for _ in range(warm):
+                call()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self.run()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        self.call = graph.replay
+
+
+class Generation:
+    """Greedy generation for `batch` sequences, token by token."""
+
+    def __init__(self, model: Any, batch: int) -> None:
+        config, device = model.config, model.device
+        size = (batch, config.num_key_value_heads, CONTEXT, config.head_dim)
+        for layer in model.model.layers:
+            for name in ("keys", "values"):
+                empty = torch.zeros(size, dtype=torch.bfloat16, device=device)
+                layer.self_attn.register_buffer(name, empty, persistent=False)
+        self.model = model
+        self.places = torch.arange(CONTEXT, device=device)
+        generator = torch.Generator(device).manual_seed(1)
+        self.prompt = torch.randint(
+            0, config.vocab_size, (batch, PROMPT), device=device, generator=generator
+        )
+        self.token = self.prompt[:, -1:].clone()
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.logits = torch.empty(batch, config.vocab_size, dtype=torch.bfloat16, device=device)
+
+    def restart(self) -> None:
+        """Fill keys and values with the prompt's but the last, which is the first token to go."""
+        with torch.compiler.set_stance("force_eager"):
+            self.model(
+                self.prompt, use_cache=False, logits_to_keep=1, position=self.places[:PROMPT],
+                position_ids=self.places[None, :PROMPT],
+            )  # fmt: skip
+        self.token.copy_(self.prompt[:, -1:])
+        self.position.fill_(PROMPT - 1)
+
+    def step(self) -> None:
+        seen = (self.places <= self.position).view(1, 1, 1, -1)
+        out = self.model(
+            self.token, use_cache=False, position_ids=self.position[None], position=self.position,
+            seen=seen,
+        )  # fmt: skip
+        self.logits.copy_(out.logits[:, -1])
+        self.token.copy_(self.logits.argmax(-1, keepdim=True))
+        self.position.add_(1)
+
+    def check(self) -> None:
+        """Compare the logits after three tokens with those of a pass over the sequence.
+
+        By two layers alone: quantized activations make large differences of small ones, for a code
+        is another when a number crosses its border, and that in every layer anew. Logits that have
+        nothing in common differ by 1.4.
+        """
+        config, layers = self.model.config, self.model.config.num_hidden_layers
+        config.num_hidden_layers = min(2, layers)
+        self.restart()
+        tokens = [self.prompt]
+        for _ in range(3):
+            self.step()
+            tokens.append(self.token.clone())
+        with torch.compiler.set_stance("force_eager"):
+            whole = self.model(torch.cat(tokens[:-1], 1), use_cache=False, logits_to_keep=1).logits
+        config.num_hidden_layers = layers
+        error = (self.logits - whole[:, -1]).float().norm() / whole.float().norm()
+        layer = self.model.model.layers[0].mlp.down_proj
+        if not error < (0.15 if getattr(layer, "activation_format", None) is None else 0.7):
+            raise SystemExit(f"decode: logits differ from those of a whole pass by {error:.3f}")
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
     times = []
-    for _ in range(rounds + 1):
-        torch.cuda.synchronize()
+    for _ in range(rounds):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         start = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
-def measure(model: Any, tokens: int) -> dict[str, float]:
-    """Tokens a second at batch 1 and 16, and of a prefill."""
-    found = {}
-    for batch in (1, 16):
-        step = Step(model, batch)
-        step.capture()
-        found[f"decode {batch}"] = batch / seconds(step.graph.replay, 15)
-        del step
+def decode_rate(model: Any, batch: int) -> float:
+    """Tokens a second of greedy generation."""
+    generation = Generation(model, batch)
+    generation.check()
+    generation.restart()
+    graph = Graph(generation.step)
+    tokens = CONTEXT - PROMPT - 8
+
+    def many() -> None:
+        for _ in range(tokens // 3):
+            graph.call()
+
+    return batch * (tokens // 3) / seconds(many, 3)
+
+
+def prefill_rate(model: Any, tokens: int) -> float:
     prompt = torch.randint(0, model.config.vocab_size, (1, tokens), device=model.device)
+    graph = Graph(lambda: model(prompt, use_cache=False, logits_to_keep=1), warm=1)
+    graph.call()
+    return tokens / seconds(graph.call, 3)
 
-    def prefill() -> None:
-        with torch.no_grad():
-            model(prompt, use_cache=False, logits_to_keep=1)
 
-    found["prefill"] = tokens / seconds(prefill, 3)
-    torch.cuda.empty_cache()
+def measure(model: Any, options: Any) -> dict[str, float]:
+    """Tokens a second at each batch, and of a prefill."""
+    compiled(model, options.backend)
+    found = {}
+    with torch.no_grad():
+        for batch in options.batch:
+            found[f"decode {batch}"] = decode_rate(model, batch)
+        if options.tokens:
+            found["prefill"] = prefill_rate(model, options.tokens)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--only", nargs="+", default=list(MODELS))
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16])
+    parser.add_argument("--tokens", type=int, default=8192, help="of the prefill; 0: none")
+    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try this out")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not options.small:
+        parser.error("no GPU is visible, which this measures; pass --small to try it on the CPU")
     facts = machine() | {"layers": options.layers, "prefill_tokens": options.tokens}
+    facts |= {"context": CONTEXT, "prompt": PROMPT, "backend": options.backend}
     print(json.dumps(facts))
-    dense = decoder(options.layers, False, "cuda")
-    results = {"bfloat16": measure(dense, options.tokens)}
+    results: dict[str, dict[str, float]] = {}
+
+    def show(name: str, found: dict[str, float]) -> None:
+        results[name] = found
+        base = results["bfloat16"]
+        words = (f"{k} {v:9.1f} tok/s {v / base[k]:5.2f}x" for k, v in found.items())
+        print(f"{name:18} " + "   ".join(words), flush=True)
+        if options.json:
+            record = {"machine": facts, "lines": results}
+            options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+    dense = decoder(options.layers, options.small, device)
+    show("bfloat16", measure(dense, options))
     for name in options.only:
-        model = decoder(options.layers, False, "cuda")
+        model = decoder(options.layers, options.small, device)
         report = pyfmt.nn.quantize_model(model, progress=False, **MODELS[name])
         assert len(report.replaced) == 7 * options.layers, report
-        results[name] = measure(model, options.tokens)
+        show(name, measure(model, options))
         del model, report
-        torch.cuda.empty_cache()
-    results["bfloat16, again"] = measure(dense, options.tokens)
-    base = results["bfloat16"]
-    for name, found in results.items():
-        words = (f"{k} {v:9.1f} tok/s {v / base[k]:5.2f}x" for k, v in found.items())
-        print(f"{name:34} " + "   ".join(words))
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "lines": results}, indent=1) + "\n")
+    show("bfloat16, again", measure(dense, options))
 
 
 if __name__ == "__main__":

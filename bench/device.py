@@ -58,8 +58,35 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 4, rounds: int
     return median / len(calls)
 
 
+def host_time(call: Callable[[], Any], calls: int = 50, rounds: int = 9) -> float:
+    """Seconds of one eager call, launches included, as the host sees it."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+        torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def plain_calls(x: torch.Tensor) -> dict[str, float]:
+    """Microseconds of torch's own small calls on this host, for comparison: hosts differ by 3."""
+    y = torch.randn(x.shape[1], x.shape[1], device="cuda", dtype=x.dtype)
+    calls: dict[str, Callable[[], Any]] = {
+        "torch.add": lambda: torch.add(x, x),
+        "torch.empty": lambda: torch.empty(x.shape, dtype=x.dtype, device="cuda"),
+        "F.linear": lambda: torch.nn.functional.linear(x[:1], y),
+    }
+    return {name: host_time(call) * 1e6 for name, call in calls.items()}
+
+
 def small(rows: int = 64, columns: int = 4096) -> list[dict[str, Any]]:
-    """Small tensors in every room: time on the GPU, and the whole eager call."""
+    """Small tensors in every room: time on the GPU, and the whole eager call.
+
+    Calls in grad mode, which is the default and the dearest, and in inference mode.
+    """
     x = torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16)
     given = torch.tensor(GIVEN, device="cuda")
     lines = []
@@ -72,22 +99,19 @@ def small(rows: int = 64, columns: int = 4096) -> list[dict[str, Any]]:
             "rotate 64 + quantize mxfp4": lambda r=room: r.quantize(x, "mxfp4", rotation=64),
             "fake_quantize mxfp4": lambda r=room: r.fake_quantize(x, "mxfp4"),
             "hadamard 64": lambda r=room: r.hadamard(x, 64),
-            "pyfmt.quantize mxfp4": lambda r=room: pyfmt.quantize(x, "mxfp4", backend=r.name),
+            "quantize nvint4 dynamic": lambda r=room: r.quantize(x, "nvint4"),
         }
+        if room.name == "cuda":
+            calls["pyfmt.quantize mxfp4"] = lambda: pyfmt.quantize(x, "mxfp4")
+            calls["pyfmt.fake_quantize mxfp4"] = lambda: pyfmt.fake_quantize(x, "mxfp4")
         for name, call in calls.items():
             for _ in range(3):
                 call()
             torch.cuda.synchronize()
             on_device = graph_time([call] * 50)
-            eager = []
-            for _ in range(9):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(50):
-                    call()
-                eager.append((time.perf_counter() - start) / 50)
-                torch.cuda.synchronize()
-            us = (on_device * 1e6, statistics.median(eager) * 1e6)
+            us = (on_device * 1e6, host_time(call) * 1e6)
+            with torch.inference_mode():
+                inference = host_time(call) * 1e6
             aims = SMALL_AIMS if room.name == "cuda" else (None, None)
             lines.append(
                 {
@@ -96,6 +120,7 @@ def small(rows: int = 64, columns: int = 4096) -> list[dict[str, Any]]:
                     "shape": [rows, columns],
                     "gpu_us": us[0],
                     "eager_us": us[1],
+                    "inference_us": inference,
                     "aims_us": aims,
                     "missed": [
                         aim is not None and t > aim for t, aim in zip(us, aims, strict=True)

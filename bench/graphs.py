@@ -41,12 +41,14 @@ def in_turn(
     seconds: float = 0.3,
     rotate: int = 1,
     least: int = 5,
+    yardstick: bool = True,
 ) -> dict[str, tuple[float, float, float]]:
     """Return (median, p20, p80) seconds of one call of each case.
 
     Every round replays each case once; a replay holds as many calls as last 400 us, and at least
     `rotate`, so that weights rotate among that many copies. The first case is the yardstick: it
-    runs before each of the others too, so that the clocks of a hot GPU are the same for both.
+    runs before each of the others too, so that the clocks of a hot GPU are the same for both;
+    yardstick=False leaves that out.
     """
     timed = {}
     for name, call in cases.items():
@@ -59,13 +61,13 @@ def in_turn(
         start, end = case.replay()
         end.synchronize()
         total += start.elapsed_time(end) / 1e3
-    yardstick = timed[names[0]]
+    first = timed[names[0]]
     rounds = max(least, min(60, round(seconds * len(names) / (2 * total))))
     pending = []
     for _ in range(rounds):
         for name in names:
-            if name != names[0]:
-                pending.append((yardstick, yardstick.replay()))
+            if yardstick and name != names[0]:
+                pending.append((first, first.replay()))
             pending.append((timed[name], timed[name].replay()))
     torch.cuda.synchronize()
     for case, (start, end) in pending:

@@ -228,9 +228,14 @@ def _time(seconds: float) -> str:
 
 def save(name: str, lines: Sequence[Line], **facts: Any) -> Path:
     """Write the lines with their machine to bench/results/<name>.json, or to a path *.json."""
+    return write(name, [asdict(line) for line in lines], **facts)
+
+
+def write(name: str, lines: Sequence[dict[str, Any]], **facts: Any) -> Path:
+    """The same for lines that are plain data."""
     path = Path(name) if name.endswith(".json") else RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), **facts, "lines": [asdict(line) for line in lines]}
+    record = {"machine": machine(), **facts, "lines": list(lines)}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return path
 

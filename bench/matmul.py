@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time matmul and linear on a GPU against cuBLAS bfloat16 of the same run.
+"""Time matmul and linear against torch's dense products of the same run.
 
-    python bench/matmul.py [--part dense decode sweep table errors calls] [--json PATH]
+    python bench/matmul.py [--device cpu|cuda] [--part dense decode ...] [--save NAME]
+    python bench/matmul.py --device cpu [--rows 1 16 256] [--plot docs/matmul_cpu.svg]
 
-All cases of a line are replays of CUDA graphs in turn, bfloat16 before each. Operands are fresh
-random data; the baseline multiplies the tensors that were quantized. Up to 64 rows the weights
-rotate among copies larger than the cache. Every path is checked against float64 first, and nothing
-is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row scales, and gemlite where
-it is installed. --part table times every path that can serve, for the table of paths.
+On a GPU all cases of a line are replays of CUDA graphs in turn, cuBLAS bfloat16 before each.
+Operands are fresh random data; the baseline multiplies the tensors that were quantized. Up to 64
+rows the weights rotate among copies larger than the cache. Every path is checked against float64
+first, and nothing is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row
+scales, and gemlite where it is installed. bench/paths.py makes the table of paths. On the CPU:
+bench/matmul_cpu.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -21,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gemlite_rival
+import matmul_cpu
 import torch
 from graphs import in_turn
-from harness import machine
+from harness import arguments, machine, write
 
 import pyfmt
 import pyfmt.nn
@@ -117,27 +120,6 @@ def fp8_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any]:
     )
 
 
-def gemlite_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any] | None:
-    """gemlite's W4A16 in groups of 128, or None where it is not installed."""
-    try:
-        from gemlite.core import DType, GemLiteLinear
-    except ImportError:
-        return None
-    layers = []
-    for t in w.dense:
-        groups = t.float().view(-1, 128)
-        scale = groups.abs().amax(1, keepdim=True) / 7
-        codes = (groups / scale).round().clamp(-7, 7) + 8
-        layer = GemLiteLinear(
-            4, group_size=128, in_features=w.k, out_features=w.n, input_dtype=DType.BF16,
-            output_dtype=DType.BF16,
-        )  # fmt: skip
-        zeros = torch.full_like(scale, 8)
-        layer.pack(codes.to(torch.uint8).view(w.n, w.k), scale.bfloat16(), zeros.bfloat16(), None)
-        layers.append(layer)
-    return lambda i: layers[i % len(layers)](x)
-
-
 # ---- parts ------------------------------------------------------------------------------------
 
 
@@ -161,6 +143,9 @@ def dense(seconds: float) -> None:
                 cases[f"{fmt} x {fmt}"] = w.matmul(x, fmt)
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
+            rival = gemlite_rival.rival(x, w.dense) if m != 8192 else None
+            if rival is not None:
+                cases["rival: gemlite int4 g128"] = rival
             show("dense", (m, n, k), in_turn(cases, seconds=seconds))
             del cases
         del w
@@ -183,7 +168,7 @@ def decode(seconds: float) -> None:
             for fmt in ("mxfp4", "nvfp4"):
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
-            rival = gemlite_rival(x, w)
+            rival = gemlite_rival.rival(x, w.dense)
             if rival is not None:
                 cases["rival: gemlite int4 g128"] = rival
             show("decode", (m, n, k), in_turn(cases, seconds=seconds, rotate=copies))
@@ -206,35 +191,6 @@ def sweep(seconds: float) -> None:
             cases[f"{fmt} x {fmt}"] = w.linear(x, fmt, fmt)
         rotate = 4 if m <= 64 else 1
         show("sweep", (m, n, k), in_turn(cases, seconds=seconds, rotate=rotate, least=3))
-
-
-def table(seconds: float) -> None:
-    """Every path that can serve a call, for the table of paths."""
-    device = _torch_matmul.machine_of(torch.device("cuda", 0))
-    assert device is not None
-    pairs = [(None, "mxfp4"), ("mxfp4", "mxfp4"), ("mxfp6_e2m3", "mxfp6_e2m3"), (None, "mxint8")]
-    pairs += [("mxint8", "mxint8"), (None, "nvfp4"), ("nvfp4", "nvfp4"), (None, "int4")]
-    pairs += [(None, "int8"), (None, "mxfp6_e2m3")]
-    for n, k in ((8192, 8192), (4096, 4096)):
-        w = Weights(n, k, 4)
-        for m in (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048):
-            x = randn(m, k)
-            cases = {"cuBLAS bf16": w.bf16(x)}
-            for left, right in pairs:
-                fmt = None if left is None else pyfmt.get_format(left)
-                call = paths.Call(fmt, "bfloat16", pyfmt.get_format(right), m, n, k)
-                for path, words in paths.explain(call, device).items():
-                    able = words == "able" or words.startswith("chosen")
-                    if able and not (path == "portable" and m > 64):
-                        name = f"{left or 'dense'} x {right} {path}"
-                        cases[name] = w.linear(x, right, left, path=path)
-                if fmt is not None and paths.folds(fmt) and m <= 256:
-                    kept = w.kept(right, "fold")
-                    cases[f"{left} x kept {right}"] = w.linear(
-                        x, right, left, expanded=kept, path="fold"
-                    )
-            show("table", (m, n, k), in_turn(cases, seconds=seconds, rotate=4, least=3))
-        del w
 
 
 def check() -> None:
@@ -341,25 +297,42 @@ def calls(_: float) -> None:
             print(f"calls   {name:40} {best * 1e6:6.1f} us")
 
 
-PARTS = {f.__name__: f for f in (errors, calls, dense, decode, sweep, table)}
+PARTS = {f.__name__: f for f in (errors, calls, dense, decode, sweep)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS)[:5])
-    parser.add_argument("--seconds", type=float, default=0.3, help="time for each line's cases")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no GPU is visible, which this measures; bench/matmul_cpu.py is for the CPU")
-    facts = machine()
-    print(json.dumps(facts))
+def run(args: Any) -> None:
+    """Check, then time the parts of `args.part`; print and save their lines."""
+    print(json.dumps(machine()))
+    start = time.perf_counter()
     check()
     with torch.no_grad():
-        for part in options.part:
-            PARTS[part](options.seconds)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": facts, "lines": LINES}, indent=1) + "\n")
+        for part in args.part or [name for name in PARTS if name != "sweep"]:
+            began = time.perf_counter()
+            PARTS[part](args.seconds or 0.3)
+            print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"all: {time.perf_counter() - start:.0f} s")
+    if args.save:
+        print(write(args.save, LINES))
+
+
+def main() -> int:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.set_defaults(seconds=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one is")
+    parser.add_argument("--part", nargs="+", help="parts to time; default: all but sweep")
+    parser.add_argument("--json", dest="save", metavar="PATH", help="the same as --save")
+    parser.add_argument("--rows", type=int, nargs="+", help="CPU: numbers of rows of x")
+    parser.add_argument("--plot", type=Path, help="CPU: draw time against rows of x")
+    args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    parts = PARTS if args.device == "cuda" else matmul_cpu.PARTS
+    for part in args.part or ():
+        if part not in parts:
+            parser.error(f"--part: {args.device} has {', '.join(parts)}, got {part!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible; leave it out, or pass --device cpu")
+    run(args) if args.device == "cuda" else matmul_cpu.run(args)
+    return 0
 
 
 if __name__ == "__main__":

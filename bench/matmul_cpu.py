@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed weights against torch's dense linear on the CPU: decode, a few rows, large products.
-
-    python bench/matmul_cpu.py [--save cpu_matmul] [--plot docs/matmul_cpu.svg]
+"""What bench/matmul.py times on the CPU: packed weights against torch's dense linear.
 
 decode: M rows of bfloat16 times a packed 14336 x 4096 weight; weights alternate among copies that
 no cache holds. large: 4096 x 4096 with both sides quantized, the left side ready, or x quantized
@@ -12,13 +10,12 @@ plain readers of the same run. Every result is checked against float64 before an
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case, Line, arguments, machine, measure, report, save
+from harness import Case, Line, machine, measure, report, save
 
 import pyfmt
 import pyfmt.ops
@@ -37,6 +34,7 @@ DECODE = (
 )
 PAIRS = ("mxint8", "mxfp4", "nvfp4")
 SHAPE, SQUARE = (14336, 4096), (4096, 4096)
+ROWS = {"decode": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024], "large": [256, 1024]}
 CACHE = 48 << 20  # bytes that copies of a weight exceed together
 
 
@@ -195,17 +193,18 @@ def plot(lines: list[Line], path: Path) -> None:
     figure.savefig(path, bbox_inches="tight")
 
 
-def main() -> int:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--decode", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 256])
-    parser.add_argument("--large", type=int, nargs="*", default=[256, 1024])
-    parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+PARTS = {"decode": decode, "large": large}
+
+
+def run(args: Any) -> None:
+    """Check, then time the parts of `args.part` in one run; print, save and draw them."""
     check()
     torch.manual_seed(0)
-    everything = readers() + decode(args.decode) + large(args.large)
-    print("timing", len(everything), "cases", flush=True)
-    lines = measure(everything, seconds=args.seconds, rounds=args.rounds)
+    cases = readers()
+    for part in args.part or PARTS:
+        cases += PARTS[part](args.rows or ROWS[part])
+    print("timing", len(cases), "cases", flush=True)
+    lines = measure(cases, seconds=args.seconds or 1.5, rounds=args.rounds)
     compare(lines)
     facts = {"decode": SHAPE, "large": SQUARE, "level": OPS._cpu_matmul_level()}
     print(machine(), facts)
@@ -214,8 +213,3 @@ def main() -> int:
         print(save(args.save, lines, **facts))
     if args.plot:
         plot(lines, args.plot)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a call costs beside its arithmetic: small eager ops, and `import pyfmt`.
 
-    python bench/overhead.py [--save NAME]
+    python bench/overhead.py [--save NAME] [--grad]
 
-The aim is 20 us for each op on an (8, 64) tensor and 0.15 s for the import.
+Calls in inference mode, or in grad mode with --grad. The aim is 20 us for each op on an (8, 64)
+tensor and 0.15 s for the import.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from harness import Case, arguments, machine, measure, report, save
 
 import pyfmt
+import pyfmt.nn
 import pyfmt.ops
 
 
@@ -26,6 +28,12 @@ def cases(x: torch.Tensor) -> list[Case]:
     w = pyfmt.quantize(torch.randn(64, 64), "mxfp4")
     q = pyfmt.quantize(x, "mxfp4")
     dense = torch.randn(64, 64).to(torch.bfloat16)
+    linear = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    from_linear = pyfmt.nn.QuantLinear.from_linear
+    layers = {
+        "mxfp4": from_linear(linear, weight="mxfp4"),
+        "mxfp4 x mxfp4": from_linear(linear, weight="mxfp4", activation="mxfp4", rotation=32),
+    }
     calls = {
         "torch linear, for comparison": lambda: torch.nn.functional.linear(x, dense),
         **{f"quantize {f}": lambda f=f: ops.quantize(x, f) for f in ("mxfp4", "nvfp4", "int4")},
@@ -47,6 +55,10 @@ def cases(x: torch.Tensor) -> list[Case]:
         ),
         "pyfmt.quantize mxfp4": lambda: pyfmt.quantize(x, "mxfp4"),
         "pyfmt.fake_quantize mxfp4": lambda: pyfmt.fake_quantize(x, "mxfp4"),
+        "pyfmt.dequantize mxfp4": lambda: pyfmt.dequantize(q, torch.bfloat16),
+        "pyfmt.matmul dense x mxfp4": lambda: pyfmt.matmul(x, w),
+        "nn.Linear, for comparison": lambda: linear(x),
+        **{f"QuantLinear {name}": lambda m=layer: m(x) for name, layer in layers.items()},
     }
     return [Case(name, call, 0, 0, "ops") for name, call in calls.items()]
 
@@ -65,10 +77,12 @@ def import_seconds(runs: int = 9) -> float:
 
 
 def main() -> int:
-    args = arguments(__doc__.splitlines()[0]).parse_args()
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--grad", action="store_true", help="in grad mode, torch's default")
+    args = parser.parse_args()
     x = torch.randn(8, 64).to(torch.bfloat16)
     seconds = import_seconds()
-    with torch.inference_mode():
+    with torch.inference_mode(not args.grad):
         lines = measure(cases(x), seconds=min(args.seconds, 0.3), rounds=args.rounds)
     print(machine())
     report("calls on (8, 64) bfloat16", lines)

@@ -82,7 +82,11 @@ def on_gpu(found: Sequence[Case], args: Any) -> tuple[list[Line], dict[str, Any]
     import device
 
     lines = device.measure(found, rounds=args.rounds or 7)
-    return lines, {} if args.only else {"small": device.small(), "published": PUBLISHED}
+    if args.only:
+        return lines, {}
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    plain = device.plain_calls(x)
+    return lines, {"small": device.small(), "plain_us": plain, "published": PUBLISHED}
 
 
 def summary(lines: Sequence[Line], more: dict[str, Any]) -> None:
@@ -99,7 +103,11 @@ def summary(lines: Sequence[Line], more: dict[str, Any]) -> None:
             )
         )
         shape = " x ".join(map(str, line["shape"]))
-        print(f"{shape} {line['room']:6} {line['name']:28} {', '.join(words)}")
+        inference = f"{line['inference_us']:.2f} in inference mode"
+        print(f"{shape} {line['room']:6} {line['name']:28} {', '.join(words)}, {inference}")
+    if "plain_us" in more:
+        plain = ", ".join(f"{name} {us:.2f} us" for name, us in more["plain_us"].items())
+        print(f"torch's own calls on this host: {plain}")
     for library, figures in more.get("published", {}).items():
         words = ", ".join(f"{size}: {figure:.2f}" for size, figure in figures.items())
         print(f"{library}, quoted, not measured here: {words} of a copy")

@@ -108,10 +108,12 @@ def gpu_table(record: dict[str, Any]) -> str:
         if name not in plain
     ]
     small = [
-        f"{line['name']} {line['gpu_us']:.1f} and {line['eager_us']:.1f}"
+        f"{line['name']} {line['gpu_us']:.1f} and {line['eager_us']:.1f} "
+        f"({line['inference_us']:.1f})"
         for line in record["small"]
         if line["room"] == rooms[0]
     ]
+    torch_calls = [f"{name} {us:.1f}" for name, us in record["plain_us"].items()]
     quoted = [
         f"{library} (quoted, not measured here): "
         + ", ".join(f"{figure:.2f} at {size}" for size, figure in figures.items())
@@ -129,7 +131,8 @@ def gpu_table(record: dict[str, Any]) -> str:
             *table("call", others, rooms),
             "",
             f"{' x '.join(map(str, record['small'][0]['shape']))}, microseconds on the GPU and of "
-            f"the whole eager call: {', '.join(small)}.",
+            f"the whole eager call (in inference mode): {', '.join(small)}. Torch's own calls on "
+            f"the same host: {', '.join(torch_calls)}.",
             f"Rotation by {'; '.join(quoted)} of a copy.",
         ]
     )
@@ -166,10 +169,44 @@ def matmul_table(record: dict[str, Any]) -> str:
     )
 
 
+def decode_table(record: dict[str, Any]) -> str:
+    """Return the Markdown table: models down, decoding and prefill across."""
+    lines, machine = record["lines"], record["machine"]
+    base = lines["bfloat16"]
+    heads = []
+    for name in base:
+        words = name.split()
+        heads.append(
+            f"decode, batch {words[1]}"
+            if len(words) > 1
+            else f"prefill, {machine['prefill_tokens']}"
+        )
+    rows = [
+        f"| `{name}` | "
+        + " | ".join(f"{v:.0f} ({v / base[k]:.2f})" for k, v in found.items())
+        + " |"
+        for name, found in lines.items()
+    ]
+    versions = machine["versions"]
+    return "\n".join(
+        [
+            f"Tokens a second, in brackets over bfloat16's: Llama 8B's shapes, {machine['layers']} "
+            f"layers of transformers {versions['transformers']}, random weights, compiled, CUDA "
+            f"graphs, {machine['gpu']}, torch {versions['torch']}; lm_head stays bfloat16; "
+            "w4a4: activations rotated (32) and quantized too:",
+            "",
+            f"| model | {' | '.join(heads)} |",
+            f"|---|{'--:|' * len(heads)}",
+            *rows,
+        ]
+    )
+
+
 TABLES = {
     "speed": ("cpu_quantize.json", cpu_table),
     "speed on a GPU": ("h200_quantize.json", gpu_table),
     "matmul on a GPU": ("h200_matmul.json", matmul_table),
+    "a model on a GPU": ("h200_decode.json", decode_table),
 }
 
 

@@ -401,6 +401,7 @@ PYBIND11_MODULE(_native, m) {
         "clip"_a = "symmetric", "tensor_scale"_a = py::none());
   m.def("hadamard", &hadamard, "x"_a, "dtype"_a, "size"_a, "signs"_a = py::none());
   m.def("matmul", &matmul, "left"_a, "right"_a, "k"_a, "bias"_a, "bias_dtype"_a, "dtype"_a);
+  m.def("matmul_level", [] { return cpu::matmul_kernels().name; });
   m.def("matmul_levels", &cpu::matmul_levels);
   m.def("pack", &pack, "codes"_a, "bits"_a);
   m.def("unpack", &unpack, "packed"_a, "bits"_a, "length"_a);

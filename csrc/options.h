@@ -84,6 +84,24 @@ inline cpu::Options quantize(std::string_view format, std::optional<std::string_
   return o;
 }
 
+// The same in one number, for callers that ask the same again and again: row of the table |
+// rule << 8 | recipe << 10 | full << 12, rounding to nearest. See pyfmt/_direct.py.
+inline cpu::Options planned(int64_t plan) {
+#define PYFMT_FORMAT(id, name, element, block_rows, block_columns, scale, tensor_scale) formats::id,
+  static constexpr FormatSpec kRows[] = {
+#include "formats.inc"
+  };
+  constexpr int64_t kCount = sizeof(kRows) / sizeof(kRows[0]);
+  expect((plan & 0xff) < kCount && 0 <= plan && plan < 1 << 13 && (plan >> 10 & 3) < 3,
+         "plan: expected what pyfmt makes of options, got ", plan);
+  cpu::Options o;
+  o.format = kRows[plan & 0xff];
+  o.rule = ScaleRule(plan >> 8 & 3);
+  o.recipe = Recipe(plan >> 10 & 3);
+  o.full = plan >> 12 & 1;
+  return o;
+}
+
 // A caller's tensor scale.
 inline void set_tensor_scale(cpu::Options& o, float value) {
   expect(o.has_tensor_scale(), "tensor_scale: this format or recipe has none; leave it out");

@@ -35,12 +35,8 @@ struct Rows {
 
 // ---- the verbs --------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
-                                            Text scale_rule, Text recipe, std::string rounding,
-                                            std::optional<int64_t> seed, std::string clip,
-                                            std::optional<Tensor> tensor_scale, int64_t rotation,
-                                            std::optional<Tensor> signs) {
-  cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+std::tuple<Tensor, Tensor, Tensor> quantize_by(const Tensor& x, cpu::Options& o, int64_t axis,
+                                               int64_t rotation, std::optional<Tensor>& signs) {
   const Rows rows(x, axis);
   if (rotation) o.rotation = rotation_of(rotation, rows.source.view.columns, signs);
   const FormatSpec& f = o.format;
@@ -51,17 +47,46 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
   cpu::quantize(kParallel, rows.source, o, static_cast<uint8_t*>(codes.mutable_data_ptr()),
                 scales.mutable_data_ptr(),
                 o.has_tensor_scale() ? static_cast<float*>(stored.mutable_data_ptr()) : nullptr);
-  return {codes, scales, stored};
+  return {std::move(codes), std::move(scales), std::move(stored)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
+                                            Text scale_rule, Text recipe, std::string rounding,
+                                            std::optional<int64_t> seed, std::string clip,
+                                            std::optional<Tensor> tensor_scale, int64_t rotation,
+                                            std::optional<Tensor> signs) {
+  cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  return quantize_by(x, o, axis, rotation, signs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_planned(Tensor x, int64_t plan, int64_t axis,
+                                                    int64_t rotation,
+                                                    std::optional<Tensor> tensor_scale,
+                                                    std::optional<Tensor> signs) {
+  cpu::Options o = options::planned(plan);
+  if (tensor_scale) options::set_tensor_scale(o, scalar_of(*tensor_scale));
+  return quantize_by(x, o, axis, rotation, signs);
+}
+
+Tensor fake_quantize_by(const Tensor& x, const cpu::Options& o, int64_t axis) {
+  const Rows rows(x, axis);
+  Tensor out = rows.new_like();
+  cpu::fake_quantize(kParallel, rows.source, o, out.mutable_data_ptr());
+  return rows.moved_back(out);
 }
 
 Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
                      std::string rounding, std::optional<int64_t> seed, std::string clip,
                      std::optional<Tensor> tensor_scale) {
-  const cpu::Options o = options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale);
-  const Rows rows(x, axis);
-  Tensor out = rows.new_like();
-  cpu::fake_quantize(kParallel, rows.source, o, out.mutable_data_ptr());
-  return rows.moved_back(out);
+  return fake_quantize_by(
+      x, options_of(format, scale_rule, recipe, rounding, seed, clip, tensor_scale), axis);
+}
+
+Tensor fake_quantize_planned(Tensor x, int64_t plan, int64_t axis,
+                             std::optional<Tensor> tensor_scale) {
+  cpu::Options o = options::planned(plan);
+  if (tensor_scale) options::set_tensor_scale(o, scalar_of(*tensor_scale));
+  return fake_quantize_by(x, o, axis);
 }
 
 Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scale,
@@ -69,9 +94,7 @@ Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scal
   const FormatSpec f = get_format(format);
   const int64_t last = int64_t(shape.size()) - 1, from = options::axis(axis, last + 1);
   const DType out_dtype = dtype_of("dtype", dtype);
-  for (int64_t n : shape) {
-    options::expect(n >= 0, "shape: expected no negative sizes, got ", text_of(shape));
-  }
+  expect_sizes(shape);
   const Shape moved = move_axis(shape, from, last);
   expect_quantized("codes", "scales", codes, scales, f, format, moved);
   float multiplier = 1.0f;
@@ -168,6 +191,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfmt, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(pyfmt, CPU, m) {
   m.impl("quantize", TORCH_BOX(&pyfmt::quantize));
+  m.impl("_quantize", TORCH_BOX(&pyfmt::quantize_planned));
+  m.impl("_fake_quantize", TORCH_BOX(&pyfmt::fake_quantize_planned));
   m.impl("dequantize", TORCH_BOX(&pyfmt::dequantize));
   m.impl("fake_quantize", TORCH_BOX(&pyfmt::fake_quantize));
   m.impl("hadamard", TORCH_BOX(&pyfmt::hadamard));

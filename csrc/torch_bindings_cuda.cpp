@@ -1,13 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.pyfmt on CUDA tensors, by the stable ABI: quantize, quantize_dual, dequantize,
-// fake_quantize, hadamard, pack, unpack and amax. The schemas stand in pyfmt/ops.py.
+// fake_quantize, hadamard and amax. The schemas stand in pyfmt/ops.py.
 #include <tuple>
 
 #include "torch_device.h"
-
-#ifndef PYFMT_CUDA_ARCHS
-#define PYFMT_CUDA_ARCHS ""
-#endif
 
 namespace pyfmt {
 namespace {
@@ -104,11 +100,9 @@ struct Quantization {
   // Kept alive until the kernels are launched.
   Tensor rotated, partials, partials_t, scratch, signs_words;
 
-  Quantization(const Tensor& x, const std::string& format, int64_t axis, const Text& scale_rule,
-               const Text& recipe, const std::string& rounding, std::optional<int64_t> seed,
-               const std::string& clip, const std::optional<Tensor>& tensor_scale)
+  Quantization(const Tensor& x, const cpu::Options& o, int64_t axis,
+               const std::optional<Tensor>& tensor_scale)
       : device(x), rows(x, axis) {
-    const cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
     has_tensor_scale = o.has_tensor_scale();
     if (tensor_scale) {
       options::expect(has_tensor_scale,
@@ -210,13 +204,12 @@ bool before_last(const Tensor& x, int64_t axis) {
 
 // ---- the verbs --------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
-                                            Text scale_rule, Text recipe, std::string rounding,
-                                            std::optional<int64_t> seed, std::string clip,
-                                            std::optional<Tensor> tensor_scale, int64_t rotation,
-                                            std::optional<Tensor> signs) {
+std::tuple<Tensor, Tensor, Tensor> quantize_by(const Tensor& x, const cpu::Options& o, int64_t axis,
+                                               const std::optional<Tensor>& tensor_scale,
+                                               int64_t rotation,
+                                               const std::optional<Tensor>& signs) {
   if (before_last(x, axis)) {
-    Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+    Quantization q(x, o, -1, tensor_scale);
     if (rotation) {
       q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs, q.signs_words);
     }
@@ -227,13 +220,29 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_
       return {across.codes, across.scales, stored};
     }
   }
-  Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  Quantization q(x, o, axis, tensor_scale);
   if (rotation) q.rotate(rotation, signs);
-  const Parts parts = q.parts(q.rows.shape);
+  Parts parts = q.parts(q.rows.shape);
   q.write_to(parts);
-  const Tensor stored = q.store_tensor_scale();
+  Tensor stored = q.store_tensor_scale();
   q.run();
-  return {parts.codes, parts.scales, stored};
+  return {std::move(parts.codes), std::move(parts.scales), std::move(stored)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, std::string format, int64_t axis,
+                                            Text scale_rule, Text recipe, std::string rounding,
+                                            std::optional<int64_t> seed, std::string clip,
+                                            std::optional<Tensor> tensor_scale, int64_t rotation,
+                                            std::optional<Tensor> signs) {
+  return quantize_by(x, options::quantize(format, scale_rule, recipe, rounding, seed, clip), axis,
+                     tensor_scale, rotation, signs);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_planned(Tensor x, int64_t plan, int64_t axis,
+                                                    int64_t rotation,
+                                                    std::optional<Tensor> tensor_scale,
+                                                    std::optional<Tensor> signs) {
+  return quantize_by(x, options::planned(plan), axis, tensor_scale, rotation, signs);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
@@ -242,7 +251,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
     int64_t rotation, std::optional<Tensor> signs) {
   options::expect(x.dim() >= 2, "x: expected at least two dimensions, got ", x.dim());
   x = dense(x);
-  Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  const cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
+  Quantization q(x, o, -1, tensor_scale);
   if (rotation) {
     expect_rotation(q.device, rotation, q.rows.matrix_rows(), signs);
     q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs, q.signs_words);
@@ -254,18 +264,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
     q.run_across(across, stored_t);
     return {along.codes, along.scales, stored, across.codes, across.scales, stored_t};
   }
-  auto [codes, scales, stored] = quantize(x, format, -1, scale_rule, recipe, rounding, seed, clip,
-                                          tensor_scale, rotation, signs);
-  auto [codes_t, scales_t, stored_t] = quantize(x, format, -2, scale_rule, recipe, rounding, seed,
-                                                clip, tensor_scale, rotation, signs);
+  auto [codes, scales, stored] = quantize_by(x, o, -1, tensor_scale, rotation, signs);
+  auto [codes_t, scales_t, stored_t] = quantize_by(x, o, -2, tensor_scale, rotation, signs);
   return {codes, scales, stored, codes_t, scales_t, stored_t};
 }
 
-Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
-                     std::string rounding, std::optional<int64_t> seed, std::string clip,
-                     std::optional<Tensor> tensor_scale) {
+Tensor fake_quantize_by(const Tensor& x, const cpu::Options& o, int64_t axis,
+                        const std::optional<Tensor>& tensor_scale) {
   if (before_last(x, axis)) {
-    Quantization q(x, format, -1, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+    Quantization q(x, o, -1, tensor_scale);
     Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
     q.args.out = out.mutable_data_ptr();
     if (cuda::dual_serves(q.args)) {
@@ -273,7 +280,7 @@ Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule
       return out;
     }
   }
-  Quantization q(x, format, axis, scale_rule, recipe, rounding, seed, clip, tensor_scale);
+  Quantization q(x, o, axis, tensor_scale);
   Tensor out = q.device.empty(q.rows.shape, x.scalar_type());
   q.args.out = out.mutable_data_ptr();
   if (cuda::needs_scales(q.args)) {
@@ -285,23 +292,36 @@ Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule
   return q.rows.moved_back(out);
 }
 
+Tensor fake_quantize(Tensor x, std::string format, int64_t axis, Text scale_rule, Text recipe,
+                     std::string rounding, std::optional<int64_t> seed, std::string clip,
+                     std::optional<Tensor> tensor_scale) {
+  return fake_quantize_by(x, options::quantize(format, scale_rule, recipe, rounding, seed, clip),
+                          axis, tensor_scale);
+}
+
+Tensor fake_quantize_planned(Tensor x, int64_t plan, int64_t axis,
+                             std::optional<Tensor> tensor_scale) {
+  return fake_quantize_by(x, options::planned(plan), axis, tensor_scale);
+}
+
 Tensor dequantize(Tensor codes, Tensor scales, std::optional<Tensor> tensor_scale,
                   std::string format, std::vector<int64_t> shape, int64_t axis, ScalarType dtype) {
   const FormatSpec f = get_format(format);
   const int64_t last = int64_t(shape.size()) - 1, from = options::axis(axis, last + 1);
   const DType out_dtype = dtype_of("dtype", dtype);
-  for (int64_t n : shape) {
-    options::expect(n >= 0, "shape: expected no negative sizes, got ", text_of(shape));
-  }
+  expect_sizes(shape);
   const Shape moved = move_axis(shape, from, last);
   expect_bytes("codes", codes);
   const Shape want = with_last(moved, f.row_bytes(moved.back())), have = shape_of(codes);
-  options::expect(have == want, "codes: expected shape ", text_of(want), " for ", format,
-                  " of logical shape ", text_of(moved), " (quantized axis last), got ",
-                  text_of(have));
+  if (have != want) {
+    options::fail("codes: expected shape ", text_of(want), " for ", format, " of logical shape ",
+                  text_of(moved), " (quantized axis last), got ", text_of(have));
+  }
   const Shape grid = scales_shape(moved, f), scales_have = shape_of(scales);
-  options::expect(scales_have == grid, "scales: expected shape ", text_of(grid), " for ", format,
-                  ", got ", text_of(scales_have));
+  if (scales_have != grid) {
+    options::fail("scales: expected shape ", text_of(grid), " for ", format, ", got ",
+                  text_of(scales_have));
+  }
   options::expect(scales.scalar_type() == scale_type(f.scale), "scales: expected dtype ",
                   name_of(scale_type(f.scale)), " for ", format, ", got ",
                   name_of(scales.scalar_type()));
@@ -344,49 +364,6 @@ Tensor hadamard(Tensor x, int64_t size, std::optional<Tensor> signs, int64_t axi
   return rows.moved_back(out);
 }
 
-int64_t rows_of(const Shape& shape) {
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-  return rows;
-}
-
-Tensor pack(Tensor codes, int64_t bits) {
-  options::bits(bits);
-  expect_bytes("codes", codes);
-  const Device device(codes);
-  const Tensor in = dense(codes);
-  const Shape shape = shape_of(in);
-  const int64_t length = shape.back(), bytes = (length * bits + 7) / 8;
-  Tensor out = device.empty(with_last(shape, bytes), ScalarType::Byte);
-  cuda::PackArgs a{static_cast<const uint8_t*>(in.const_data_ptr()),
-                   static_cast<uint8_t*>(out.mutable_data_ptr()),
-                   int(bits),
-                   rows_of(shape),
-                   length,
-                   bytes,
-                   length};
-  cuda::pack(a, device.stream);
-  return out;
-}
-
-Tensor unpack(Tensor packed, int64_t bits, int64_t length) {
-  expect_bytes("packed", packed);
-  const Device device(packed);
-  const Tensor in = dense(packed);
-  const Shape shape = shape_of(in);
-  options::packed_bytes(shape.back(), length, bits);
-  Tensor out = device.empty(with_last(shape, length), ScalarType::Byte);
-  cuda::PackArgs a{static_cast<const uint8_t*>(in.const_data_ptr()),
-                   static_cast<uint8_t*>(out.mutable_data_ptr()),
-                   int(bits),
-                   rows_of(shape),
-                   shape.back(),
-                   length,
-                   length};
-  cuda::unpack(a, device.stream);
-  return out;
-}
-
 Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
   const Device device(x);
   cuda::AmaxArgs a;
@@ -415,51 +392,16 @@ Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
   return out;
 }
 
-// Element codes, one a byte, of x / 2^(scale - 127).
-Tensor encode(Tensor x, std::string element, int64_t scale, std::string clip, int64_t rotation) {
-  const Device device(x);
-  const Tensor in = dense(x);
-  Tensor out = device.empty(shape_of(in), ScalarType::Byte);
-  cuda::EncodeArgs a;
-  a.x = in.const_data_ptr();
-  a.dtype = dtype_of("x", x.scalar_type());
-  a.codes = static_cast<uint8_t*>(out.mutable_data_ptr());
-  a.count = in.numel();
-  a.element = get_format(element + "-b32-e8m0").element;
-  a.scale = uint32_t(scale);
-  a.full = clip == "full";
-  a.rotation = int(rotation);
-  cuda::encode(a, device.stream);
-  return out;
-}
-
-// What this library was compiled for, as in PYFMT_CUDA_ARCHS.
-std::string cuda_archs() {
-  return PYFMT_CUDA_ARCHS;
-}
-
 }  // namespace
 }  // namespace pyfmt
 
-PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
-  m.def("_cuda_archs() -> str");
-  m.def(
-      "_encode(Tensor x, str element, int scale=127, str clip='symmetric', int rotation=0) -> "
-      "Tensor");
-}
-
-PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
-  m.impl("_cuda_archs", TORCH_BOX(&pyfmt::cuda_archs));
-}
-
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("quantize", TORCH_BOX(&pyfmt::quantize));
+  m.impl("_quantize", TORCH_BOX(&pyfmt::quantize_planned));
+  m.impl("_fake_quantize", TORCH_BOX(&pyfmt::fake_quantize_planned));
   m.impl("quantize_dual", TORCH_BOX(&pyfmt::quantize_dual));
   m.impl("dequantize", TORCH_BOX(&pyfmt::dequantize));
   m.impl("fake_quantize", TORCH_BOX(&pyfmt::fake_quantize));
   m.impl("hadamard", TORCH_BOX(&pyfmt::hadamard));
-  m.impl("pack", TORCH_BOX(&pyfmt::pack));
-  m.impl("unpack", TORCH_BOX(&pyfmt::unpack));
   m.impl("amax", TORCH_BOX(&pyfmt::amax));
-  m.impl("_encode", TORCH_BOX(&pyfmt::encode));
 }

@@ -44,11 +44,14 @@ int64_t rows_of(const Shape& shape) {
 struct Product {
   Held right;
   Tensor bias, out;
+  std::vector<Tensor> borrowed;
   cpu::MatmulCall call;
 
   Product(const Shape& shape, const Tensor& b, const Tensor& b_scales, const MaybeTensor& b_scale,
           const std::string& b_format, const MaybeTensor& given_bias, ScalarType dtype)
       : right("codes", "scales", b, b_scales, b_scale, b_format, Shape{b.size(0), shape.back()}) {
+    call.borrow = borrow;
+    call.context = &borrowed;
     call.m = rows_of(shape);
     call.n = b.size(0);
     call.k = shape.back();
@@ -64,6 +67,13 @@ struct Product {
     out = new_tensor(with_last(shape, call.n), dtype);
     call.out = out.mutable_data_ptr();
     call.out_dtype = dtype_of("dtype", dtype);
+  }
+
+  // Memory of torch's allocator, until the product is made.
+  static void* borrow(void* context, int64_t bytes) {
+    auto* const held = static_cast<std::vector<Tensor>*>(context);
+    held->push_back(new_tensor(Shape{bytes}, ScalarType::Byte));
+    return held->back().mutable_data_ptr();
   }
 
   // A dense left side, alive while the product is made.

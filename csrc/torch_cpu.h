@@ -81,12 +81,15 @@ inline void expect_quantized(const char* what, const char* what_scales, const Te
                              const Shape& moved) {
   expect_bytes(what, codes);
   const Shape want = with_last(moved, f.row_bytes(moved.back())), have = shape_of(codes);
-  options::expect(have == want, what, ": expected shape ", text_of(want), " for ", format,
-                  " of logical shape ", text_of(moved), " (quantized axis last), got ",
-                  text_of(have));
+  if (have != want) {
+    options::fail(what, ": expected shape ", text_of(want), " for ", format, " of logical shape ",
+                  text_of(moved), " (quantized axis last), got ", text_of(have));
+  }
   const Shape grid = scales_shape(moved, f), scales_have = shape_of(scales);
-  options::expect(scales_have == grid, what_scales, ": expected shape ", text_of(grid), " for ",
-                  format, ", got ", text_of(scales_have));
+  if (scales_have != grid) {
+    options::fail(what_scales, ": expected shape ", text_of(grid), " for ", format, ", got ",
+                  text_of(scales_have));
+  }
   options::expect(scales.scalar_type() == scale_type(f.scale), what_scales, ": expected dtype ",
                   name_of(scale_type(f.scale)), " for ", format, ", got ",
                   name_of(scales.scalar_type()));

@@ -102,12 +102,25 @@ inline Shape shape_of(const Tensor& t) {
   return Shape(sizes.begin(), sizes.end());
 }
 
-inline std::string text_of(const Shape& shape) {
-  std::string s = "(";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    s += (i ? ", " : "") + std::to_string(shape[i]);
+// A shape as a message has it, spelled where the message is.
+struct ShapeText {
+  const Shape& shape;
+};
+inline ShapeText text_of(const Shape& shape) {
+  return {shape};
+}
+inline void append(std::string& out, ShapeText t) {
+  out += "(";
+  for (size_t i = 0; i < t.shape.size(); ++i) {
+    out += (i ? ", " : "") + std::to_string(t.shape[i]);
   }
-  return s + (shape.size() == 1 ? ",)" : ")");
+  out += t.shape.size() == 1 ? ",)" : ")";
+}
+
+inline void expect_sizes(const Shape& shape) {
+  for (int64_t n : shape) {
+    if (n < 0) options::fail("shape: expected no negative sizes, got ", text_of(shape));
+  }
 }
 
 inline Tensor dense(const Tensor& t) {

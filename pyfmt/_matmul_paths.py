@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GEMM paths of the GPU: what each can serve, and which one the table chooses.
+"""The GEMM paths: what each can serve, and which one the table of the GPU chooses.
 
     native    block-scaled tensor cores (compute capability 10 and 12)
     skinny    few rows: the packed weight is read once
     wide      up to a few hundred rows: the packed weight is decoded inside the tensor-core loop
     fold      codes and scales as fp8 numbers times one power of two a row, fp8 tensor cores
     exact     element * scale as bfloat16 numbers, bfloat16 tensor cores
+    packed    on the CPU: packed operands, decoded by the compiled kernels as they go
     portable  element * scale as float32 numbers, float32 sums
 
 Nothing here looks at values, so that a choice needs no device and can be explained.
@@ -16,10 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from pyfmt._matmul_table import SMALL, TABLE
+from pyfmt._matmul_table import SIZES, TABLE, Entries
 from pyfmt.formats import FORMATS, Format, closest, get_format
 
-PATHS = ("native", "skinny", "wide", "fold", "exact", "portable")
+PATHS = ("native", "skinny", "wide", "fold", "exact", "packed", "portable")
 PRECISIONS = ("full", "fast")
 
 # Rows of a that a call of the path takes at once where the batch must not matter.
@@ -124,7 +125,7 @@ def _inexact(call: Call) -> str:
     return f"{which} is not exact in bfloat16"
 
 
-def _cannot(path: str, call: Call, machine: Machine) -> str | None:
+def cannot(path: str, call: Call, machine: Machine) -> str | None:
     """Return why a path cannot serve a call, or None."""
     if call.batch_invariant and path not in INVARIANT_ROWS:
         return "its sums depend on how many rows there are"
@@ -152,6 +153,8 @@ def _cannot(path: str, call: Call, machine: Machine) -> str | None:
         return _inexact(call)
     if path == "native":
         return native_reason(call, machine)
+    if path == "packed":
+        return "it serves tensors on the CPU"
     return None
 
 
@@ -197,19 +200,26 @@ def native_reason(call: Call, machine: Machine) -> str | None:
     return "block-scaled tensor cores take MXFP4 and MXFP8, and NVFP4 with NVFP4"
 
 
-def _key(call: Call) -> str:
+def row_of(call: Call) -> str:
+    """The row of the table that speaks for a call."""
+    fmt = call.w_format
+    bits = max(4, fmt.bits + fmt.bits % 2)
     if _both_fold(call):
-        kept = " kept" if call.kept == "fold" else ""
-        return f"fold-{call.w_format.bits}{kept}"
-    if _left_in_bf16(call) and exact_in_bf16(call.w_format):
-        return f"bf16-{max(4, call.w_format.bits + call.w_format.bits % 2)}"
+        return f"fold-{bits}" + (" kept" if call.kept == "fold" else "")
+    if _left_in_bf16(call):
+        if exact_in_bf16(fmt):
+            return f"bf16-{bits}" + (" kept" if call.kept == "exact" else "")
+        if wide_reason(call) is None:
+            return f"groups-{bits}"
     return "any"
 
 
-def _within(limit: int | tuple[int, int] | None, call: Call) -> bool:
-    if isinstance(limit, tuple):
-        limit = limit[call.n * call.k > SMALL]
-    return limit is None or call.m <= limit
+def entries_of(call: Call) -> Entries:
+    """The table's entries (path, limit) for a call."""
+    size = sum(call.n > rows for rows in SIZES)
+    entries = TABLE[row_of(call)][size]
+    # A kept weight is for the path that it was expanded for.
+    return entries if call.kept else (("native", None), *entries)
 
 
 @lru_cache(maxsize=4096)
@@ -220,24 +230,40 @@ def choose(call: Call, machine: Machine, path: str | None = None) -> str:
     """
     if path is not None:
         check(path, "full")
-        reason = _cannot(path, call, machine)
+        reason = cannot(path, call, machine)
         if reason is not None:
             raise ValueError(f"path {path!r} cannot serve this call: {reason}")
         return path
     if call.batch_invariant:
-        order: tuple[tuple[str, int | tuple[int, int] | None], ...] = tuple(
-            (name, None) for name in INVARIANT_ROWS
-        )
+        order: Entries = tuple((name, None) for name in INVARIANT_ROWS)
     else:
-        order = TABLE.get(_key(call), ())
+        order = entries_of(call)
     for name, limit in order:
-        if _within(limit, call) and _cannot(name, call, machine) is None:
+        if (limit is None or call.m <= limit) and cannot(name, call, machine) is None:
             return name
     # Beyond the table: whatever is fastest on most devices.
     for name in ("exact", "portable"):
-        if _cannot(name, call, machine) is None:
+        if cannot(name, call, machine) is None:
             return name
     raise AssertionError("the portable path serves every call")
+
+
+def choose_on_cpu(call: Call, path: str | None = None) -> str:
+    """Return the path of a call on CPU tensors; ValueError where a named one cannot serve.
+
+    The kernels choose by the number of rows, and rows of their tiles are not those of streams.
+    """
+    if call.batch_invariant and path == "packed":
+        raise ValueError(
+            "path 'packed' cannot serve this call: its sums depend on how many rows there are; "
+            "leave the path or batch_invariant out"
+        )
+    if path not in (None, "packed", "portable"):
+        raise ValueError(
+            f"path: tensors on cpu have the packed and the portable path, got {path!r}; leave it "
+            "out (the others need CUDA tensors and the compiled GPU library)"
+        )
+    return path or ("portable" if call.batch_invariant else "packed")
 
 
 def explain(call: Call, machine: Machine) -> dict[str, str]:
@@ -245,7 +271,7 @@ def explain(call: Call, machine: Machine) -> dict[str, str]:
     chosen = choose(call, machine)
     answer = {}
     for name in PATHS:
-        reason = _cannot(name, call, machine)
+        reason = cannot(name, call, machine)
         answer[name] = reason or "able"
         if name == chosen:
             answer[name] = f"chosen: {_why(name, call)}"
@@ -255,11 +281,8 @@ def explain(call: Call, machine: Machine) -> dict[str, str]:
 def _why(name: str, call: Call) -> str:
     if call.batch_invariant:
         return "results must not depend on the batch"
-    limits = dict(TABLE.get(_key(call), ()))
-    if name not in limits:
-        return "no path of the table can serve the call"
-    limit = limits[name]
-    if isinstance(limit, tuple):
-        limit = limit[call.n * call.k > SMALL]
-    rows = "any number of rows" if limit is None else f"up to {limit} rows"
-    return f"table row {_key(call)!r}, {rows}, {call.m} here"
+    for path, limit in entries_of(call):
+        if path == name and (limit is None or call.m <= limit):
+            rows = "any number of rows" if limit is None else f"up to {limit} rows"
+            return f"table row {row_of(call)!r}, {rows}, {call.m} here"
+    return "no path of the table can serve the call"

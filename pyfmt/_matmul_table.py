@@ -1,27 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GEMM path serves up to how many rows: data, from bench/matmul.py on one H200.
+"""Which GEMM path serves up to how many rows: data, written by bench/paths.py on one H200.
 
-Rows are read from the front; the first path whose limit is not exceeded and that can serve the call
-is taken. A limit is a number of rows of a, or a pair: for weights of up to SMALL elements, and for
-larger ones. None: any number.
+A row of the table has entries (path, limit) for each size of a weight: up to SIZES[0] rows (N), up
+to SIZES[1], and more. They are read from the front; the first path whose limit, a number of rows of
+a, is not exceeded and that can serve the call is taken. None: any number.
 
-Keys: what the operands allow ("fold": both fold into fp8; "bf16": both are exact in bfloat16;
-"any"), the bits of a weight's code, and "kept" for a weight that is kept expanded for `fold`.
+Rows: what the operands allow ("fold": both fold into fp8; "bf16": both are exact in bfloat16;
+"groups": the weight is of integers with float scales; "any"), the bits of a weight's code, and
+"kept" for a weight that is kept expanded. Devices with block-scaled tensor cores take those first.
 """
 
 from __future__ import annotations
 
-SMALL = 1 << 26
+SIZES = (6144, 16384)
 
-Limit = int | tuple[int, int] | None
+Entries = tuple[tuple[str, int | None], ...]
 
-TABLE: dict[str, tuple[tuple[str, Limit], ...]] = {
-    "fold-4": (("native", None), ("skinny", 16), ("wide", 384), ("fold", None)),
-    "fold-6": (("native", None), ("skinny", 16), ("wide", 384), ("fold", None)),
-    "fold-4 kept": (("skinny", 16), ("wide", 64), ("fold", None)),
-    "fold-6 kept": (("skinny", 16), ("wide", 64), ("fold", None)),
-    "bf16-4": (("native", None), ("skinny", 16), ("wide", 2048), ("exact", None)),
-    "bf16-6": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
-    "bf16-8": (("native", None), ("skinny", 16), ("wide", 1024), ("exact", None)),
-    "any": (("skinny", 16), ("wide", None)),
+TABLE: dict[str, tuple[Entries, ...]] = {
+    "fold-4": (
+        (("skinny", 16), ("wide", 384), ("fold", None)),
+        (("skinny", 8), ("wide", 384), ("fold", None)),
+        (("skinny", 16), ("wide", 256), ("fold", None)),
+    ),
+    "fold-6": (
+        (("skinny", 24), ("wide", 768), ("fold", None)),
+        (("skinny", 8), ("wide", 512), ("fold", None)),
+        (("skinny", 8), ("wide", 256), ("fold", None)),
+    ),
+    "fold-4 kept": (
+        (("skinny", 16), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("wide", 64), ("fold", None)),
+    ),
+    "fold-6 kept": (
+        (("skinny", 16), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 24), ("fold", None)),
+    ),
+    "bf16-4": (
+        (("skinny", 16), ("wide", 1024), ("exact", None)),
+        (("skinny", 16), ("wide", 1536), ("exact", None)),
+        (("skinny", 16), ("wide", 1024), ("exact", None)),
+    ),
+    "bf16-6": (
+        (("skinny", 16), ("wide", 1024), ("exact", None)),
+        (("skinny", 4), ("wide", 1536), ("exact", None)),
+        (("skinny", 8), ("wide", 1024), ("exact", None)),
+    ),
+    "bf16-8": (
+        (("skinny", 24), ("exact", 128), ("wide", 512), ("exact", None)),
+        (("skinny", 16), ("wide", 1024), ("exact", None)),
+        (("skinny", 32), ("wide", 1024), ("exact", None)),
+    ),
+    "bf16-4 kept": (
+        (("skinny", 16), ("exact", None)),
+        (("skinny", 16), ("wide", 128), ("exact", None)),
+        (("skinny", 16), ("wide", 128), ("exact", None)),
+    ),
+    "bf16-6 kept": (
+        (("skinny", 16), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
+    ),
+    "bf16-8 kept": (
+        (("skinny", 16), ("exact", None)),
+        (("skinny", 16), ("exact", None)),
+        (("skinny", 16), ("exact", None)),
+    ),
+    "groups-4": (
+        (("skinny", 32), ("wide", None)),
+        (("skinny", 32), ("wide", None)),
+        (("skinny", 32), ("wide", None)),
+    ),
+    "groups-8": (
+        (("skinny", 32), ("wide", None)),
+        (("skinny", 32), ("wide", None)),
+        (("skinny", 24), ("wide", None)),
+    ),
+    "any": (
+        (("skinny", 64), ("portable", None)),
+        (("skinny", 64), ("portable", None)),
+        (("skinny", 64), ("portable", None)),
+    ),
 }

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -51,8 +51,8 @@ def guarded(command: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            fail("interrupted; nothing was left half done", 130)
+        except KeyboardInterrupt as stop:
+            fail(str(stop) or "interrupted; nothing was left half done", 130)
         except BrokenPipeError:
             raise
         except (ValueError, TypeError, KeyError, FileNotFoundError, FileExistsError) as error:
@@ -65,6 +65,14 @@ def guarded(command: Command) -> Command:
             fail(_sentence(error), 1)
 
     return run  # type: ignore[return-value]
+
+
+def counted(reasons: Iterable[str]) -> str:
+    """Return each reason once, with how often it came: "3 (excluded); 1 (empty)"."""
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return "; ".join(f"{count} ({reason})" for reason, count in counts.items())
 
 
 def print_json(data: object) -> None:

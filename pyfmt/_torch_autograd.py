@@ -38,13 +38,14 @@ def _refuse(verb: str, **tensors: Tensor | None) -> None:
 
 def _without_gradient(verb: str) -> Callable[..., Any]:
     op = getattr(_OPS, verb).default
+    redispatch = op._handle.redispatch_boxed  # op.redispatch, but for one call in between
     names = [argument.name for argument in op._schema.arguments]
 
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             tensors = zip(names, args, strict=False)
             _refuse(verb, **{name: t for name, t in tensors if isinstance(t, Tensor)})
-        return op.redispatch(keyset & _BELOW, *args)
+        return redispatch(keyset & _BELOW, *args)
 
     return kernel
 

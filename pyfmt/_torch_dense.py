@@ -21,7 +21,7 @@ from pyfmt._matmul_paths import Facts
 from pyfmt.formats import get_format
 
 # The bytes that an expanded weight may take; a larger one is expanded in panels of rows.
-PANEL_BYTES = 1 << 28
+PANEL_BYTES = 1 << 29
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

@@ -3,7 +3,7 @@
 
 y = RNE(a b^T + bias), float32 sums and bias. The portable path expands to float32 for one dense
 GEMM, whose bits do not depend on torch's settings for float32 matmuls; the paths of GPUs are in
-`_torch_dense.py`.
+`_torch_dense.py`, that of the CPU in `_torch_matmul_cpu.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from pyfmt import _check, _torch_dense
+from pyfmt import _check, _torch_dense, _torch_matmul_cpu
 from pyfmt import _matmul_paths as paths
 from pyfmt._torch_dense import Left, Out, Right
 from pyfmt._torch_native import native
@@ -254,7 +254,12 @@ def _portable_rows(left: Left, right: Right, out: Out) -> Tensor:
     return _torch_dense.chunks(left, right, out, paths.INVARIANT_ROWS["portable"], _portable)
 
 
-_RUN = {**_torch_dense.RUN, "native": native, "portable": _portable_rows}
+_RUN = {
+    **_torch_dense.RUN,
+    "native": native,
+    "packed": _torch_matmul_cpu.packed,
+    "portable": _portable_rows,
+}
 
 
 @lru_cache(maxsize=64)
@@ -270,7 +275,7 @@ def _machine(index: int) -> paths.Machine | None:
 
 
 def machine_of(device: torch.device) -> paths.Machine | None:
-    """What a device offers; None where there is only the portable path."""
+    """What a GPU offers; None for other devices, and where the GPU library is not there."""
     return _machine(device.index or 0) if device.type == "cuda" else None
 
 
@@ -281,6 +286,8 @@ _CHOICES = 8192
 
 def _choose(call: paths.Call, device: torch.device, path: str | None) -> str:
     machine = machine_of(device)
+    if machine is None and device.type == "cpu" and _torch_matmul_cpu.available():
+        return raw(paths.choose_on_cpu, call, path)
     if machine is None:
         if path not in (None, "portable"):
             raise RuntimeError(

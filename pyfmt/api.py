@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyfmt import _arrays, _check, _matmul_paths, backends
+from pyfmt import _arrays, _check, _direct, _matmul_paths, backends
 from pyfmt.formats import Format, get_format
 from pyfmt.reference.rotate import rotate_by_matrix
 from pyfmt.tensor import QTensor
@@ -48,6 +48,12 @@ def quantize(
     was expected, what came and what to do.
     Source: OCP MX v1.0, section 6.3; NVIDIA NVFP4; arXiv 2510.25602.
     """
+    if backend is None and seed is None and rounding == "nearest":
+        made = _direct.quantize(
+            x, fmt, axis, scale_rule, recipe, clip, tensor_scale, rotation, signs
+        )
+        if made is not None:
+            return made
     fmt = get_format(fmt)
     _float_array(x)
     _arrays.refuse_gradient("quantize", x, "use fake_quantize (straight-through) or ")
@@ -173,6 +179,10 @@ def dequantize(q: QTensor, dtype: Any = None, *, backend: str | None = None) -> 
     if not isinstance(q, QTensor):
         raise TypeError(f"q: expected a QTensor, got {type(q).__name__}; make one with quantize")
     name = "float32" if dtype is None else _check.float_dtype(dtype, "dtype")
+    if backend is None:
+        y = _direct.dequantize(q, dtype)
+        if y is not None:
+            return y
     q = q.to_layout("rows")
     room = backends.choose("dequantize", q.format, q.codes, backend)
     return room.dequantize(
@@ -198,6 +208,10 @@ def fake_quantize(
     Arguments as in `quantize`. Returns x's shape and dtype. On torch the gradient is
     straight-through: d fake_quantize(x) / dx = 1.
     """
+    if backend is None and seed is None and rounding == "nearest":
+        y = _direct.fake_quantize(x, fmt, axis, scale_rule, recipe, clip, tensor_scale)
+        if y is not None:
+            return y
     fmt = get_format(fmt)
     _float_array(x)
     index = _check.axis(axis, x.shape)
@@ -227,6 +241,10 @@ def hadamard(
     two, 2 to 1024). signs: +-1, of length `size` or the axis's. Returns x's shape and dtype.
     Its own inverse without signs, up to rounding. Raises ValueError or TypeError.
     """
+    if backend is None:
+        y = _direct.hadamard(x, size, signs, axis)
+        if y is not None:
+            return y
     _float_array(x)
     index = _check.axis(axis, x.shape)
     _check.rotation(size, signs, x.shape[index])
@@ -267,6 +285,10 @@ def matmul(
             f"b: expected a QTensor, got {type(b).__name__}; quantize it with "
             "pyfmt.quantize(b, format) first"
         )
+    if backend is None:
+        y = _direct.matmul(a, b, bias, dtype, (path, precision, batch_invariant))
+        if y is not None:
+            return y
     dense = not isinstance(a, QTensor)
     if dense:
         _float_array(a)

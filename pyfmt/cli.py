@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `pyfmt`: formats, inspect, quantize, compare.
+"""The command `pyfmt`: formats, inspect, quantize, compare, study.
 
 Results go to standard output, progress and complaints to standard error. Exit codes: 0 done,
 2 wrong usage or bad input, 1 another failure, 130 interrupted. What is slow to import is
@@ -22,8 +22,18 @@ from rich.table import Table
 
 import pyfmt
 from pyfmt._atomic import write_bytes
-from pyfmt._terminal import bytes_progress, console, guarded, plain, print_json, steps_progress
+from pyfmt._options import Exclude, Formats, Include, Json, chosen_formats
+from pyfmt._terminal import (
+    bytes_progress,
+    console,
+    counted,
+    guarded,
+    plain,
+    print_json,
+    steps_progress,
+)
 from pyfmt.formats import CLIPS, FORMATS, RECIPES, ROUNDINGS, SCALE_RULES, Format, get_format
+from pyfmt.study.command import study_command
 
 app = typer.Typer(
     name="pyfmt",
@@ -35,36 +45,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Take only tensors whose name fits this pattern (* and ?); may be repeated.",
-        metavar="PATTERN",
-    ),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Leave out tensors whose name fits this pattern; may be repeated.", metavar="PATTERN"
-    ),
-]
-Formats = Annotated[
-    str | None,
-    typer.Option(
-        help="Formats, separated by commas, instead of every row of the table: names or "
-        "spellings such as e3m2-b32-e8m0.",
-        metavar="F,F,...",
-    ),
-]
-
-
-def chosen_formats(names: str | None) -> list[Format]:
-    """Return the formats of a comma-separated list, or every row of the table."""
-    if names is None:
-        return list(FORMATS.values())
-    return list(dict.fromkeys(get_format(name.strip()) for name in names.split(",")))
 
 
 def _version(wanted: bool) -> None:
@@ -175,7 +155,7 @@ def inspect_command(
             out.print("  " + "  ".join(_inspect_cells(report, widths, labelled=True)))
     out.print(_inspect_summary(reports, widths))
     if left:
-        out.print(f"Left out: {_reasons(left.values())}.")
+        out.print(f"Left out: {counted(left.values())}.")
 
 
 def _inspect_cells(report: Any, widths: Iterable[int], *, labelled: bool) -> list[str]:
@@ -221,13 +201,6 @@ def _inspect_summary(reports: list[Any], widths: Iterable[int]) -> str:
             f"Best of {width} bits: " + ", ".join(f"{name} in {n}" for name, n in ranked) + "."
         )
     return "\n".join(lines)
-
-
-def _reasons(reasons: Iterable[str]) -> str:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return "; ".join(f"{count} ({reason})" for reason, count in counts.items())
 
 
 @app.command("quantize")
@@ -299,7 +272,7 @@ def quantize_command(
     )
     left = [outcome.reason for outcome in outcomes if outcome.reason]
     if left:
-        out.print(f"Copied as they are: {_reasons(left)}.")
+        out.print(f"Copied as they are: {counted(left)}.")
 
 
 @app.command("compare")
@@ -328,6 +301,9 @@ def compare_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; torch's choice if left out.")
     ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="What quantized models compute in: float32 or bfloat16.")
+    ] = "float32",
     as_json: Json = False,
 ) -> None:
     """Quantize a real sentence encoder into every format and measure what is left of it.
@@ -336,12 +312,13 @@ def compare_command(
     float32 model, on sentences from the standard library's docstrings. Prints a table and writes
     compare.json and compare.png.
     """
-    from pyfmt import compare_chart
+    from pyfmt._chart import require_matplotlib
     from pyfmt.compare import compare
+    from pyfmt.compare_chart import chart
 
     chosen = chosen_formats(formats)
     out.mkdir(parents=True, exist_ok=True)
-    compare_chart.require_matplotlib()
+    require_matplotlib()
     with steps_progress() as progress:
         result = compare(
             chosen,
@@ -349,13 +326,14 @@ def compare_command(
             sentences=(128 if quick else 1000) if sentences is None else sentences,
             quick=quick,
             threads=threads,
+            dtype=dtype,
             progress=progress,
         )
     facts = json.dumps(plain(result.facts()), indent=2)
     # Whatever happens to the files, the numbers are shown.
     try:
         write_bytes(out / "compare.json", (facts + "\n").encode())
-        write_bytes(out / "compare.png", compare_chart.chart(result))
+        write_bytes(out / "compare.png", chart(result))
     finally:
         if as_json:
             print(facts)
@@ -379,6 +357,9 @@ def _show_comparison(result: Any) -> None:
         con.print(sentence)
     for one in result.skipped:
         con.print(f"Left out: {one['configuration']} ({escape(one['reason'])}).")
+
+
+app.command("study")(study_command)
 
 
 def main() -> None:

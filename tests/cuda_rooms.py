@@ -21,6 +21,7 @@ import pytest
 from pyfmt import reference
 from pyfmt.formats import get_format
 from tests import grids
+from tests.grids import BF16
 from tests.mismatch import same_floats
 from tests.rooms import Room, same_quantized, to_numpy, to_torch
 
@@ -83,7 +84,7 @@ def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) 
             if fmt.tensor_scale:
                 ts = np.float32(0.01)
                 given += [{"tensor_scale": ts}, {"tensor_scale": ts, "rotation": 16}]
-                given += [{"recipe": r, "rotation": 4} for r in fmt.recipes]
+                given += [{"recipe": r, **o} for r in fmt.recipes for o in ({}, {"rotation": 4})]
         if shape in ((40, 64), (160, 224), (2, 64, 96)):
             given += [{"rounding": "stochastic", "seed": 2**40 + 5, "clip": "full"}]
         for options in given:
@@ -129,6 +130,34 @@ def squares_equal_reference(room: Room, name: str, dtype: np.dtype) -> None:
         x.flat[7], x.flat[-3] = np.nan, -np.inf
         for options in grids.options_of(fmt) if shape == (70, 96) else [{}]:
             same_quantized([room], x, fmt, **options)
+
+
+# Every kind of scale, blocks of one half of a unit and of several units.
+SCALED = ["b32-e8m0", "b16-e4m3-ts", "b64-e4m3", "b128-bf16", "b16-fp16", "b32-fp32"]
+
+
+def random_bytes_decode_like_the_reference(room: Room, element: str, shape: Any) -> None:
+    """Codes and scales of random bytes, NaN and infinity among them, to every dtype."""
+    rng = np.random.default_rng(0)
+    for facts in SCALED:
+        fmt = get_format(f"{element}-{facts}")
+        rows, columns = shape
+        codes = rng.integers(0, 256, (rows, fmt.row_bytes(columns)), dtype=np.uint8)
+        scale = {"bf16": BF16, "fp16": np.dtype("f2"), "fp32": np.dtype("f4")}.get(
+            fmt.scale, np.dtype("u1")
+        )
+        size = rows * fmt.blocks(columns)
+        scales = rng.integers(0, 256, size * scale.itemsize, dtype=np.uint8).view(scale)
+        parts = (
+            codes,
+            scales.reshape(rows, -1),
+            np.array(3e-3, "f4") if fmt.tensor_scale else None,
+        )
+        for dtype in (BF16, np.dtype("float16"), np.dtype("float32")):
+            with np.errstate(all="ignore"):
+                want = reference.dequantize(*parts, fmt, shape, dtype=dtype)
+            got = room.dequantize(*parts, fmt, shape, dtype=dtype)
+            same_floats(f"{fmt.name} to {dtype}", got, want)
 
 
 SQUARES = [

@@ -97,7 +97,7 @@ def large(tmp_path: Path) -> Path:
 # Help and formats
 
 
-@pytest.mark.parametrize("command", ["formats", "inspect", "quantize", "compare"])
+@pytest.mark.parametrize("command", ["formats", "inspect", "quantize", "compare", "study"])
 def test_help(command: str) -> None:
     result = run(command, "--help", columns=100)
     assert result.exit_code == 0
@@ -108,7 +108,9 @@ def test_help(command: str) -> None:
 def test_bare_command_shows_help() -> None:
     result = run(columns=100)
     assert "Exit codes" in result.output
-    assert all(name in result.output for name in ("formats", "inspect", "quantize", "compare"))
+    assert all(
+        name in result.output for name in ("formats", "inspect", "quantize", "compare", "study")
+    )
 
 
 def test_version() -> None:

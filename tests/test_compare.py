@@ -32,35 +32,12 @@ from pyfmt.compare import (  # noqa: E402
 )
 from pyfmt.compare_model import Encoder, bundled_model  # noqa: E402
 from pyfmt.compare_text import docstring_sentences  # noqa: E402
+from tests.tiny_model import tiny_encoder  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of one layer with random weights and a tokenizer of single letters."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = ["[PAD]", "[UNK]", *letters, *(f"##{letter}" for letter in letters)]
-    tokenizer = Tokenizer(
-        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    path = tmp_path_factory.mktemp("tiny-bert")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=128,
-        initializer_range=0.2,
-    )
-    transformers.BertModel(config).save_pretrained(path)
-    return path
+    return tiny_encoder(tmp_path_factory.mktemp("tiny-bert"))
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +172,21 @@ def test_the_model_is_left_as_it_was(folder: Path) -> None:
     after = compare([get_format(n) for n in ("mxfp4", "nvint4")], model=folder, sentences=24).rows
     for a, b in zip(alone, after[-len(alone) :], strict=True):
         assert replace(a, sentences_per_s=0) == replace(b, sentences_per_s=0)
+
+
+def test_models_may_compute_in_bfloat16(folder: Path) -> None:
+    chosen = [get_format("mxint8")]
+    plain, half = (
+        compare(chosen, model=folder, sentences=24, quick=True, dtype=dtype)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert half.settings["dtype"] == "bfloat16"
+    assert half.baseline["bfloat16_sentences_per_s"] > 0
+    assert half.baseline["weights_mb"] == plain.baseline["weights_mb"]
+    for a, b in zip(plain.rows, half.rows, strict=True):
+        assert a.layers == b.layers and abs(a.cosine - b.cosine) < 1e-3
+    with pytest.raises(ValueError, match="expected float32 or bfloat16"):
+        compare(chosen, model=folder, sentences=24, dtype="float16")
 
 
 def test_progress_is_told(folder: Path) -> None:

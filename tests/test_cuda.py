@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 import pyfmt  # noqa: E402
 import pyfmt.nn  # noqa: E402
-from pyfmt import reference  # noqa: E402
+from pyfmt import _arrays, reference  # noqa: E402
 from pyfmt.formats import FORMATS, get_element, get_format  # noqa: E402
 from tests import grids, test_rotate  # noqa: E402
 from tests.cuda_rooms import (  # noqa: E402
@@ -23,6 +23,7 @@ from tests.cuda_rooms import (  # noqa: E402
     dual_equals_two_calls,
     fake_across_equals_reference,
     poison_device,
+    random_bytes_decode_like_the_reference,
     squares_equal_reference,
 )
 from tests.grids import BF16, DTYPES  # noqa: E402
@@ -330,6 +331,12 @@ def test_square_blocks(room: Room, name: str, dtype: str) -> None:
     squares_equal_reference(room, name, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("element", sorted({e.name for e in ELEMENTS}))
+def test_random_bytes_decode(room: Room, element: str) -> None:
+    random_bytes_decode_like_the_reference(room, element, (37, 384))
+    random_bytes_decode_like_the_reference(room, element, (1200, 4096))
+
+
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 1024])
 def test_rotations_of_a_large_tensor_are_those_of_its_parts(ops: Any, size: int) -> None:
     """Warps that take tile after tile, against tensors too small for that."""
@@ -490,10 +497,9 @@ def test_cupy_arrays_go_in_and_out_without_a_copy(room: Room, name: str) -> None
     fmt = get_format(name)
     x = grids.noise(64, 256)
     on_device = cupy.asarray(x)
-    module: Any = room.module
-    assert module._in(on_device).data_ptr() == on_device.data.ptr
+    assert _arrays.from_cupy(on_device).data_ptr() == on_device.data.ptr
     tensor = torch.ones(8, device="cuda", dtype=torch.bfloat16)
-    assert module._out(tensor, on_device).data.ptr == tensor.data_ptr()
+    assert _arrays.back_to(tensor, on_device).data.ptr == tensor.data_ptr()
     q = pyfmt.quantize(on_device, fmt, backend="cuda")
     want = reference.quantize(x, fmt)
     assert isinstance(q.codes, cupy.ndarray)

@@ -24,6 +24,7 @@ from tests.cuda_rooms import (
     emulated_ops,
     emulated_room,
     fake_across_equals_reference,
+    random_bytes_decode_like_the_reference,
     squares_equal_reference,
 )
 from tests.grids import BF16, DTYPES
@@ -110,6 +111,11 @@ def test_every_bf16_number_by_every_scale(element: str) -> None:
         codes = emulated_ops()._encode(to_torch(x), element, byte).numpy()
         want = reference.encode(np.ldexp(x.astype(np.float64), 127 - byte), get_element(element))
         assert np.array_equal(codes, want), f"{element} at scale {byte}"
+
+
+@pytest.mark.parametrize("element", sorted({f.element.name for f in FORMATS.values()}))
+def test_random_bytes_decode(room: Room, element: str) -> None:
+    random_bytes_decode_like_the_reference(room, element, (11, 384))
 
 
 DUAL = ["mxfp4", "mxfp6_e2m3", "mxfp8_e5m2", "mxint8", "nvfp4", "nvint4", "int4-b32-bf16"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -86,7 +87,7 @@ def able(left: str | None, right: str, m: int, k: int) -> list[str]:
     call = paths.Call(fmt, "bfloat16", FORMATS[right], m, 1000, k)
     machine = pyfmt._torch_matmul.machine_of(torch.device("cuda", 0))
     assert machine is not None
-    return [p for p in paths.PATHS if paths._cannot(p, call, machine) is None]
+    return [p for p in paths.PATHS if paths.cannot(p, call, machine) is None]
 
 
 @pytest.mark.parametrize("kind", OPERANDS)
@@ -204,13 +205,65 @@ def test_linear_equals_matmul_of_the_quantized_rows(options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("options", [
     {"weight": "mxfp4"}, {"weight": "mxfp4", "activation": "mxfp4", "rotation": 32},
-    {"weight": "mxint8"}, {"weight": "int4"},
+    {"weight": "mxint8"}, {"weight": "int4"}, {"weight": "mxint8", "activation": "mxint8"},
     {"weight": "nvfp4", "activation": "nvfp4", "recipe": "single_level"},
 ])  # fmt: skip
 def test_batch_invariant_layers(options: dict[str, Any]) -> None:
     q = layer(**options, batch_invariant=True)
-    x = torch.randn(700, 512, device="cuda", dtype=torch.bfloat16)
+    g = generator(5)
+    x = torch.randn(1024, 512, device="cuda", dtype=torch.bfloat16, generator=g)
     with torch.no_grad():
         whole = q(x)
-        for first, last in ((0, 1), (5, 21), (63, 65), (100, 164), (200, 456), (699, 700)):
-            assert torch.equal(q(x[first:last]), whole[first:last])
+        for rows in (1, 2, 16, 17, 64, 65, 300, 700):
+            for first in (0, 5, 1024 - rows):
+                y = q(x[first : first + rows])
+                assert torch.equal(y, whole[first : first + rows]), f"{rows} rows from {first}"
+        order = torch.randperm(1024, device="cuda", generator=g)
+        assert torch.equal(q(x[order]), whole[order])
+        twice = torch.cat([x, x])
+        assert torch.equal(q(twice)[1024:], whole)
+
+
+@pytest.mark.parametrize("options", LAYERS, ids=str)
+def test_layers_in_a_row_wait_for_each_other(options: dict[str, Any]) -> None:
+    torch.manual_seed(2)
+    layers = []
+    for _ in range(6):
+        dense = torch.nn.Linear(2048, 2048, device="cuda", dtype=torch.bfloat16)
+        layers.append(pyfmt.nn.QuantLinear.from_linear(dense, **options))
+
+    def chain(x: torch.Tensor, wait: bool) -> torch.Tensor:
+        for q in layers:
+            x = q(x)
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    with torch.no_grad():
+        for rows in (1, 16, 48, 300):
+            x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+            want = chain(x, True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = chain(x, False)
+            for _ in range(20):
+                y.zero_()
+                graph.replay()
+                assert torch.equal(y, want), rows
+                assert torch.equal(chain(x, False), want), rows
+
+
+def test_fused_layers_give_the_same_numbers() -> None:
+    torch.manual_seed(3)
+    parts = {name: torch.nn.Linear(512, n, False) for name, n in (("q", 512), ("k", 128))}
+    model = torch.nn.ModuleDict(parts).to("cuda", torch.bfloat16)
+    for options in ({}, {"activation": "mxfp4", "rotation": 32, "expanded": "keep"}):
+        alone, fused = copy.deepcopy(model), copy.deepcopy(model)
+        pyfmt.nn.quantize_model(alone, progress=False, **options)
+        pyfmt.nn.quantize_model(fused, progress=False, fuse=[("q", "k")], **options)
+        for rows in (1, 16, 300):
+            x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+            with torch.no_grad():
+                for name in ("q", "k"):
+                    want = alone[name](x).float()
+                    torch.testing.assert_close(fused[name](x).float(), want, atol=0.01, rtol=0.01)

@@ -149,8 +149,31 @@ def test_nan_scales_and_numbers_spoil_their_own_results(level: str, name: str) -
             assert np.array_equal(np.isnan(y), spoilt), f"{level} {name} {m} {dtype}"
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxint8", "mxint6", "mxint4", "nvfp4", "nvint4"]
+    + ["int8-b16-e8m0", "e3m2-b16-e8m0", "e4m3fn-b16-e4m3", "e2m1-b48-e4m3", "int8-b128-bf16"],
+)
+def test_every_code_counts_in_tiles_of_every_size(level: str, name: str) -> None:
+    fmt = get_format(name)
+    rng = np.random.default_rng(7)
+    for m, n, k in ((3, 70, 192), (17, 66, 576), (37, 20, 1104), (130, 9, 96)):
+        codes = rng.integers(0, 256, (n, fmt.row_bytes(k)), dtype=np.uint8)
+        scales = pyfmt.quantize(noise(n, k, seed=m), name).scales
+        scale = np.float32(0.75) if fmt.tensor_scale else None
+        b = QTensor(codes, scales, scale, fmt, (n, k), 1)
+        a = rng.integers(-9, 10, (m, k)).astype(BF16)
+        y = pyfmt.matmul(a, b, dtype="float32", backend="cpu")
+        right = b.dequantize(backend="reference").astype(np.float64)
+        spoilt = ~np.isfinite(right).all(axis=1)
+        assert (np.isfinite(y).all(axis=0) == ~spoilt).all(), f"{level} {name} {(m, n, k)}"
+        exact, most = bound(a.astype(np.float64), right[~spoilt], None, "fp32", k)
+        excess = (np.abs(y[:, ~spoilt] - exact) / most).max(initial=0)
+        assert excess <= 1, f"{level} {name} {(m, n, k)}: {excess} of the bound"
+
+
 def test_results_do_not_depend_on_threads(level: str) -> None:
-    for m, n, k in ((1, 301, 1024), (4, 200, 4096), (30, 130, 512), (130, 70, 256)):
+    for m, n, k in ((1, 301, 1024), (4, 200, 4096), (30, 130, 512), (130, 70, 256), (300, 70, 640)):
         a, b = noise(m, k, BF16), noise(n, k, BF16)
         for left, right in (
             (None, "mxfp4"),

@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 import pyfmt
-from pyfmt import reference
+from pyfmt import _arrays, reference
 from pyfmt.formats import get_format
 from tests import grids
 from tests.grids import FP16
@@ -132,13 +132,11 @@ def test_cupy_arrays_without_a_copy() -> None:
     cupy = pytest.importorskip("cupy")
     import torch
 
-    from pyfmt.backends import triton
-
     values = grids.noise(8, 128, FP16)
     x = cupy.asarray(values)
-    assert triton._in(x).data_ptr() == x.data.ptr
+    assert _arrays.from_cupy(x).data_ptr() == x.data.ptr
     tensor = torch.ones(8, device="cuda", dtype=torch.bfloat16)
-    assert triton._out(tensor, x).data.ptr == tensor.data_ptr()
+    assert _arrays.back_to(tensor, x).data.ptr == tensor.data_ptr()
     for spec in ("mxfp4", "nvfp4", "int4-b32-fp16"):
         fmt = get_format(spec)
         q = pyfmt.quantize(x, fmt, backend="triton")

@@ -15,7 +15,7 @@ namespace pyfmt {
 namespace cpu {
 namespace {
 
-// Memory that a thread keeps between calls; what is larger is given back after each.
+// Memory that a thread keeps between calls; what is larger is the caller's, or given back.
 constexpr int64_t kKept = int64_t(8) << 20;
 
 class Room {
@@ -39,6 +39,10 @@ class Room {
   std::unique_ptr<char[]> room_;
   int64_t have_ = 0;
 };
+
+char* room_for(const MatmulCall& c, int64_t bytes, Room* room) {
+  return bytes > kKept && c.borrow ? (char*)c.borrow(c.context, bytes) : room->get(bytes);
+}
 
 void* thread_workspace(int64_t bytes) {
   thread_local Room room;
@@ -95,7 +99,9 @@ bool multiplier_of(const Packed* left, const Packed& right, float* out) {
 bool stream_serves(const MatmulCall& c) {
   const MatmulKernels& kernels = matmul_kernels();
   float multiplier;
-  return !c.left && c.m <= kStreamRows && kernels.stream_serves(c.right.format, c.k) &&
+  const bool tokens = kernels.has_bf16 && c.a_dtype == DType::kBF16;
+  return !c.left && c.m <= (tokens ? kStreamTokens : kStreamRows) &&
+         kernels.stream_serves(c.right.format, c.k) &&
          multiplier_of(nullptr, c.right, &multiplier) && kernels.tame(c.a, c.a_dtype, c.m * c.k);
 }
 
@@ -113,7 +119,7 @@ void run_stream(const ParallelFor& parallel, const MatmulCall& c) {
   s.bias_dtype = c.bias_dtype;
   s.out = c.out;
   s.out_dtype = c.out_dtype;
-  s.prepared = (float*)room.get(c.m * kernels.stream_columns(c.right.format, c.k) * 4);
+  s.prepared = (float*)room_for(c, c.m * kernels.stream_columns(c.right.format, c.k) * 4, &room);
   kernels.stream_prepare(s);
   // Whole groups of four rows.
   const int64_t groups = (c.n + 3) / 4;
@@ -231,25 +237,29 @@ void run_tiles(const ParallelFor& parallel, const MatmulCall& c) {
 
   thread_local Room panel_room, scale_room;
   const int64_t bytes = t.kind == TileKind::kInt8 ? 1 : t.kind == TileKind::kBF16 ? 2 : 4;
-  t.a_columns = up(t.segments() * t.segment, 64);
+  t.a_columns = up(t.segments() * t.segment, t.kind == TileKind::kBF16 ? 128 : 64);
   // A left side that is what the tiles read already is not copied.
   const bool ready =
-      !format && t.a_columns == c.k && c.a_dtype == (bytes == 2 ? DType::kBF16 : DType::kFP32);
+      !format && t.kind == TileKind::kFP32 && t.a_columns == c.k && c.a_dtype == DType::kFP32;
   if (ready) {
     t.a = const_cast<void*>(c.a);
   } else {
-    t.a = panel_room.get(c.m * t.a_columns * bytes);
-    if (format && !t.decoded) t.a_scales = (float*)scale_room.get(c.m * t.segments() * 4);
+    const int64_t rows = t.kind == TileKind::kBF16 ? up(c.m, 16) : c.m;
+    t.a = room_for(c, rows * t.a_columns * bytes, &panel_room);
+    const int64_t scales = t.kind == TileKind::kBF16 ? t.a_columns / 16 : t.segments();
+    if (format && !t.decoded) t.a_scales = (float*)room_for(c, rows * scales * 4, &scale_room);
     pack_left(parallel, c, &t);
   }
 
   // Enough items for every thread to have several, but few that pack the same panel again; equal
   // ones, since each thread gets as many as the others.
   const int64_t panels = (c.n + kernels.panel - 1) / kernels.panel;
-  constexpr int64_t kMostRows = 504, kFewRows = 48;
-  const int64_t most = std::max<int64_t>(1, c.m / kFewRows);
-  const int64_t wanted = std::max((c.m + kMostRows - 1) / kMostRows, std::min(16 / panels, most));
-  t.m_chunk = up((c.m + wanted - 1) / wanted, 12);  // whole tiles of 6 and of 4 rows
+  const bool tokens = t.kind == TileKind::kBF16;
+  const int64_t most_rows = tokens ? 128 : 504, few_rows = 48;
+  const int64_t most = std::max<int64_t>(1, c.m / few_rows);
+  const int64_t wanted = std::max((c.m + most_rows - 1) / most_rows, std::min(16 / panels, most));
+  // Whole tiles: of 16 rows, or of 6 and of 4.
+  t.m_chunk = up((c.m + wanted - 1) / wanted, tokens ? 16 : 12);
   const int64_t chunks = (c.m + t.m_chunk - 1) / t.m_chunk;
   const int64_t work = t.m_chunk * kernels.panel * c.k;
   parallel(panels * chunks, std::max<int64_t>(1, (int64_t(1) << 20) / std::max<int64_t>(1, work)),
@@ -269,7 +279,8 @@ void quantize_first(const ParallelFor& parallel, MatmulCall c) {
   const int64_t strips = c.view.batches * ((c.view.rows + f.block_rows - 1) / f.block_rows);
   const int64_t codes = up(c.m * f.row_bytes(c.k), 64);
   thread_local Room room;
-  uint8_t* const to = (uint8_t*)room.get(codes + strips * f.blocks(c.k) * scale_bytes(f.scale));
+  uint8_t* const to =
+      (uint8_t*)room_for(c, codes + strips * f.blocks(c.k) * scale_bytes(f.scale), &room);
   left.codes = to;
   left.scales = to + codes;
   quantize(parallel, Source{c.a, c.a_dtype, c.view}, *c.quantize, to, to + codes,
@@ -282,7 +293,7 @@ void quantize_first(const ParallelFor& parallel, MatmulCall c) {
 
 void rotate_first(const ParallelFor& parallel, MatmulCall c) {
   thread_local Room room;
-  void* const to = room.get(c.m * c.k * dtype_bytes(c.a_dtype));
+  void* const to = room_for(c, c.m * c.k * dtype_bytes(c.a_dtype), &room);
   View v;
   v.rows = c.m;
   v.columns = c.k;

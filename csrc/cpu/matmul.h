@@ -40,6 +40,10 @@ struct MatmulCall {
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;  // (m, n)
   DType out_dtype = DType::kFP32;
+  // Memory for the time of the call, aligned to 64 bytes: for what is too large for threads to
+  // keep. Without it such memory is allocated and given back.
+  void* (*borrow)(void* context, int64_t bytes) = nullptr;
+  void* context = nullptr;
 };
 
 void matmul(const ParallelFor&, const MatmulCall&);
@@ -50,6 +54,7 @@ enum class TileKind : uint8_t { kInt8, kBF16, kFP32 };
 
 // At most so many left rows are multiplied while b streams by.
 constexpr int64_t kStreamRows = 4;
+constexpr int64_t kStreamTokens = 2;  // where bfloat16 tiles are faster from there on
 
 struct StreamArgs {
   Packed right;
@@ -66,8 +71,9 @@ struct StreamArgs {
 struct TileArgs {
   TileKind kind = TileKind::kFP32;
   int64_t m = 0, n = 0, k = 0;
-  // The left panel: rows of `a_columns` elements (biased bytes, bfloat16 or float32), zeros beyond
-  // k; and one scale a segment where the left side is quantized and its scales stand apart.
+  // The left panel: rows of `a_columns` elements (biased bytes or float32), zeros beyond k;
+  // bfloat16 in groups of 16 rows, pairs along K of each side by side. And one scale a segment
+  // where the left side is quantized and its scales stand apart, in the same order.
   void* a = nullptr;
   int64_t a_columns = 0;
   float* a_scales = nullptr;

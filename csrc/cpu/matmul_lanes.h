@@ -10,6 +10,12 @@ namespace PYFMT_ISA {
 
 using cpu::Packed;
 
+#if defined(__clang__)
+#define PYFMT_UNROLL _Pragma("unroll")
+#else
+#define PYFMT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // a * b + c, in one rounding where the level has it.
 PYFMT_INLINE F multiply_add(F a, F b, F c) {
 #if PYFMT_AVX512

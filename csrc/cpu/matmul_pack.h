@@ -3,7 +3,7 @@
 // of each row (one float32, two bfloat16 or four bytes) side by side, along K.
 #pragma once
 
-#include "matmul_lanes.h"
+#include "matmul_ahead.h"
 #include "matmul_turn.h"
 
 namespace pyfmt {
@@ -23,7 +23,7 @@ constexpr int64_t kPiece = 256;  // elements of a row decoded at a time
 constexpr int kBias = 128;       // what makes the left bytes unsigned
 
 constexpr int element_bytes(TileKind kind) {
-  return kind == TileKind::kInt8 ? 1 : kind == TileKind::kBF16 ? 2 : 4;
+  return kind == TileKind::kInt8 ? 1 : 4;
 }
 // Elements of K in one panel: long runs of each row where b streams by, else what the first-level
 // cache holds beside the left rows.
@@ -69,19 +69,19 @@ static bool empty_block(const Packed& p, int64_t row, int64_t k, int64_t block) 
   return true;
 }
 
-// The scales of segments `from` to `from + n` of a row, multiplied by `step`. An empty
-// block's scale, a subnormal number, becomes 1: its products are zeros all the same.
-static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, float step,
-                           float* out, Extremes* extremes) {
+// The scales of segments (of `width` elements) `from` to `from + n` of a row, multiplied by `step`.
+// An empty block's scale, a subnormal number, becomes 1: its products are zeros all the same.
+static void segment_scales(const Rows& r, int64_t row, int64_t from, int64_t n, int64_t width,
+                           float step, float* out, Extremes* extremes) {
   const FormatSpec& f = r.p.format;
-  const int64_t block = f.columns(r.k), first = from * r.t.segment / block;
-  const int64_t last = ((from + n) * r.t.segment - 1) / block;
+  const int64_t block = f.columns(r.k), first = from * width / block;
+  const int64_t last = ((from + n) * width - 1) / block;
   const int64_t blocks = (last < f.blocks(r.k) ? last + 1 : f.blocks(r.k)) - first;
   constexpr int64_t kRoom = 256;
   alignas(64) uint32_t scales[kRoom];
   int64_t have = first, end = first;
   for (int64_t s = 0; s < n; ++s) {
-    const int64_t b = (from + s) * r.t.segment / block;
+    const int64_t b = (from + s) * width / block;
     if (b >= end) {
       have = b;
       end = first + blocks - b < kRoom ? first + blocks : b + kRoom;
@@ -200,28 +200,21 @@ static void step_row(const StepTable& table, const Rows& r, int64_t row, int64_t
 // ---- left -----------------------------------------------------------------------------
 
 // Rows begin to end of the left side to the panel, and their scales.
-static void left(const LeftArgs& a, int64_t begin, int64_t end, int64_t* least, int64_t* most) {
-  GradualUnderflow guard;
+static void left_rows(const LeftArgs& a, int64_t begin, int64_t end, Extremes* extremes) {
   const TileArgs& t = *a.tile;
   const int64_t width = element_bytes(t.kind), stride = t.a_columns * width;
   const int64_t segments = t.segments();
-  Extremes extremes;
   if (!a.left) {
     for (int64_t row = begin; row < end; ++row) {
       char* const to = (char*)t.a + (a.first_row + row) * stride;
       const void* const from = at(a.a, a.a_dtype, row * t.k);
-      if (t.kind == TileKind::kFP32) {
-        load_row(from, a.a_dtype, t.k, round_up(t.k, kGroup), (uint32_t*)to);
-        memset(to + round_up(t.k, kGroup) * 4, 0, size_t(t.a_columns - round_up(t.k, kGroup)) * 4);
-      } else {
-        memcpy(to, from, size_t(t.k) * 2);
-        memset(to + t.k * 2, 0, size_t(t.a_columns - t.k) * 2);
-      }
+      load_row(from, a.a_dtype, t.k, round_up(t.k, kGroup), (uint32_t*)to);
+      memset(to + round_up(t.k, kGroup) * 4, 0, size_t(t.a_columns - round_up(t.k, kGroup)) * 4);
     }
     return;
   }
   const Rows rows{*a.left, t.k, t};
-  RowDecoder decoder(rows, t.kind == TileKind::kBF16 ? DType::kBF16 : DType::kFP32);
+  RowDecoder decoder(rows, DType::kFP32);
   const StepTable table(a.left->format.element);
   const float step = t.kind == TileKind::kInt8 ? table.step : 1.0f;
   for (int64_t row = begin; row < end; ++row) {
@@ -239,28 +232,12 @@ static void left(const LeftArgs& a, int64_t begin, int64_t end, int64_t* least, 
     // Zero times whatever lies there; beyond the last 64 bytes nothing was written.
     memset(to + t.k * width, 0, size_t(t.a_columns - t.k) * width);
     if (!t.a_scales) continue;
-    segment_scales(rows, row, 0, segments, step, t.a_scales + (a.first_row + row) * segments,
-                   &extremes);
+    segment_scales(rows, row, 0, segments, t.segment, step,
+                   t.a_scales + (a.first_row + row) * segments, extremes);
   }
-  *least = extremes.least;
-  *most = extremes.most;
 }
 
 // ---- right ----------------------------------------------------------------------------
-
-// Packed codes that the next panel will need, fetched while this one is multiplied: rows of b are
-// more streams than the hardware foresees, and memory would rest during the products.
-struct Ahead {
-  uintptr_t first = 0;
-  int64_t row_bytes = 0, lines = 0;  // lines of 64 bytes in all, those of each column in turn
-
-  PYFMT_HD void fetch(int64_t from, int64_t count) const {
-    for (int64_t i = from; i < from + count && i < lines; ++i) {
-      __builtin_prefetch((const void*)(first + uintptr_t(i % kPanel * row_bytes + i / kPanel * 64)),
-                         0, 2);
-    }
-  }
-};
 
 // A panel: kPanel rows of b from `row`, elements `from` to `from + n` of K, n a whole number of
 // segments where the last may be cut by k.
@@ -278,18 +255,15 @@ class RightPacker {
   PYFMT_HD explicit RightPacker(const TileArgs& t)
       : t_(t),
         rows_{t.right, t.k, t},
-        decoder_(rows_, t.kind == TileKind::kBF16 ? DType::kBF16 : DType::kFP32),
+        decoder_(rows_, DType::kFP32),
         table_(t.right.format.element),
         step_(all(t.kind == TileKind::kInt8 ? table_.step : 1.0f)),
         blocks_(t.right.format.blocks(t.k))
 #if PYFMT_VNNI
         ,
-        turner_(t.right.format.element, t.k, t.kind == TileKind::kInt8, table_.of)
+        turner_(t.right.format.element, t.k, table_.of)
 #endif
   {
-#if PYFMT_VNNI
-    if (t.kind == TileKind::kBF16 && turner_.counts_steps()) step_ = all(table_.step);
-#endif
   }
 
   PYFMT_HD void run(int64_t row, int64_t from, int64_t n, Panel* p) {
@@ -298,7 +272,7 @@ class RightPacker {
     const int64_t per = 4 / element_bytes(t_.kind);
     for (int v = 0; v < kAcross; ++v) {
 #if PYFMT_VNNI
-      if (t_.kind != TileKind::kFP32 && turner_.serves()) {
+      if (t_.kind == TileKind::kInt8 && turner_.serves()) {
         turn(row + v * kLanes, from, padded, p->data + v * kLanes);
         continue;
       }
@@ -345,7 +319,7 @@ class RightPacker {
     alignas(64) uint32_t scales[kLanes];
     for (uint32_t& scale : scales) scale = 0x3f800000u;
     if (t_.right.format.columns(t_.k) != t_.segment) {
-      segment_scales(rows_, row, from, count, step_[0], (float*)scales, extremes);
+      segment_scales(rows_, row, from, count, t_.segment, step_[0], (float*)scales, extremes);
       return load<U>(scales);
     }
     U bits;
@@ -361,7 +335,7 @@ class RightPacker {
       bits = load<U>(scales);
     }
     if (any((U)(bits - 1u < 0x007fffffu))) {
-      segment_scales(rows_, row, from, count, step_[0], (float*)scales, extremes);
+      segment_scales(rows_, row, from, count, t_.segment, step_[0], (float*)scales, extremes);
       return load<U>(scales);
     }
     const U scaled = (U)((F)bits * step_);

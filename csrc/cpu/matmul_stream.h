@@ -82,6 +82,15 @@ PYFMT_INLINE void prefetch(const uint8_t* p) {
   __builtin_prefetch(p, 0, 3);
 }
 
+// The scales of the `rows` rows after these.
+PYFMT_INLINE void prefetch_scales(const StreamArgs& s, int64_t row, int rows) {
+  const FormatSpec& f = s.right.format;
+  const int64_t bytes = f.blocks(s.k) * scale_bytes(f.scale);
+  if (f.block_rows != 1 || row + rows > s.n) return;
+  const uint8_t* const first = (const uint8_t*)s.right.scales + row * bytes;
+  for (int64_t i = 0; i < rows * bytes; i += 64) prefetch(first + i);
+}
+
 // y, bias and rounding for R rows of b from `row`.
 template <int R, int M>
 PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
@@ -123,6 +132,7 @@ static void nibble_rows(const StreamArgs& s, int64_t row, const Lookup& values,
   const int64_t columns = stream_columns(f, s.k), bytes = f.row_bytes(s.k);
   const int64_t blocks = f.blocks(s.k), room = blocks + kGroup;
   for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+  prefetch_scales(s, row + R, R);
   const uint8_t* const codes = s.right.codes + row * bytes;
   F sum[R][M] = {}, scale[R];
   U words[R];
@@ -222,6 +232,7 @@ static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, ui
     float* const each = (float*)scales + r * room;
     for (int64_t b = 0; b < blocks; ++b) each[b] *= step;
   }
+  prefetch_scales(s, row + R, R);
   F sum[R][M] = {};
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t most = columns - b * block, width = block < most ? block : most;
@@ -284,9 +295,10 @@ struct ValueTable {
       high[i] = _mm512_load_si512(values + 64 + 32 * i);
     }
   }
-  // Codes in 16-bit lanes; of six bits, what lies above them does not count.
+  // Codes in 16-bit lanes; of four and six bits, what lies above them does not count.
   template <int kBits>
   PYFMT_HD __m512i of(__m512i codes) const {
+    if (kBits == 4) return _mm512_permutexvar_epi16(codes, low[0]);
     const __m512i first = _mm512_permutex2var_epi16(low[0], codes, low[1]);
     if (kBits == 6) return first;
     const __m512i second = _mm512_permutex2var_epi16(high[0], codes, high[1]);
@@ -302,11 +314,17 @@ struct ValueTable {
 template <int kBits>
 PYFMT_INLINE __m512i load_codes(const uint8_t* p) {
   if (kBits == 8) return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
+  if (kBits == 4) {
+    const __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)p));
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x000c000800040000ll), words);
+  }
   // 24 bytes: four codes lie in three bytes, which a 32-bit word of their own takes apart.
   alignas(64) static constexpr uint8_t kBytes[64] = {0,  1, 2,  0,  3,  4,  5,  0,  6,  7,  8,
                                                      0,  9, 10, 11, 0,  12, 13, 14, 0,  15, 16,
                                                      17, 0, 18, 19, 20, 0,  21, 22, 23, 0};
-  const __m256i bytes = _mm256_maskz_loadu_epi8(0xffffffu, p);
+  const __m256i bytes =
+      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
+                              _mm_loadl_epi64((const __m128i*)(p + 16)), 1);
   const __m256i words = _mm256_permutexvar_epi8(_mm256_load_si256((const __m256i*)kBytes), bytes);
   const __m512i wide = _mm512_cvtepu32_epi64(words);
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0012000c00060000ll), wide);
@@ -319,6 +337,7 @@ static void table_rows(const StreamArgs& s, int64_t row, const ValueTable& table
   const int64_t columns = stream_columns(f, s.k), blocks = f.blocks(s.k), block = f.columns(s.k);
   const int64_t bytes = f.row_bytes(s.k), room = round_up(blocks, kGroup);
   for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
+  prefetch_scales(s, row + R, R);
   const uint8_t* const codes = s.right.codes + row * bytes;
   const __m512i odd = _mm512_set1_epi32(int32_t(0xffff0000u));
   F sum[R][M] = {};

@@ -4,16 +4,10 @@
 // multiply-add; so a result depends on its row and column only, not on tiles or threads.
 #pragma once
 
-#include "matmul_pack.h"
+#include "matmul_tokens.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
-
-#if defined(__clang__)
-#define PYFMT_UNROLL _Pragma("unroll")
-#else
-#define PYFMT_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // The arithmetic within a segment, on 32 bits of K at a time. By name: compilers keep copies of
 // the sums around the intrinsics.
@@ -29,17 +23,6 @@ struct ByFloat {
   }
   PYFMT_INLINE F value(Part sum) { return sum; }
 };
-
-#if PYFMT_BF16
-struct ByBF16 {
-  using Part = F;
-  PYFMT_INLINE Part start(const int32_t*) { return F{}; }
-  PYFMT_INLINE void dot(U a, U b, Part& sum) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-  }
-  PYFMT_INLINE F value(Part sum) { return sum; }
-};
-#endif
 
 #if PYFMT_VNNI
 struct ByInt8 {
@@ -72,7 +55,7 @@ static __attribute__((noinline)) void add_wide(const float* parts, int rows, con
 
 // kRows left rows by kWide vectors of the panel, added to `sums` (rows kPanel apart).
 template <class By, int kRows, bool kLeft>
-static void tile(const Panel& p, int64_t words, const LeftRows& l, float* sums) {
+static void tile(Panel& p, int64_t words, const LeftRows& l, float* sums) {
   const uint32_t* b = p.data;
   const char* a = l.a;
   const int64_t codes = (p.codes.lines + p.segments - 1) / p.segments;
@@ -81,8 +64,8 @@ static void tile(const Panel& p, int64_t words, const LeftRows& l, float* sums) 
     // Sums stay in memory: compilers would carry them in registers that the parts need.
     asm volatile("" ::: "memory");
     if (l.first) {
-      p.codes.fetch(s * codes, codes);
-      p.scale_codes.fetch(s * scale_codes, scale_codes);
+      p.codes.fetch(codes);
+      p.scale_codes.fetch(scale_codes);
     }
     typename By::Part part[kRows][kAcross];
     PYFMT_UNROLL for (int v = 0; v < kAcross; ++v) {
@@ -129,7 +112,7 @@ constexpr int kTileRows = 4;
 #endif
 
 template <class By, bool kLeft>
-static void some_rows(int rows, const Panel& p, int64_t words, const LeftRows& l, float* sums) {
+static void some_rows(int rows, Panel& p, int64_t words, const LeftRows& l, float* sums) {
   switch (rows) {
     case 1:
       return tile<By, 1, kLeft>(p, words, l, sums);
@@ -148,16 +131,11 @@ static void some_rows(int rows, const Panel& p, int64_t words, const LeftRows& l
   }
 }
 
-using RowsFn = void (*)(int, const Panel&, int64_t, const LeftRows&, float*);
+using RowsFn = void (*)(int, Panel&, int64_t, const LeftRows&, float*);
 
 static RowsFn rows_for(const TileArgs& t) {
 #if PYFMT_VNNI
   if (t.kind == TileKind::kInt8) return some_rows<ByInt8, true>;
-#endif
-#if PYFMT_BF16
-  if (t.kind == TileKind::kBF16) {
-    return t.a_scales ? some_rows<ByBF16, true> : some_rows<ByBF16, false>;
-  }
 #endif
   return t.a_scales ? some_rows<ByFloat, true> : some_rows<ByFloat, false>;
 }
@@ -181,23 +159,28 @@ static void finish(const TileArgs& t, int64_t row, int64_t rows, int64_t column,
   }
 }
 
-// What the panel of `n` elements from row `row` and element `from` on is made of.
-static void look_ahead(const TileArgs& t, int64_t row, int64_t from, int64_t n, Panel* p) {
-  p->codes = p->scale_codes = Ahead{};
-  const FormatSpec& f = t.right.format;
-  if (row + kPanel > t.n || f.block_rows > 1) return;
-  n = t.k - from < n ? t.k - from : n;
-  const int64_t bytes = f.row_bytes(t.k), block = f.columns(t.k), each = scale_bytes(f.scale);
-  const int64_t start = row * bytes + from * f.bits() / 8;
-  p->codes = {uintptr_t(t.right.codes) + uintptr_t(start), bytes,
-              (n * f.bits() / 8 + 63) / 64 * kPanel};
-  const int64_t first = row * f.blocks(t.k) + from / block;
-  p->scale_codes = {uintptr_t(t.right.scales) + uintptr_t(first * each), f.blocks(t.k) * each,
-                    (n / block * each + 63) / 64 * kPanel};
+// Rows begin to end of the left side to the panel, and the exponents of their scales.
+static void left(const LeftArgs& a, int64_t begin, int64_t end, int64_t* least, int64_t* most) {
+  GradualUnderflow guard;
+  Extremes extremes;
+#if PYFMT_BF16
+  if (a.tile->kind == TileKind::kBF16) {
+    left_tokens(a, begin, end, &extremes);
+  } else {
+    left_rows(a, begin, end, &extremes);
+  }
+#else
+  left_rows(a, begin, end, &extremes);
+#endif
+  *least = extremes.least;
+  *most = extremes.most;
 }
 
 static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
   GradualUnderflow guard;
+#if PYFMT_BF16
+  if (t.kind == TileKind::kBF16) return token_tiles(t, begin, end);
+#endif
   const int64_t chunk = chunk_of(t), bytes = element_bytes(t.kind);
   const int64_t most = chunk / t.segment, words = t.segment * bytes / 4;
   const int64_t panels = (t.n + kPanel - 1) / kPanel;
@@ -222,7 +205,8 @@ static void tiles(const TileArgs& t, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < rows * kPanel; ++i) sums[i] = 0.0f;
     for (int64_t from = 0; from < t.k; from += chunk) {
       const bool last = from + chunk >= t.k;
-      look_ahead(t, last ? column + kPanel : column, last ? 0 : from + chunk, chunk, &panel);
+      look_ahead(t, last ? column + kPanel : column, kPanel, last ? 0 : from + chunk, chunk,
+                 &panel.codes, &panel.scale_codes);
       packer.run(column, from, t.k - from < chunk ? t.k - from : chunk, &panel);
       for (int64_t m = 0; m < rows; m += kTileRows) {
         const int count = int(rows - m < kTileRows ? rows - m : kTileRows);

@@ -57,41 +57,74 @@ PYFMT_DEVICE int32_t max_of_threads(int32_t largest) {
   return largest;
 }
 
-template <DType kIn, bool kRotate>
+template <DType kIn>
 __global__ void __launch_bounds__(kThreads) amax_flat(const __grid_constant__ AmaxParams p) {
   constexpr int kBytes = dtype_bytes(kIn) * kUnit;
+  allow_next_launch();
   const int64_t whole = p.aligned ? p.count / kUnit : 0;
   const int64_t units = (p.count + kUnit - 1) / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   int32_t largest = kOne;
-  // Every lane of a warp takes part in each round: rotations may reach across lanes.
-  for (int64_t base = int64_t(blockIdx.x) * kThreads; base < units; base += step) {
-    const int64_t unit = base + threadIdx.x;
-    Raw<kIn> raw;
-    raw.clear();
+  for (int64_t unit = int64_t(blockIdx.x) * kThreads + threadIdx.x; unit < units; unit += step) {
     if (unit < whole) {
+      Raw<kIn> raw;
       raw.load(static_cast<const char*>(p.x) + unit * kBytes);
-      if constexpr (!kRotate) largest = max_lifted<kIn>(raw, largest);
-    }
-    if (kRotate || (unit >= whole && unit < units)) {
-      float v[kUnit];
-      if (unit < whole) {
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) {
-          const int64_t at = unit * kUnit + i;
-          v[i] = at < p.count ? load_element(p.x, kIn, at) : 0.0f;
-        }
+      largest = max_lifted<kIn>(raw, largest);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kUnit; ++i) {
+        const int64_t at = unit * kUnit + i;
+        largest = max(largest, lifted(at < p.count ? load_element(p.x, kIn, at) : 0.0f));
       }
-      if constexpr (kRotate) rotate(v, p.rotation, unit * kUnit);
-#pragma unroll
-      for (int i = 0; i < kUnit; ++i) largest = max(largest, lifted(v[i]));
     }
   }
   largest = max_of_threads(largest);
   if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
+}
+
+// Blocks of a multiprocessor, by what registers allow.
+constexpr int rotated_blocks(DType dtype) {
+  return dtype == DType::kFP32 ? 2 : 3;
+}
+
+// Of rotated rows. The factor multiplies the result alone: products with one positive number keep
+// the order.
+template <DType kIn>
+__global__ void __launch_bounds__(kThreads, rotated_blocks(kIn))
+    amax_rotated(const __grid_constant__ AmaxParams p) {
+  constexpr int kBytes = dtype_bytes(kIn) * kUnit;
+  allow_next_launch();
+  const int64_t whole = p.aligned ? p.count / kUnit : 0;
+  const int64_t units = (p.count + kUnit - 1) / kUnit;
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  int32_t largest = kOne;
+  Raw<kIn> raw;
+  const auto fetch = [&](int64_t unit) {
+    raw.clear();
+    if (unit < whole) raw.load(static_cast<const char*>(p.x) + unit * kBytes);
+  };
+  int64_t base = int64_t(blockIdx.x) * kThreads;
+  if (base < units) fetch(base + threadIdx.x);
+  // Every lane of a warp takes part in each round: rotations may reach across lanes.
+  for (; base < units; base += step) {
+    const int64_t unit = base + threadIdx.x;
+    float v[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
+    if (unit >= whole && unit < units) {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        const int64_t at = unit * kUnit + i;
+        v[i] = at < p.count ? load_element(p.x, kIn, at) : 0.0f;
+      }
+    }
+    if (base + step < units) fetch(unit + step);
+    butterflies(v, p.rotation, unit * kUnit);
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) largest = max(largest, lifted(v[i]));
+  }
+  largest = max_of_threads(largest);
+  if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne)) * p.rotation.factor;
 }
 
 // Columns of 32 rows at a time, neighbouring columns by neighbouring threads.
@@ -101,6 +134,7 @@ __global__ void __launch_bounds__(kThreads) amax_across(const __grid_constant__ 
   const int64_t in_matrix = p.matrix_rows / kUnit;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   int32_t largest = kOne;
+  allow_next_launch();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < strips * columns; i += step) {
     const int64_t strip = i / columns, at = strip * kUnit * columns + i % columns;
     float v[kUnit];
@@ -121,6 +155,7 @@ PYFMT_DEVICE int64_t place(const View& v, int64_t row, int64_t column) {
 __global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__ AmaxParams p) {
   int32_t largest = kOne;
   const int64_t step = int64_t(gridDim.x) * kThreads;
+  allow_next_launch();
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < p.count; i += step) {
     const int64_t at = place(p.view, i / p.view.columns, i % p.view.columns);
     largest = max(largest, lifted(load_element(p.x, p.dtype, at)));
@@ -132,6 +167,7 @@ __global__ void __launch_bounds__(kThreads) amax_strided(const __grid_constant__
 __global__ void __launch_bounds__(kThreads)
     amax_finish(const float* partials, int count, float* out) {
   int32_t largest = 0;
+  wait_for_earlier_launch();
   for (int i = threadIdx.x; i < count; i += kThreads) {
     largest = max(largest, int32_t(as_uint(partials[i])));
   }
@@ -169,20 +205,18 @@ AmaxParams params(const AmaxArgs& a) {
   return p;
 }
 
-template <bool kRotate>
 void launch_flat(const AmaxParams& p, int64_t blocks, Stream stream) {
-  switch (p.dtype) {
-    case DType::kBF16:
-      return launch(amax_flat<DType::kBF16, kRotate>, blocks, kThreads, stream, p);
-    case DType::kFP16:
-      return launch(amax_flat<DType::kFP16, kRotate>, blocks, kThreads, stream, p);
-    default:
-      return launch(amax_flat<DType::kFP32, kRotate>, blocks, kThreads, stream, p);
-  }
+  const bool rotated = p.rotation.size != 0;
+  const auto kernel =
+      p.dtype == DType::kBF16   ? rotated ? amax_rotated<DType::kBF16> : amax_flat<DType::kBF16>
+      : p.dtype == DType::kFP16 ? rotated ? amax_rotated<DType::kFP16> : amax_flat<DType::kFP16>
+      : rotated                 ? amax_rotated<DType::kFP32>
+                                : amax_flat<DType::kFP32>;
+  launch(kernel, blocks, kThreads, stream, p);
 }
 
-int64_t partials_for(int64_t threads) {
-  const int64_t most = int64_t(multiprocessors()) * 4;
+int64_t partials_for(int64_t threads, int blocks_at_once = 4) {
+  const int64_t most = int64_t(multiprocessors()) * blocks_at_once;
   const int64_t blocks = blocks_for(threads) < most ? blocks_for(threads) : most;
   return blocks > kPartials ? kPartials : blocks < 1 ? 1 : blocks;
 }
@@ -193,13 +227,13 @@ int amax_partials(const AmaxArgs& a, Stream stream) {
   AmaxParams p = params(a);
   p.out = a.partials;
   const bool flat = a.view.flat();
-  const int64_t blocks = partials_for(flat ? (p.count + kUnit - 1) / kUnit : (p.count + 7) / 8);
-  if (!flat) {
-    launch(amax_strided, blocks, kThreads, stream, p);
-  } else if (p.rotation.size) {
-    launch_flat<true>(p, blocks, stream);
+  const int64_t blocks = flat ? partials_for((p.count + kUnit - 1) / kUnit,
+                                             p.rotation.size ? rotated_blocks(p.dtype) : 4)
+                              : partials_for((p.count + 7) / 8);
+  if (flat) {
+    launch_flat(p, blocks, stream);
   } else {
-    launch_flat<false>(p, blocks, stream);
+    launch(amax_strided, blocks, kThreads, stream, p);
   }
   return int(blocks);
 }
@@ -219,7 +253,8 @@ int amax_partials_across(const AmaxArgs& a, Stream stream) {
 void amax(const AmaxArgs& a, Stream stream) {
   if (!a.block) {
     const int count = amax_partials(a, stream);
-    launch(amax_finish, 1, kThreads, stream, static_cast<const float*>(a.partials), count, a.out);
+    launch_after(launches_overlap(), amax_finish, 1, kThreads, stream,
+                 static_cast<const float*>(a.partials), count, a.out);
     return;
   }
   AmaxParams p = params(a);

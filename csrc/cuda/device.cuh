@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What kernels are made of: conversions the hardware has, 16-byte memory access, warp staging,
-// launches. Each conversion has a host text of the same bits, so that the kernels also run in the
-// emulation of tests/emulation.
+// What kernels are made of: conversions the hardware has, 16-byte memory access, warp staging. Each
+// conversion has a host text of the same bits, so that the kernels also run in the emulation of
+// tests/emulation.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "../codec.h"
 #include "args.h"
-
-#define PYFMT_DEVICE __device__ __forceinline__
+#include "launch.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -265,11 +264,25 @@ struct Raw {
 };
 
 // What is read once should not take the place of what is written and read again.
-PYFMT_DEVICE uint4 load_once(const uint4* p) {
+template <class T>
+PYFMT_DEVICE T load_once(const T* p) {
 #if defined(__CUDA_ARCH__)
   return __ldcs(p);
 #else
   return *p;
+#endif
+}
+PYFMT_DEVICE void store_once(uint4* p, const uint4& v) {
+#if defined(__CUDA_ARCH__)
+  __stcs(p, v);
+#else
+  *p = v;
+#endif
+}
+// 16-byte aligned, in whole 16 bytes; a hint.
+PYFMT_DEVICE void fetch_to_l2(const void* p, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory");
 #endif
 }
 
@@ -398,26 +411,6 @@ PYFMT_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
-
-// ---- launches ---------------------------------------------------------------------------------
-
-void check(cudaError_t error, const char* what);
-// Of the current device.
-int multiprocessors();
-
-#if defined(__CUDACC__)
-template <class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, Stream stream, const A&... args) {
-  if (blocks <= 0) return;
-  kernel<<<dim3(unsigned(blocks)), threads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
-  check(cudaGetLastError(), "launch");
-}
-#else
-template <class... P, class... A>
-void launch(void (*kernel)(P...), int64_t blocks, int threads, Stream, const A&... args) {
-  emulation::launch(kernel, blocks, threads, args...);
-}
-#endif
 
 constexpr int64_t blocks_for(int64_t threads) {
   return (threads + kThreads - 1) / kThreads;

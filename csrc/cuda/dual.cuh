@@ -27,7 +27,8 @@ struct DualParams {
   RandomKeys keys;          // of stochastic rounding
 };
 
-enum class Way { kPlain, kRotated, kStochastic };
+// kTwoLevel: as kPlain, for blocks of 16 whose E4M3 scales come by `product_scale`.
+enum class Way { kPlain, kRotated, kStochastic, kTwoLevel };
 
 // A tile has 256 bytes a row.
 constexpr int kTileRows = 128, kTileBytes = 256, kStrips = kTileRows / kUnit;
@@ -66,8 +67,13 @@ PYFMT_DEVICE void append_stochastic(const DualParams& p, const Get& get, float m
                                       codes + kTotal - kWords);
 }
 
+template <Way kWay>
 PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t unit, uint32_t first,
                                     uint32_t second) {
+  if constexpr (kWay == Way::kTwoLevel) {
+    static_cast<uint16_t*>(scales)[unit] = uint16_t(first | second << 8);
+    return;
+  }
   const Scale kind = p.scale.kind;
   if (p.halves == 1) {
     if ((unit & (p.lanes - 1)) == 0) store_scale(scales, kind, unit >> p.lane_shift, first);
@@ -82,10 +88,10 @@ template <class E, bool kPow2, DType kIn, Way kWay>
 constexpr int dual_blocks =
     kWay == Way::kRotated                             ? 2
     : kWay == Way::kStochastic && kIn == DType::kFP32 ? 3
-    : kWay == Way::kStochastic     ? (E::spec.bits() == 4 && kIn == DType::kBF16 ? 3 : 2)
-    : kTwoAtOnce<E, kPow2, kIn>    ? 5
-    : kPow2 || kIn == DType::kFP32 ? 4
-                                   : 3;
+    : kWay == Way::kStochastic  ? (E::spec.bits() == 4 && kIn == DType::kBF16 ? 3 : 2)
+    : kTwoAtOnce<E, kPow2, kIn> ? 5
+    : kWay == Way::kTwoLevel || kPow2 || kIn == DType::kFP32 ? 4
+                                                             : 3;
 
 template <class E, bool kPow2, DType kIn, Way kWay>
 __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
@@ -98,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kPitch = kStrips * kBytes + kChunk;
   constexpr int kScalesAt = kColumns * kPitch;
   constexpr bool kRotate = kWay == Way::kRotated, kStochastic = kWay == Way::kStochastic;
+  constexpr bool kTwoLevel = kWay == Way::kTwoLevel;
   constexpr bool kPairs = kSize == 2 && !kRotate;
   constexpr int kSides = kSize == 2 ? 2 : 1;
   static_assert(kScalesAt + kColumns * kStrips * 8 <= kTileRows * kTileBytes, "results fit");
@@ -108,6 +115,15 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   const Multipliers known{kPow2 ? nullptr : multipliers};
   const Multipliers known_t{kPow2 ? nullptr : kRotate ? multipliers_t : multipliers};
   uint8_t* const bytes = reinterpret_cast<uint8_t*>(tile);
+  const auto find_scales = [&](const codec::RecipeConstants& r, const uint32_t (&amax)[2],
+                               BlockScale(&b)[2], Multipliers of) {
+    if constexpr (kTwoLevel) {
+      b[0] = product_scale(r, amax[0], of);
+      b[1] = product_scale(r, amax[1], of);
+    } else {
+      scales_of<kPow2>(p, r, amax, b, of);
+    }
+  };
 
   const uint32_t above = blockIdx.x / p.column_tiles;
   const int64_t matrix = above / p.row_tiles;
@@ -173,11 +189,11 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
       } else {
         amax[0] = raw.amax16(0);
         amax[1] = raw.amax16(1);
-        for (int far = 1; far < p.lanes; far *= 2) {
+        for (int far = 1; !kTwoLevel && far < p.lanes; far *= 2) {
           amax[0] = L::max(amax[0], amax[1]);
           amax[0] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
         }
-        scales_of<kPow2>(p, r, amax, b, known);
+        find_scales(r, amax, b, known);
         if constexpr (kStochastic) {
           const int64_t index = start + row * p.columns + unit * kUnit;
           float multiplier = b[0].multiplier;
@@ -207,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
         store_rows<kBytes, kUnits>(p.codes + (start + top * p.columns) / kUnit * kBytes,
                                    p.columns / kUnit, rows - top, columns / kUnit, codes, staged);
       }
-      if (live) store_unit_scales(p, p.scales, index, b[0].code, b[1].code);
+      if (live) store_unit_scales<kWay>(p, p.scales, index, b[0].code, b[1].code);
     }
   }
   if (!p.codes_t) return;
@@ -221,7 +237,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   const auto column_of = [&](int q) { return kPairs ? q % 64 / 32 * 64 + q % 32 * 2 + q / 64 : q; };
   // The largest of blocks that reach over strips.
   const auto share = [&](uint32_t (&amax)[kSides][2]) {
-    if (p.lanes == 1) return;
+    if (kTwoLevel || p.lanes == 1) return;
 #pragma unroll
     for (int s = 0; s < kSides; ++s) {
       of_strip[strip * kColumns + place_of(s)] = L::max(amax[s][0], amax[s][1]);
@@ -253,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
     }
     share(amax);
 #pragma unroll
-    for (int s = 0; s < 2; ++s) scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
+    for (int s = 0; s < 2; ++s) find_scales(r_t, amax[s], b[s], known_t);
     if constexpr (kStochastic) {
       const int64_t index = ((matrix * p.columns + first_column + column_of(place_of(0))) * p.rows +
                              first_row + strip * kUnit);
@@ -305,7 +321,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
       }
       maxima(v, amax[s]);
       if constexpr (!kRotate) share(amax);  // then there is one side
-      scales_of<kPow2>(p, r_t, amax[s], b[s], known_t);
+      find_scales(r_t, amax[s], b[s], known_t);
       const auto get = [&](int i) { return v[i]; };
       if constexpr (kStochastic) {
         const int64_t index =
@@ -368,8 +384,8 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   for (int n = 0; n < kColumns * kStrips / kThreads; ++n) {
     const int i = n * kThreads + threadIdx.x, q = i / kStrips;
     if (column_of(q) >= columns || i % kStrips >= strips) continue;
-    store_unit_scales(p, p.scales_t, corner + column_of(q) * units + i % kStrips, scales[2 * i],
-                      scales[2 * i + 1]);
+    store_unit_scales<kWay>(p, p.scales_t, corner + column_of(q) * units + i % kStrips,
+                            scales[2 * i], scales[2 * i + 1]);
   }
 }
 

@@ -4,6 +4,7 @@
 #include "fold.cuh"
 #include "quantize.cuh"
 #include "rotate.cuh"
+#include "warp.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -96,41 +97,167 @@ __global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_consta
   }
 }
 
+// Sixteen values as bf16 of RNE(v * multiplier) * s, the element's grid in between.
 template <class E, bool kPow2>
-__global__ void __launch_bounds__(kThreads)
-    round_values_flat(const __grid_constant__ EmitParams p) {
-  __shared__ uint4 shared[Stage<64>::kShared];
-  const int64_t unit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  float v[kUnit];
-  load_rotated(p, unit, unit < p.units, v);
-  codec::RecipeConstants r{};
-  if constexpr (!kPow2) {
-    r = start_recipe(p.scale);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      *p.tensor_scale_out = as_float(r.tensor_scale) * (p.factor ? *p.factor : 1.0f);
+PYFMT_DEVICE void round16(const float* v, const BlockScale& b, float s, const EmitParams& p,
+                          uint32_t* words) {
+  float d[16];
+  if constexpr (Coder<E>::kE2M1) {
+    // The float32 numbers near c are spaced like E2M1 near |y|, and c - |y| is rounded to them.
+    constexpr float kSpread = 4194304.0f, kLeast = 1.5f * kSpread;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float y = fabsf(min_magnitude(v[i] * b.multiplier, 6.0f));
+      const float c = fmaxf(y * kSpread, kLeast);
+      d[i] = (c - (c - y)) * s;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      const uint32_t signs = pick_bytes(as_uint(v[i]), as_uint(v[i + 1]), 0x7632) & 0x80008000u;
+      words[i / 2] = to_halves<DType::kBF16>(d[i], d[i + 1]) | signs;
+    }
+  } else {
+    if constexpr (E::spec.is_int() && E::spec.frac == 0) {
+      constexpr float kMagic = 12582912.0f;
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float y = fmaxf(fminf(v[i] * b.multiplier, p.limits.high), p.limits.low);
+        d[i] = (y + kMagic) - kMagic;
+      }
+    } else {
+      uint32_t codes[Coder<E>::kWords];
+      encode16<E, kPow2>(v, b, p, codes);
+      Coder<E>::decode(codes, d);
+    }
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      words[i / 2] = to_halves<DType::kBF16>(d[i] * s, d[i + 1] * s);
     }
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) words[i] = b.poisoned ? 0x7fc07fc0u : words[i];
+}
+
+template <class E, bool kPow2>
+PYFMT_DEVICE void round_unit(const EmitParams& p, const codec::RecipeConstants& r,
+                             const float (&v)[kUnit], uint32_t* words,
+                             Multipliers known = {nullptr}) {
   uint32_t amax[2] = {amax16(v), amax16(v + 16)};
   if (p.halves == 1) amax[0] = amax[1] = L::max(amax[0], amax[1]);
   for (int far = 1; far < p.lanes; far *= 2) {
     amax[0] = amax[1] = L::max(amax[0], __shfl_xor_sync(kAll, amax[0], far));
   }
-  uint32_t words[kUnit / 2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const BlockScale b = block_scale<kPow2>(p.scale, r, amax[h]);
-    uint32_t codes[Coder<E>::kWords];
-    encode16<E, kPow2>(v + 16 * h, b, p, codes);
-    const float s = as_float(kPow2 ? codec::e8m0_decode<uint32_t>(b.code)
-                                   : codec::decode_scale<uint32_t>(p.scale.kind, b.code));
-    float d[16];
-    Coder<E>::decode(codes, d);
+    const BlockScale b = block_scale<kPow2>(p.scale, r, amax[h], known);
+    float s, unused;
+    if constexpr (kPow2) {
+      s = as_float(codec::e8m0_decode<uint32_t>(b.code));
+    } else {
+      from_e4m3(b.code, &s, &unused);
+    }
+    round16<E, kPow2>(v + 16 * h, b, s, p, words + 8 * h);
+  }
+}
+
+PYFMT_DEVICE void store_tensor_scale(const EmitParams& p, const codec::RecipeConstants& r) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    *p.tensor_scale_out = as_float(r.tensor_scale) * (p.factor ? *p.factor : 1.0f);
+  }
+}
+
+// A warp's next tile arrives in shared memory while it rounds the one before.
+template <class E, bool kPow2>
+__global__ void __launch_bounds__(kThreads, kPow2 ? 4 : 3)
+    round_values_flat(const __grid_constant__ EmitParams p) {
+  using T = Tile<1, false>;
+  __shared__ uint4 shared[Stage<64>::kShared];
+  __shared__ __align__(256) uint8_t tiles[kWarps * T::kBytes];
+  allow_next_launch();
+  wait_for_earlier_launch();
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const SharedAddress buffer = shared_address(tiles) + warp * T::kBytes;
+  const SharedAddress to = buffer + T::copy_place(lane), from = buffer + T::read_place(lane);
+  const auto fetch = [&](int64_t first) {
+    T::fetch(to, static_cast<const uint8_t*>(p.x) + first * 64 + lane * 16, p.units - first, lane);
+  };
+  const int64_t step = int64_t(gridDim.x) * kThreads;
+  int64_t first = int64_t(blockIdx.x) * kThreads + warp * 32;
+  if (first < p.units) fetch(first);
+  codec::RecipeConstants r{};
+  Multipliers known{nullptr};
+  if constexpr (!kPow2) {
+    __shared__ float multipliers[128];
+    known.of = multipliers;
+    r = start_recipe(p.scale);
+    store_tensor_scale(p, r);
+    known.fill(p.scale, r);
+    __syncthreads();
+  }
+#pragma unroll 1
+  for (; first < p.units; first += step) {
+    float v[kUnit];
+    uint32_t words[kUnit / 2];
+    wait_copies();
+    __syncwarp();
+    T::read(from, words);
+    __syncwarp();
+    if (first + step < p.units) fetch(first + step);
+    // Lanes beyond the end hold whatever there was, and store nothing.
 #pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-      words[8 * h + i / 2] = to_halves<DType::kBF16>(d[i] * s, d[i + 1] * s);
+    for (int j = 0; j < kUnit; ++j) v[j] = half_at<DType::kBF16>(words[j / 2], j & 1);
+    if (p.rotation.size) rotate(v, p.rotation, (first + lane) * kUnit);
+    round_unit<E, kPow2>(p, r, v, words, known);
+    Stage<64>::store(static_cast<uint8_t*>(p.out), first + lane, p.units, words, shared);
+  }
+}
+
+// For few rows: one cluster of blocks holds all units, one a thread, and finds the tensor's largest
+// number itself.
+constexpr int kOnceThreads = 512, kOnceBlocks = 8;
+
+PYFMT_DEVICE uint32_t largest_of_warp(uint32_t largest) {
+  for (int far = 16; far; far /= 2) largest = L::max(largest, lane_xor(largest, far));
+  return largest;
+}
+
+template <class E>
+__global__ void __launch_bounds__(kOnceThreads)
+    round_values_once(const __grid_constant__ EmitParams p) {
+  float* const of_block = reinterpret_cast<float*>(dynamic_shared());
+  uint32_t* const of_warp = reinterpret_cast<uint32_t*>(of_block + 1);
+  allow_next_launch();
+  wait_for_earlier_launch();
+  const int64_t unit = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  float v[kUnit];
+  load_rotated(p, unit, unit < p.units, v);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kUnit; ++i) {
+    const uint32_t size = as_uint(v[i]) & 0x7fffffffu;
+    largest = L::max(largest, size < kFloatInf ? size : 0u);
+  }
+  const int lane = threadIdx.x & 31;
+  largest = largest_of_warp(largest);
+  if (lane == 0) of_warp[threadIdx.x >> 5] = largest;
+  block_barrier();
+  largest = largest_of_warp(lane < int(blockDim.x) / 32 ? of_warp[lane] : 0u);
+  if (threadIdx.x == 0) *of_block = as_float(largest);
+  cluster_barrier();
+  largest = largest_of_warp(lane < int(gridDim.x) ? as_uint(from_block(of_block, lane)) : 0u);
+  const codec::RecipeConstants r = recipe_constants(p.scale, as_float(largest));
+  store_tensor_scale(p, r);
+  uint32_t words[kUnit / 2];
+  round_unit<E, false>(p, r, v, words);
+  if (unit < p.units) {
+    uint4* const out = static_cast<uint4*>(p.out) + unit * 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
     }
   }
-  Stage<64>::store(static_cast<uint8_t*>(p.out), unit, p.units, words, shared);
+  // Nobody leaves while another reads what it holds.
+  cluster_barrier();
 }
 
 struct FoldKernels {
@@ -186,6 +313,11 @@ bool whole_units(const QuantizeArgs& a) {
          a.view.columns % kUnit == 0 && a.view.count() > 0 && aligned16(a.x);
 }
 
+RoundKernel find_round_once(const FormatSpec& f) {
+  return f.element == elements::e2m1 ? round_values_once<e2m1_element>
+                                     : round_values_once<int4_element>;
+}
+
 EmitParams common_params(const QuantizeArgs& a) {
   EmitParams p;
   p.x = a.x;
@@ -224,7 +356,20 @@ void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
   p.tensor_scale_out = a.tensor_scale_out;
   p.halves = a.format.block_columns == 16 ? 2 : 1;
   while (kUnit * p.lanes < a.format.block_columns) p.lanes *= 2;
-  if (a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kSingleLevel && !a.tensor_scale) {
+  const bool dynamic = a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kSingleLevel;
+  if (dynamic && !a.tensor_scale) {
+    if (p.units <= kOnceThreads * kOnceBlocks) {
+      int blocks = 1;
+      while (blocks * kOnceThreads < p.units) blocks *= 2;
+      const int64_t warps = (p.units + 31) / 32;
+      ClusterLaunch l;
+      l.clusters = 1;
+      l.cluster = blocks;
+      l.threads = blocks > 1 ? kOnceThreads : int(32 * warps);
+      l.shared = 4 * (1 + kOnceThreads / 32);
+      launch_clusters(find_round_once(a.format), l, stream, p);
+      return;
+    }
     AmaxArgs amax;
     amax.x = a.x;
     amax.dtype = a.dtype;
@@ -234,7 +379,10 @@ void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
     p.scale.partial_count = amax_partials(amax, stream);
     p.scale.partials = a.partials;
   }
-  launch(find_round(a.format), blocks_for(p.units), kThreads, stream, p);
+  // Blocks that stay work out the recipe's constants once; others come as places become free.
+  const int64_t all = blocks_for(p.units), stay = 3 * int64_t(multiprocessors());
+  const int64_t blocks = a.format.scale == Scale::kE4M3 && all > stay ? stay : all;
+  launch_after(launches_overlap(), find_round(a.format), blocks, kThreads, stream, p);
 }
 
 }  // namespace cuda

@@ -233,7 +233,8 @@ void quantize_any(const QuantizeArgs& a, int partial_count, Stream stream) {
   const int64_t wide = p.block_rows * p.block_columns > 2048;
   int64_t blocks = wide ? count : blocks_for(count * 32);
   if (!blocks && a.tensor_scale_out) blocks = 1;
-  launch(wide ? any_scales<kThreads> : any_scales<32>, blocks, kThreads, stream, p);
+  launch_after(p.scale.partials && launches_overlap(), wide ? any_scales<kThreads> : any_scales<32>,
+               blocks, kThreads, stream, p);
   launch(any_encode, blocks_for(groups_of(p)), kThreads, stream, p);
 }
 

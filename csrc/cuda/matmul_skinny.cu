@@ -96,14 +96,14 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.strips = (p.n + kernel.strip - 1) / kernel.strip;
   p.even_steps = steps / kernel.parts;
   p.longer_parts = steps % kernel.parts;
-  OverlappedLaunch l;
+  ClusterLaunch l;
   l.shared = shared(p.tile_tokens);
   const int at_once = kernel.blocks * (l.shared + 1024) <= 228 * 1024 ? kernel.blocks : 1;
-  l.blocks = std::min(p.strips, a.blocks ? a.blocks : at_once * multiprocessors());
+  l.clusters = std::min(p.strips, a.blocks ? a.blocks : at_once * multiprocessors());
   l.overlap = a.overlap;
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
   l.threads = 32 * kernel.warps;
-  launch_overlapped(kernel.run, l, stream, p);
+  launch_clusters(kernel.run, l, stream, p);
 }
 
 }  // namespace cuda

@@ -28,6 +28,22 @@ int multiprocessors() {
   return count;
 }
 
+bool launches_overlap() {
+#if defined(__CUDACC__)
+  static int8_t known[64];  // 1: no, 2: yes
+  int device = 0;
+  check(cudaGetDevice(&device), "device");
+  if (device < 64 && known[device]) return known[device] == 2;
+  cudaFuncAttributes facts;
+  check(cudaFuncGetAttributes(&facts, e2m1_multiplier().flat[0][0]), "kernel");
+  const bool yes = facts.ptxVersion >= 90;
+  if (device < 64) known[device] = yes ? 2 : 1;
+  return yes;
+#else
+  return false;
+#endif
+}
+
 void set_device(int index) {
   check(cudaSetDevice(index), "device");
 }
@@ -119,6 +135,13 @@ QuantizeParams common_params(const QuantizeArgs& a, int partial_count) {
   return p;
 }
 
+// What reads partial maxima is started while they are being found.
+template <class... P, class... A>
+void launch_scaled(const ScaleParams& scale, void (*kernel)(P...), int64_t blocks, int threads,
+                   Stream stream, const A&... args) {
+  launch_after(scale.partials && launches_overlap(), kernel, blocks, threads, stream, args...);
+}
+
 using RotatedKernel = void (*)(RotatedParams);
 
 // For bf16 rows end to end, as Path::kFlat has them; null where quantize_flat is to serve.
@@ -148,8 +171,9 @@ void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeP
   const int64_t at_once = int64_t(multiprocessors()) * shape.blocks;
   // Tensors of a few blocks spread over all multiprocessors instead.
   p.rounds = int(std::min<int64_t>(shape.rounds, std::max<int64_t>(1, blocks / at_once)));
-  launch(kernel, std::max<int64_t>((blocks + p.rounds - 1) / p.rounds, a.tensor_scale_out ? 1 : 0),
-         32 * shape.warps, stream, p);
+  launch_scaled(p.scale, kernel,
+                std::max<int64_t>((blocks + p.rounds - 1) / p.rounds, a.tensor_scale_out ? 1 : 0),
+                32 * shape.warps, stream, p);
 }
 
 void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {
@@ -162,8 +186,9 @@ void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {
   // An empty tensor has a tensor scale all the same.
   const int64_t blocks = p.units || !a.tensor_scale_out ? blocks_for(p.units) : 1;
   const QuantizeKernels* k = find_kernels(a.format);
-  launch(a.stochastic ? k->stochastic[int(a.dtype)] : k->flat[int(a.dtype)][int(task)], blocks,
-         kThreads, stream, p);
+  launch_scaled(p.scale,
+                a.stochastic ? k->stochastic[int(a.dtype)] : k->flat[int(a.dtype)][int(task)],
+                blocks, kThreads, stream, p);
 }
 
 void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
@@ -187,7 +212,7 @@ void launch_rows(const QuantizeArgs& a, int partial_count, Stream stream) {
                               : (p.strips + at_once - 1) / at_once * p.units_per_row * 32;
   p.units_per_row = p.units_per_row ? p.units_per_row : 1;
   const int64_t blocks = threads || !a.tensor_scale_out ? blocks_for(threads) : 1;
-  launch(find_kernels(f)->rows[a.stochastic], blocks, kThreads, stream, p);
+  launch_scaled(p.scale, find_kernels(f)->rows[a.stochastic], blocks, kThreads, stream, p);
 }
 
 void launch_square(const QuantizeArgs& a, int partial_count, Stream stream) {
@@ -206,7 +231,7 @@ void launch_square(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.block_rows = int(a.format.block_rows);
   p.strips = (p.rows + p.block_rows - 1) / p.block_rows;
   const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
-  launch(find_kernels(a.format)->square[int(a.dtype)], tiles, kThreads, stream, p);
+  launch_scaled(p.scale, find_kernels(a.format)->square[int(a.dtype)], tiles, kThreads, stream, p);
 }
 
 }  // namespace
@@ -312,14 +337,20 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
     p.scale_t.partial_count = amax_partials_across(amax, stream);
     if (!a.codes) p.scale = p.scale_t;
   }
-  const Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
-  launch(find_kernels(a.format)->dual[int(a.dtype)][int(way)], tiles_of(a, p), kThreads, stream, p);
+  const auto& kernels = find_kernels(a.format)->dual[int(a.dtype)];
+  Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
+  const bool products = a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao;
+  if (way == Way::kPlain && products && a.format.block_columns == 16 &&
+      kernels[int(Way::kTwoLevel)]) {
+    way = Way::kTwoLevel;
+  }
+  launch_scaled(p.scale, kernels[int(way)], tiles_of(a, p), kThreads, stream, p);
 }
 
 void fake_quantize_across(const QuantizeArgs& a, Stream stream) {
   const DualParams p = dual_params(a, start_amax(a, stream));
-  launch(find_kernels(a.format)->fake_across[int(a.dtype)], tiles_of(a, p), kThreads, stream, p,
-         a.out);
+  launch_scaled(p.scale, find_kernels(a.format)->fake_across[int(a.dtype)], tiles_of(a, p),
+                kThreads, stream, p, a.out);
 }
 
 }  // namespace cuda

@@ -113,9 +113,6 @@ __global__ void __launch_bounds__(32 * rotated_shape(kSize, kPow2).warps,
   constexpr int kWords = 2 * C::kWords, kOutBytes = 4 * kWords;
   using S = Signs<kUnits, kSwap>;
   __shared__ __align__(256) uint8_t shared[kWarpsHere * T::kBytes + S::kBytes];
-  codec::RecipeConstants r{};
-  if constexpr (!kPow2) r = start_recipe(p.scale);
-
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr int kStep = kWarpsHere * T::kUnitCount;
   int rounds = p.rounds;
@@ -127,6 +124,8 @@ __global__ void __launch_bounds__(32 * rotated_shape(kSize, kPow2).warps,
   };
   if (first < p.units) fetch(first);
   S signs(p.rotation, shared + kWarpsHere * T::kBytes, first, kStep, lane);
+  codec::RecipeConstants r{};
+  if constexpr (!kPow2) r = start_recipe(p.scale);
   if (first >= p.units) return;
   for (;;) {
     uint32_t words[T::kChunks * 4];

@@ -57,6 +57,7 @@ PYFMT_DEVICE codec::RecipeConstants start_recipe(const ScaleParams& p) {
   if (p.partials) {
     __shared__ uint32_t of_warp[kWarps];
     const uint32_t* partials = reinterpret_cast<const uint32_t*>(p.partials);
+    wait_for_earlier_launch();
     for (int i = threadIdx.x; i < p.partial_count; i += int(blockDim.x)) {
       largest = L::max(largest, partials[i]);
     }
@@ -141,6 +142,19 @@ PYFMT_DEVICE BlockScale block_scale(const ScaleParams& p, const codec::RecipeCon
     }
     if (b.poisoned) b.code = codec::scale_nan(p.kind);
   }
+  return b;
+}
+
+// The same for E4M3 scales by the recipes that multiply (all but torchao's), without branches.
+PYFMT_DEVICE BlockScale product_scale(const codec::RecipeConstants& r, uint32_t amax,
+                                      Multipliers known) {
+  BlockScale b;
+  b.poisoned = amax >= kFloatInf;
+  const uint32_t finite = b.poisoned ? 0u : amax;
+  const float s = fminf(as_float(finite) * as_float(r.amax_factor), as_float(kFloatMax));
+  b.code = to_fp8<false>(finite ? s : 0.0f, 0.0f);
+  b.multiplier = known.of[b.code];
+  if (b.poisoned) b.code = codec::scale_nan(Scale::kE4M3);
   return b;
 }
 

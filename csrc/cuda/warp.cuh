@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a warp and a block do together: tensor-core steps, votes, barriers, copies in the
-// background. The host texts run in the emulation of tests/emulation.
+// What a warp, a block and a cluster of blocks do together: tensor-core steps, votes, barriers,
+// reads from a neighbour's shared memory. The host texts run in the emulation of tests/emulation.
 #pragma once
 
 #include "device.cuh"
 #if !defined(__CUDACC__)
-#include "warps.h"
+#include "clusters.h"
 #endif
 
 namespace pyfmt {
@@ -73,6 +73,32 @@ PYFMT_DEVICE void block_barrier() {
 #endif
 }
 
+// All threads of all blocks of the cluster, what they wrote to shared memory included.
+PYFMT_DEVICE void cluster_barrier() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::cluster_barrier();
+#endif
+}
+
+// What block `rank` of the cluster holds where this block holds *mine.
+PYFMT_DEVICE float from_block(const float* mine, int rank) {
+#if defined(__CUDA_ARCH__)
+  const uint32_t here = uint32_t(__cvta_generic_to_shared(mine));
+  uint32_t there;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+  return value;
+#elif !defined(__CUDACC__)
+  return *emulation::in_block(mine, rank);
+#else
+  return *mine;
+#endif
+}
+
 // The launch's dynamic shared memory.
 PYFMT_DEVICE char* dynamic_shared() {
 #if defined(__CUDACC__)
@@ -80,21 +106,6 @@ PYFMT_DEVICE char* dynamic_shared() {
   return reinterpret_cast<char*>(dynamic);
 #else
   return emulation::dynamic_shared();
-#endif
-}
-
-// ---- launches that overlap the one before -----------------------------------------------------
-
-// Wait for what the launches before wrote; nothing to wait for in an ordinary launch.
-PYFMT_DEVICE void wait_for_earlier_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-// Let the next launch start: it waits, as above, before it reads what this one writes.
-PYFMT_DEVICE void allow_next_launch() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -180,35 +191,43 @@ PYFMT_DEVICE void copies_arrived() {
 #endif
 }
 
-struct OverlappedLaunch {
-  int64_t blocks = 0;
-  int tiles = 1, threads = 0, shared = 0;
+struct ClusterLaunch {
+  int64_t clusters = 0;
+  int cluster = 1, tiles = 1, threads = 0, shared = 0;
   bool overlap = true;  // start before the launch ahead ends
 };
 
 #if defined(__CUDACC__)
-// A grid of blocks by tiles.
+// A grid of clusters * cluster by tiles blocks.
 template <class P>
-void launch_overlapped(void (*kernel)(P), const OverlappedLaunch& l, Stream stream,
-                       const P& params) {
+void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, const P& params) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
         "shared memory");
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2];
+  unsigned count = 0;
+  if (l.overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (l.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = unsigned(l.cluster);
+    attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+    ++count;
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(l.blocks), unsigned(l.tiles));
+  config.gridDim = dim3(unsigned(l.clusters * l.cluster), unsigned(l.tiles));
   config.blockDim = dim3(unsigned(l.threads));
   config.dynamicSmemBytes = size_t(l.shared);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = l.overlap ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
 }
 #else
 template <class P>
-void launch_overlapped(void (*kernel)(P), const OverlappedLaunch& l, Stream, const P& params) {
-  emulation::launch_warps(kernel, l.blocks, l.tiles, l.threads, l.shared, params);
+void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream, const P& params) {
+  emulation::launch_clusters(kernel, l.clusters, l.cluster, l.tiles, l.threads, l.shared, params);
 }
 #endif
 

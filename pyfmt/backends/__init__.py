@@ -90,8 +90,10 @@ def explain(verb: str, fmt: str | Format | None, x: Any) -> dict[str, str]:
 
 
 def explain_matmul(a: Any, b: Any, *, batch_invariant: bool = False) -> dict[str, str]:
-    """Return for each GEMM path of the GPU "chosen" and why, "able", or why it cannot serve.
+    """Return for each GEMM path of b's device "chosen" and why, "able", or why it cannot serve.
 
-    a: a QTensor or a dense array; b: a QTensor on a GPU. Raises ValueError for one elsewhere.
+    a: a QTensor or a dense array; b: a QTensor. On the CPU the words name the instruction set.
     """
-    return cuda.explain_matmul(a, b, batch_invariant)
+    where = _arrays.kind(b.codes)
+    on_cpu = where == "numpy" or (where == "torch" and b.codes.device.type == "cpu")
+    return (cpu if on_cpu else cuda).explain_matmul(a, b, batch_invariant)

@@ -232,3 +232,29 @@ def matmul(a: Any, b: Any, bias: Any = None, *, dtype: Any = "float32") -> Any:
         right = (b.codes, b.scales, b.tensor_scale, b.format.key)
         return _torch_ops().matmul(*left, *right, b.shape[1], bias, _arrays.torch_dtype(dtype))
     return _cpu_numpy.matmul(a, b, bias, dtype)
+
+
+def explain_matmul(a: Any, b: QTensor, batch_invariant: bool = False) -> dict[str, str]:
+    """Return for each GEMM path of the CPU "chosen" with the instruction sets, or "able"."""
+    from pyfmt import _matmul_paths
+
+    room = _torch_ops() if _arrays.is_torch(b.codes) else _cpu_numpy.native()
+    level, levels = matmul_levels(room)
+    words = f"kernels for {level} of {', '.join(levels)}; there are none for AMX"
+    fmt = a.format if isinstance(a, QTensor) else None
+    n, k = b.shape
+    rows = a.shape[0] if len(a.shape) == 1 else a.shape[-2]
+    call = _matmul_paths.Call(fmt, "", b.format, rows, n, k, "", batch_invariant)
+    if _matmul_paths.choose_on_cpu(call) == "packed":
+        return {"packed": f"chosen: {words}", "portable": "able"}
+    return {
+        "packed": "its sums depend on how many rows there are",
+        "portable": "chosen: results must not depend on the batch",
+    }
+
+
+def matmul_levels(room: Any) -> tuple[str, list[str]]:
+    """Return the instruction set that products use, and all that this processor has kernels for."""
+    if hasattr(room, "_cpu_matmul_level"):
+        return room._cpu_matmul_level(), room._cpu_matmul_levels().split(",")
+    return room.matmul_level(), room.matmul_levels().split(",")

@@ -53,6 +53,11 @@ def load() -> str | None:
     return _failure or None
 
 
+def loaded() -> bool:
+    """Return whether the kernels have been loaded; asks nobody."""
+    return _failure == ""
+
+
 def _load() -> str:
     if not _LIBRARY_BUILT:
         return (

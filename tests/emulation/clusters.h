@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Warps on the CPU: every thread of a block is a fiber; warps and the block meet at gates of their
-// own, so they may take different paths between barriers.
+// Clusters of blocks on the CPU: every thread of every block of one cluster is a fiber; warps and
+// blocks meet at gates of their own, so they may take different paths between barriers.
 #pragma once
 
 #include <cstddef>
@@ -22,36 +22,48 @@ struct Gate {
   }
 };
 
-struct Warps {
-  int threads = 0;
+struct Cluster {
+  int blocks = 1, threads = 0, shared_bytes = 0;
   std::vector<uint4> shared;
-  std::vector<Gate> warp_gates;
-  Gate block_gate;
+  std::vector<Gate> warp_gates, block_gates;
+  Gate gate;
   struct Lane {
     uint32_t word = 0, a[4] = {}, b[2] = {};
   };
   std::vector<Lane> lanes;
 };
 
-inline Warps& warps() {
-  static Warps w;
-  return w;
+inline Cluster& cluster() {
+  static Cluster c;
+  return c;
+}
+inline int current_block() {
+  return block().current / cluster().threads;
 }
 inline void warp_barrier() {
-  warps().warp_gates[size_t(block().current / 32)].pass(32);
+  cluster().warp_gates[size_t(block().current / 32)].pass(32);
 }
 inline void block_barrier() {
-  warps().block_gate.pass(warps().threads);
+  cluster().block_gates[size_t(current_block())].pass(cluster().threads);
+}
+inline void cluster_barrier() {
+  cluster().gate.pass(cluster().threads * cluster().blocks);
 }
 inline char* dynamic_shared() {
-  return reinterpret_cast<char*>(warps().shared.data());
+  return reinterpret_cast<char*>(cluster().shared.data()) +
+         size_t(current_block()) * size_t(cluster().shared_bytes);
+}
+template <class T>
+const T* in_block(const T* mine, int rank) {
+  const ptrdiff_t far = ptrdiff_t(rank - current_block()) * cluster().shared_bytes;
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(mine) + far);
 }
 
-inline Warps::Lane* warp_lanes() {
-  return warps().lanes.data() + block().current / 32 * 32;
+inline Cluster::Lane* warp_lanes() {
+  return cluster().lanes.data() + block().current / 32 * 32;
 }
 inline bool any_lane(bool mine) {
-  Warps::Lane* lanes = warp_lanes();
+  Cluster::Lane* lanes = warp_lanes();
   lanes[block().current % 32].word = mine;
   warp_barrier();
   bool any = false;
@@ -60,7 +72,7 @@ inline bool any_lane(bool mine) {
   return any;
 }
 inline uint32_t from_lane(uint32_t value, int lane) {
-  Warps::Lane* lanes = warp_lanes();
+  Cluster::Lane* lanes = warp_lanes();
   lanes[block().current % 32].word = value;
   warp_barrier();
   const uint32_t found = lanes[lane & 31].word;
@@ -75,7 +87,7 @@ inline float half_of(uint32_t pair, int which) {
 }
 // The sum of 16 exact products rounded once: the device rounds more often.
 inline void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Warps::Lane* lanes = warp_lanes();
+  Cluster::Lane* lanes = warp_lanes();
   const int lane = block().current % 32;
   std::memcpy(lanes[lane].a, a, sizeof a);
   std::memcpy(lanes[lane].b, b, sizeof b);
@@ -95,29 +107,34 @@ inline void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 }
 
 template <class P>
-void launch_warps(void (*kernel)(P), int64_t blocks, int tiles, int threads, int shared,
-                  const P& params) {
+void launch_clusters(void (*kernel)(P), int64_t clusters, int blocks, int tiles, int threads,
+                     int shared, const P& params) {
   constexpr size_t kStack = 64 * 1024;
-  Warps& w = warps();
+  Cluster& c = cluster();
   Block& b = block();
   auto bound = std::make_tuple(kernel, &params);
-  b.threads = threads;
+  const int all = blocks * threads;
+  b.threads = all;
   b.arguments = &bound;
   b.body = [](void* p) {
     auto& call = *static_cast<decltype(bound)*>(p);
     std::get<0>(call)(*std::get<1>(call));
   };
-  if (b.fibers.size() < size_t(threads)) b.fibers.resize(size_t(threads));
-  grid_size() = dim3(unsigned(blocks), unsigned(tiles));
+  if (b.fibers.size() < size_t(all)) b.fibers.resize(size_t(all));
+  b.exchange.resize(size_t(all));
+  grid_size() = dim3(unsigned(clusters * blocks), unsigned(tiles));
   block_size() = dim3(unsigned(threads));
-  for (int64_t at = 0; at < blocks * tiles; ++at) {
-    w = Warps();
-    w.threads = threads;
+  for (int64_t at = 0; at < clusters * tiles; ++at) {
+    c = Cluster();
+    c.blocks = blocks;
+    c.threads = threads;
+    c.shared_bytes = (shared + 15) / 16 * 16;
     // Bytes that read as NaN where a kernel uses what it never wrote.
-    w.shared.assign(size_t(shared + 15) / 16, make_uint4(~0u, ~0u, ~0u, ~0u));
-    w.warp_gates.resize(size_t(threads / 32));
-    w.lanes.resize(size_t(threads));
-    for (int t = 0; t < threads; ++t) {
+    c.shared.assign(size_t(blocks) * size_t(c.shared_bytes) / 16, make_uint4(~0u, ~0u, ~0u, ~0u));
+    c.warp_gates.resize(size_t(all / 32));
+    c.block_gates.resize(size_t(blocks));
+    c.lanes.resize(size_t(all));
+    for (int t = 0; t < all; ++t) {
       Fiber& f = b.fibers[size_t(t)];
       if (!f.stack) f.stack.reset(new char[kStack]);
       f.done = false;
@@ -129,12 +146,12 @@ void launch_warps(void (*kernel)(P), int64_t blocks, int tiles, int threads, int
     }
     for (bool alive = true; alive;) {
       alive = false;
-      for (int t = 0; t < threads; ++t) {
+      for (int t = 0; t < all; ++t) {
         if (b.fibers[size_t(t)].done) continue;
         b.current = t;
-        thread_index().x = unsigned(t);
-        block_index().x = unsigned(at % blocks);
-        block_index().y = unsigned(at / blocks);
+        thread_index().x = unsigned(t % threads);
+        block_index().x = unsigned(at % clusters * blocks + t / threads);
+        block_index().y = unsigned(at / clusters);
         swapcontext(&b.scheduler, &b.fibers[size_t(t)].context);
         alive = alive || !b.fibers[size_t(t)].done;
       }
