@@ -23,6 +23,7 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
                   x.size(0));
   expect_bytes("w_codes", w_codes);
   const int64_t n = w_codes.dim() == 2 ? w_codes.size(0) : -1;
+  options::expect(n < (int64_t(1) << 31) - 128, "w_codes: expected fewer rows than 2^31, got ", n);
   const Shape codes_want{n, f.row_bytes(k)}, scales_want{n, f.blocks(k)};
   const Shape codes_have = shape_of(w_codes), scales_have = shape_of(w_scales);
   options::expect(codes_have == codes_want, "w_codes: expected shape (rows, ", f.row_bytes(k),
@@ -69,11 +70,9 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
   a.out = out.mutable_data_ptr();
   a.out_dtype = dtype_of("dtype", dtype);
   if (plan) {
-    options::expect(plan->size() == 4, "plan: expected four numbers, got ", int64_t(plan->size()));
-    a.cluster = int((*plan)[0]);
-    a.k_warps = int((*plan)[1]);
-    a.row_warps = int((*plan)[2]);
-    a.overlap = (*plan)[3] != 0;
+    options::expect(plan->size() == 2, "plan: expected two numbers, got ", int64_t(plan->size()));
+    a.blocks = int((*plan)[0]);
+    a.overlap = (*plan)[1] != 0;
   }
   cuda::matmul_skinny(a, device.stream);
   return out;
@@ -83,8 +82,8 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
 }  // namespace pyfmt
 
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
-  // plan: for measurements; blocks of a cluster, parts of k and row tiles in a block, whether to
-  // start before the launch ahead ends.
+  // plan: for measurements; blocks that share the rows (0: chosen), whether to start before the
+  // launch ahead ends.
   m.def(
       "_matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, "
       "str w_format, int k, Tensor? bias, ScalarType dtype, bool batch_invariant=False, "

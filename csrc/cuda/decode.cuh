@@ -47,6 +47,16 @@ PYFMT_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
 #endif
 }
 
+PYFMT_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+#else
+  return each_half(a, b, 0, [](float x, float y, float) { return x - y; });
+#endif
+}
+
 PYFMT_DEVICE uint32_t fused_pairs(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__)
   uint32_t d;
@@ -287,7 +297,7 @@ struct Decoder {
     for (int i = 0; i < 2; ++i) {
       const uint32_t x =
           pick_bytes(w, 0x43434343u, kInOrder ? (i ? 0x4342 : 0x4140) : (i ? 0x4341 : 0x4240));
-      out[i] = add_pairs(x & both(0xff7fu), (x & both(0x0080u)) | both(0xc300u));
+      out[i] = subtract_pairs(x & both(0xff7fu), x & both(0x4380u));
     }
   }
 };

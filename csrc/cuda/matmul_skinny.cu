@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which kernel for few tokens, how k is cut, and how many blocks share the work.
 #include <algorithm>
-#include <cmath>
-#include <mutex>
 
 #include "../parse.h"
 #include "matmul_skinny.cuh"
@@ -13,107 +11,7 @@ namespace cuda {
 
 namespace {
 
-constexpr int kShared = 228 * 1024;  // of a multiprocessor, of which each block takes 1 KB more
-
-// Clusters of 1, 2, 4 and 8 blocks that run at once.
-struct Machine {
-  int clusters[4];
-
-  int at_once(int cluster) const {
-    return clusters[cluster >= 8 ? 3 : cluster >= 4 ? 2 : cluster >= 2 ? 1 : 0];
-  }
-};
-
-int shared_limit(const SkinnyKernel& kernel) {
-  return kShared / kernel.blocks - 1024;
-}
-
-// What this process found out about its devices, once for each and for each number of blocks.
-const Machine& machine(const SkinnyKernel& kernel) {
-  constexpr int kDevices = 64;
-  static std::once_flag flags[kDevices][5];
-  static Machine machines[kDevices][5];
-  int device = 0;
-  check(cudaGetDevice(&device), "device");
-  device %= kDevices;
-  Machine& m = machines[device][kernel.blocks];
-  std::call_once(flags[device][kernel.blocks], [&] {
-    for (int i = 0; i < 4; ++i) {
-      m.clusters[i] = std::max(
-          1, clusters_at_once(kernel.run, 1 << i, 32 * kernel.warps, shared_limit(kernel)));
-    }
-  });
-  return m;
-}
-
-// How the blocks of a cluster and the warps of a block share rows and k.
-struct Plan {
-  int cluster = 1, k_warps = 1, row_warps = 1, clusters = 1;
-  double cost = 1e30;
-
-  int parts() const { return cluster * k_warps; }
-};
-
-int sum_bytes(const SkinnyKernel& kernel, const Plan& plan, int columns) {
-  return plan.k_warps * columns * (kernel.row_tile * plan.row_warps + 4) * 4;
-}
-int ring_bytes(const SkinnyKernel& kernel, const Plan& plan) {
-  return plan.k_warps * plan.row_warps * kernel.depth * kernel.slot;
-}
-// Shared memory for x in one step of each part.
-int step_bytes(const SkinnyKernel& kernel, const Plan& plan, int padded_columns) {
-  return plan.k_warps * kernel.fragments * 64 * padded_columns;
-}
-int padded_columns(const SkinnyKernel& kernel, int columns) {
-  return kernel.tiles > 1 ? 8 * kernel.tiles : columns;
-}
-
-// Time in microseconds, roughly: what the busiest multiprocessor reads at its share of the memory's
-// rate, longer with few warps to hide latency, and what activations, rounds and exchanges add.
-Plan cost_of(const SkinnyArgs& a, const SkinnyKernel& kernel, int cluster, int k_warps,
-             int columns) {
-  const double kBytesPerMicrosecond = 31e3 / kernel.blocks;  // of one block
-  Plan plan;
-  const int64_t tiles = (a.n + kernel.row_tile - 1) / kernel.row_tile;
-  const int most = machine(kernel).at_once(cluster);
-  const int64_t shares = (tiles + most - 1) / most;  // of a cluster
-  plan.cluster = cluster;
-  plan.k_warps = k_warps;
-  // As many rows at once as there are warps for, or fewer where shared memory holds no more.
-  int64_t rounds = (shares * k_warps + kernel.warps - 1) / kernel.warps;
-  for (bool fits = false; !fits; ++rounds) {
-    plan.row_warps = int((shares + rounds - 1) / rounds);
-    const int need = ring_bytes(kernel, plan) +
-                     kernel.depth * step_bytes(kernel, plan, padded_columns(kernel, columns)) +
-                     sum_bytes(kernel, plan, columns);
-    fits = plan.row_warps * k_warps <= kernel.warps && need <= shared_limit(kernel);
-    if (!fits && plan.row_warps == 1) return plan;
-  }
-  plan.clusters = int(std::min<int64_t>(most, (tiles + plan.row_warps - 1) / plan.row_warps));
-  const double bits = a.format.bits() + 8.0 * scale_bytes(a.format.scale) / 32;
-  const double steps = std::ceil(double(a.k) / kernel.step / cluster / k_warps) * k_warps;
-  const double bytes = double(shares * kernel.row_tile) * steps * kernel.step * bits / 8;
-  const double x_bytes = 2.0 * columns * double(a.k) / cluster;
-  const double busy = std::min(1.0, double(plan.row_warps * k_warps) / (kernel.warps * 0.8));
-  plan.cost = bytes / kBytesPerMicrosecond / busy + x_bytes / 60e3 + 0.6 * double(rounds) +
-              (cluster > 1 ? 0.5 : 0.0) + 0.02 * (k_warps + cluster);
-  return plan;
-}
-
-// parts 0: the best number of them.
-Plan best_plan(const SkinnyArgs& a, const SkinnyKernel& kernel, int parts, int columns) {
-  Plan best;
-  for (int cluster = 1; cluster <= 8; cluster *= 2) {
-    for (int k_warps = 1; k_warps <= 8; ++k_warps) {
-      if (parts ? cluster * k_warps != parts
-                : (cluster * k_warps > 16 || (k_warps & (k_warps - 1))))
-        continue;
-      const Plan plan = cost_of(a, kernel, cluster, k_warps, columns);
-      if (plan.cost < best.cost) best = plan;
-    }
-  }
-  return best;
-}
+constexpr int kMostShared = 227 * 1024;  // of a block
 
 SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
   for (auto* family :
@@ -151,72 +49,60 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.terms = a.x_dtype == DType::kBF16 ? 1 : a.x_dtype == DType::kFP16 ? 2 : 3;
   p.tokens = int(a.m);
   p.codes = a.codes;
-  p.row_bytes = a.format.row_bytes(a.k);
+  p.row_bytes = int(a.format.row_bytes(a.k));
   p.scales = a.scales;
-  p.row_scales = a.format.blocks(a.k);
+  p.row_scales = int(a.format.blocks(a.k));
   p.scale = a.format.scale;
   p.tensor_scale = a.tensor_scale;
   p.bias = a.bias;
   p.bias_dtype = a.bias_dtype;
   p.out = a.out;
   p.out_dtype = a.out_dtype;
-  p.n = a.n;
+  p.n = int(a.n);
   p.k = int(a.k);
-  p.padded = int(a.format.padded(a.k));
-  const bool two_scales = a.format.bits() == 6 || a.format.scale == Scale::kE4M3;
-  const bool guard = !aligned16(a.codes) || p.row_bytes % 16 != 0 ||
-                     (two_scales && (reinterpret_cast<uintptr_t>(a.scales) & 1) != 0);
-  const int64_t wanted = a.m * p.terms;
-  const Inputs inputs = guard ? Inputs::kGuarded : p.terms > 1 ? Inputs::kAny : Inputs::kBF16;
-  const SkinnyKernel kernel = find_kernel(a.format, int(std::min<int64_t>(wanted, 64)), inputs);
+  const bool guard = !aligned16(a.codes) || p.row_bytes % 16 != 0 || a.n < 128;
+  const Inputs inputs = guard                      ? Inputs::kGuarded
+                        : p.terms == 1 && p.x_wide ? Inputs::kBF16
+                                                   : Inputs::kAny;
+  const SkinnyKernel kernel =
+      find_kernel(a.format, int(std::min<int64_t>(a.m * p.terms, 64)), inputs);
+  // As many tokens at once as there are columns and shared memory for.
+  const auto shared = [&](int tokens) {
+    const int sums = 4 * tokens * p.terms * (kernel.strips * kernel.strip + 4);
+    p.slot = std::max(kernel.codes + kernel.step * tokens * int(x_bytes), (sums + 15) / 16 * 16);
+    p.terms_bytes = inputs == Inputs::kBF16 ? 0 : 2 * kernel.step * tokens * p.terms;
+    return kernel.warps * (kernel.depth * (p.slot + kernel.scales) + p.terms_bytes);
+  };
   p.tile_tokens = int(std::min<int64_t>(a.m, 8 * kernel.tiles / p.terms));
-  const int columns = p.tile_tokens * p.terms;
-  p.columns = padded_columns(kernel, columns);
-  const int steps = (p.padded + kernel.step - 1) / kernel.step;
+  while (shared(p.tile_tokens) > kMostShared) --p.tile_tokens;
+  const int steps = (int(a.format.padded(a.k)) + kernel.step - 1) / kernel.step;
   if (a.format.block_columns) {
     const bool whole = a.format.block_columns % kernel.step == 0;
     const int64_t runs = a.format.block_columns / (whole ? kernel.step : 32);
     p.group_share = runs ? ((uint64_t(1) << 32) + uint64_t(runs) - 1) / uint64_t(runs) : 0;
   }
-
-  // The number of parts comes from the one-token kernel, for every number of tokens.
-  Plan plan;
-  if (a.cluster) {
-    plan.cluster = a.cluster;
-    plan.k_warps = a.k_warps;
-    plan.row_warps = a.row_warps;
-    const int64_t group = int64_t(kernel.row_tile) * plan.row_warps;
-    plan.clusters =
-        int(std::min<int64_t>((a.n + group - 1) / group, machine(kernel).at_once(plan.cluster)));
-  } else {
-    const SkinnyKernel one = find_kernel(a.format, 1, Inputs::kBF16);
-    plan = best_plan(a, kernel, best_plan(a, one, 0, 1).parts(), columns);
+  // Scales are copied 16, 8 or 4 bytes of a row at once, as their alignment allows, but not less
+  // than a step's.
+  const bool blocks = a.format.scale == Scale::kE8M0 || a.format.scale == Scale::kE4M3;
+  const int size = scale_bytes(a.format.scale);
+  const int least = blocks ? kernel.step / (a.format.scale == Scale::kE4M3 ? 16 : 32) : size;
+  const uint64_t places = reinterpret_cast<uintptr_t>(a.scales) | uint64_t(p.row_scales) * size;
+  for (p.scale_shift = 4; p.scale_shift && places >> p.scale_shift << p.scale_shift != places;)
+    --p.scale_shift;
+  p.scale_copies = !guard && p.scale_shift >= 2 && 1 << p.scale_shift >= least;
+  if (!p.scale_copies) {
+    for (p.scale_shift = 0; 1 << p.scale_shift < least;) ++p.scale_shift;
   }
-  p.cluster = plan.cluster;
-  p.k_warps = plan.k_warps;
-  p.row_warps = plan.row_warps;
-  p.even_steps = steps / plan.parts();
-  p.longer_parts = steps % plan.parts();
-  const int longest = (steps + plan.parts() - 1) / plan.parts();
-  p.part_steps = (longest + kernel.depth - 1) / kernel.depth * kernel.depth;
-  const int sums = sum_bytes(kernel, plan, columns), step = step_bytes(kernel, plan, p.columns);
-  p.x_at = ring_bytes(kernel, plan);
-  const int fits = (shared_limit(kernel) - p.x_at - sums) / step / kernel.depth * kernel.depth;
-  if (fits < kernel.depth) {
-    throw Error(
-        "matmul for few tokens: no way to share the work fits the shared memory of this "
-        "device; choose another path");
-  }
-  p.slice_steps = std::min(p.part_steps, fits);
-  p.sums_at = p.x_at + p.slice_steps * step;
-
+  p.strips = (p.n + kernel.strip - 1) / kernel.strip;
+  p.even_steps = steps / kernel.parts;
+  p.longer_parts = steps % kernel.parts;
   ClusterLaunch l;
-  l.clusters = plan.clusters;
-  l.cluster = plan.cluster;
+  l.shared = shared(p.tile_tokens);
+  const int at_once = kernel.blocks * (l.shared + 1024) <= 228 * 1024 ? kernel.blocks : 1;
+  l.clusters = std::min(p.strips, a.blocks ? a.blocks : at_once * multiprocessors());
   l.overlap = a.overlap;
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
-  l.threads = 32 * p.row_warps * p.k_warps;
-  l.shared = p.sums_at + sums;
+  l.threads = 32 * kernel.warps;
   launch_clusters(kernel.run, l, stream, p);
 }
 

@@ -3,178 +3,228 @@
 //
 // The weight is the left operand, 16 rows of it a tensor-core tile, and up to 8 * kTiles columns
 // (tokens, or the two or three bfloat16 terms of wider ones) the right one. The order of k inside a
-// step is free as long as both sides agree, so a lane takes 16 or 48 contiguous bytes of a row and
-// the activations lie in shared memory in the order in which those bytes are decoded.
+// step is free as long as both sides agree, so a lane takes 16, 32 or 48 contiguous bytes of a row
+// and brings the activations into the order in which those bytes are decoded.
 //
-// k is cut into parts: the blocks of a cluster take neighbouring ones, and so do the groups of
-// warps in a block. Each part adds up in its own accumulators; the parts meet in shared memory and
-// are summed in the order of k. How many parts there are depends on n and k alone, never on the
-// number of tokens, so a token's result does not depend on what else is in the batch.
+// A block takes a run of rows; each of its warps takes a part of k of all of them, with a ring of
+// its own for codes, scales and activations, so that warps meet only to add up what they have, in
+// the order of k. How k is cut depends on k alone, so a token's result does not depend on what else
+// is in the batch.
+//
+// Code that runs once has to be fetched, and a block that waits for its first bytes or for the last
+// sum does nothing: hence one rolled loop, and copies that start before the launch ahead ends.
 #pragma once
 
-#include "matmul_skinny_x.cuh"
+#include "matmul_skinny_warp.cuh"
 
 namespace pyfmt {
 namespace cuda {
+
+// The first step of a part of k.
+PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
+  return part * p.even_steps + min(part, p.longer_parts);
+}
 
 template <class W, int kTiles, Inputs kInputs>
 __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
                                   SkinnyShape<W, kTiles>::kBlocks)
     skinny(const __grid_constant__ SkinnyParams p) {
   using Warp = SkinnyWarp<W, kTiles, kInputs>;
-  constexpr int kDepth = SkinnyShape<W, kTiles>::kDepth, kRows = 16 * Warp::kRowTiles;
-  char* const ring = dynamic_shared();
-  char* const shared = ring + p.x_at;
-  float* const partial = reinterpret_cast<float*>(ring + p.sums_at);
-  const int rank = int(blockIdx.x % unsigned(p.cluster)),
-            cluster = int(blockIdx.x / unsigned(p.cluster));
-  const int clusters = int(gridDim.x / unsigned(p.cluster));
-  const int of_k = int((threadIdx.x >> 5) / unsigned(p.row_warps));
-  const int of_n = int(threadIdx.x >> 5) - of_k * p.row_warps;
-  const int part = rank * p.k_warps + of_k;
-  const int first_step = part_start(p, part), steps = part_start(p, part + 1) - first_step;
+  using Shape = SkinnyShape<W, kTiles>;
+  constexpr int kWarps = Shape::kWarps, kDepth = Shape::kDepth, kStrips = Shape::kStrips;
+  constexpr int kLines = Warp::kAllRows, kPitch = kLines + 4;
+  char* const shared = dynamic_shared();
+  const int me = int(threadIdx.x >> 5), ring_bytes = kDepth * p.slot;
+  const int warp_bytes = ring_bytes + kDepth * Warp::kScaleBytes + p.terms_bytes;
+  constexpr int kTurns = Shape::kTurns;
+  static_assert(kTurns <= 2, "sums of one earlier part are kept");
+  int first_step = part_start(p, kTurns * me);
+  int steps = part_start(p, kTurns * (me + 1)) - first_step;
+  keep(first_step);
+  keep(steps);
+  const int turn = part_start(p, kTurns * me + 1) - first_step;  // where the second part starts
+  const int longest = part_start(p, kTurns);                     // of any warp
   const int first_token = int(blockIdx.y) * p.tile_tokens;
-  const int tokens = min(p.tile_tokens, p.tokens - first_token);
-  const int columns = tokens * p.terms, stride = 64 * p.columns;
-  const int group_rows = kRows * p.row_warps, pitch = group_rows + 4;
+  const int tokens = min(p.tile_tokens, p.tokens - first_token), columns = tokens * p.terms;
+  const int from = int(int64_t(p.strips) * blockIdx.x / gridDim.x);
+  const int to = int(int64_t(p.strips) * (blockIdx.x + 1) / gridDim.x);
+  Warp warp(p, shared_address(shared + me * warp_bytes), columns);
+  const typename Warp::X x(p, warp.lane, first_token);
+  // Rows that a round starts with; the last one may repeat rows of the one before.
+  const auto first_row = [&](int strip) {
+    return max(0, min(strip * Warp::kStrip, p.n - min(kStrips, to - strip) * Warp::kStrip));
+  };
 
-  Warp warp(p, ring);
-  typename Warp::Scales scales[kDepth];
-  const int64_t first_row = int64_t(cluster) * group_rows + of_n * kRows;
-  const int64_t row_step = int64_t(clusters) * group_rows;
-  bool loading = first_row < p.n;
-  if (loading) warp.set_rows(first_row);
-#pragma unroll
-  for (int d = 0; d < kDepth; ++d) {
-    if (loading && d < steps) warp.load(d, scales[d], first_step + d);
+  // Scales come for several steps at once; copying and using them go through the same places.
+  struct Chunks {
+    int chunk = -1;
+    unsigned at;
+
+    PYFMT_DEVICE bool next(int to) {
+      if (to == chunk) return false;
+      chunk = to;
+      at = at + Warp::kScaleBytes == kDepth * Warp::kScaleBytes ? 0 : at + Warp::kScaleBytes;
+      return true;
+    }
+  };
+  const SharedAddress scales = warp.ring + unsigned(ring_bytes);
+  Chunks copied{-1, 0}, used_scales{-1, 0};
+
+  // The ring is filled kDepth - 1 steps ahead, across rounds of kStrips strips. All warps take
+  // equally many turns, so that all are at the same slot when they meet.
+  int next_strip = from, next_step = 0, next_row = first_row(from);
+  unsigned next_slot = 0;
+  const auto load = [&](bool activations) {
+    if (next_step < steps && next_strip < to) {
+      const SharedAddress slot = warp.ring + next_slot;
+      const int step = first_step + next_step, strips = min(kStrips, to - next_strip);
+      warp.load_codes(slot, step, next_row, strips);
+      if (copied.next(warp.scale_chunk(step)))
+        warp.load_scales(scales + copied.at, step, next_row, strips);
+      if (activations)
+        x.load(p, slot + unsigned(Warp::kCodeBytes), warp.lane, first_token, tokens, step);
+    }
     close_copies();
-  }
+    next_slot = int(next_slot) + p.slot == ring_bytes ? 0 : next_slot + unsigned(p.slot);
+    if (++next_step == longest) {
+      next_step = 0;
+      next_strip += kStrips;
+      next_row = first_row(next_strip);
+      warp.seek(first_step, next_row);
+      copied.chunk = -1;
+    }
+  };
+  warp.seek(first_step, next_row);
+#pragma unroll 1
+  for (int d = 0; d < kDepth - 1; ++d) load(false);
   wait_for_earlier_launch();
   allow_next_launch();
+  // The same steps once more, for x.
+  {
+    int step = 0, strip = from;
+#pragma unroll 1
+    for (int d = 0; d < kDepth - 1; ++d) {
+      if (step < steps && strip < to)
+        x.load(p, warp.ring + unsigned(d * p.slot + Warp::kCodeBytes), warp.lane, first_token,
+               tokens, first_step + step);
+      close_copies();
+      if (++step == longest) step = 0, strip += kStrips;
+    }
+  }
 
-  // One column for all where fewer than eight are there: what the others give is never stored.
-  const int column = kTiles > 1 ? warp.lane >> 2 : min(warp.lane >> 2, p.columns - 1);
-  const char* const x =
-      shared + of_k * p.slice_steps * W::kFragments * stride + 64 * column + 16 * warp.t;
-  const bool once = p.slice_steps >= p.part_steps;
-  bool staged = false;
-  for (int64_t row = first_row; row - of_n * kRows < p.n; row += row_step) {
-    const bool working = row < p.n;
-    if (working) warp.clear();
-    for (int slice = 0; slice < p.part_steps; slice += p.slice_steps) {
-      if (!(once && staged)) {
-        if (staged) block_barrier();
-        if (kInputs == Inputs::kBF16 || p.x_dtype == DType::kBF16) {
-          stage<W, DType::kBF16, kTiles <= 2 ? 8 : 4>(p, shared, first_token, tokens, rank, slice);
-        } else if (p.x_dtype == DType::kFP16) {
-          stage<W, DType::kFP16, kTiles <= 2 ? 8 : 4>(p, shared, first_token, tokens, rank, slice);
-        } else {
-          stage<W, DType::kFP32, kTiles <= 2 ? 8 : 4>(p, shared, first_token, tokens, rank, slice);
-        }
-        staged = true;
-        block_barrier();
-      }
-      if (!working) continue;
-      const int end = min(slice + p.slice_steps, p.part_steps);
-      for (int base = slice; base < end; base += kDepth) {
-        // The loads that follow are of the next steps, or of the next rows' first ones.
-        int next = base + kDepth;
-        if (next >= p.part_steps) {
-          next = 0;
-          loading = row + row_step < p.n;
-          if (loading) warp.set_rows(row + row_step);
-        }
+  const float factor = (p.tensor_scale ? *p.tensor_scale : 1.0f) * float(1 << W::D::kDown);
+  unsigned slot = 0;
+#pragma unroll 1
+  for (int strip = from; strip < to; strip += kStrips) {
+    const int strips = min(kStrips, to - strip), row = first_row(strip);
+    warp.clear();
+    float early[kTurns > 1 ? Warp::kSums : 1] = {};
+    used_scales.chunk = -1;
+    unsigned used = 0;
+#pragma unroll 1
+    for (int step = 0; step < longest; ++step) {
+      copies_arrived<kDepth - 2>();
+      warp_barrier();
+      load(true);
+      if (kTurns > 1 && step == turn) {
 #pragma unroll
-        for (int d = 0; d < kDepth; ++d) {
-          copies_arrived<kDepth - 1>();
-          if (base + d < steps) {
-            warp.multiply_step(d, scales[d], x + (base + d - slice) * (W::kFragments * stride),
-                               stride);
-          }
-          if (loading && next + d < steps) warp.load(d, scales[d], first_step + next + d);
-          close_copies();
-        }
+        for (int i = 0; i < Warp::kSums; ++i) early[i] = warp.sum(i);
+        warp.clear();
       }
+      if (step < steps) {
+        const int s = first_step + step;
+        used_scales.next(warp.scale_chunk(s));
+        const int inside = Warp::kLaneScales ? 0 : warp.scales_at(s) & ((1 << p.scale_shift) - 1);
+        SharedAddress activations = warp.ring + slot + unsigned(Warp::kCodeBytes);
+        if constexpr (Warp::X::kAny) {
+          const SharedAddress terms = warp.ring + unsigned(ring_bytes + kDepth * Warp::kScaleBytes);
+          Warp::X::convert(p, activations, terms, warp.lane, tokens);
+          activations = terms;
+          warp_barrier();
+        }
+        warp.multiply_step(warp.ring + slot, scales + used_scales.at + unsigned(inside),
+                           activations, s, row, strips);
+      }
+      used = slot;
+      slot = int(slot) + p.slot == ring_bytes ? 0 : slot + unsigned(p.slot);
     }
 
-    // The parts' sums, column by column: [part of this block][column][row].
-    if (working) {
+    if (kTurns > 1 && turn < longest) {
 #pragma unroll
-      for (int i = 0; i < Warp::kRowTiles * kTiles * 4; ++i) {
-        const int tile = i / 4 % kTiles, row_tile = i / 4 / kTiles, c = i % 4;
-        const int at = 8 * tile + 2 * warp.t + (c & 1);
-        const int line = of_n * kRows + 16 * row_tile + (warp.lane >> 2) + 8 * (c >> 1);
-        if (at < columns)
-          partial[(of_k * columns + at) * pitch + line] = warp.sums[row_tile][tile][c];
+      for (int i = 0; i < Warp::kSums; ++i) warp.sum(i) = early[i] + warp.sum(i);
+    }
+
+    // The warps' sums, [column][row], each warp's in the slot that it has just used.
+    warp_barrier();
+    float* const partial = reinterpret_cast<float*>(shared + used);
+#pragma unroll
+    for (int i = 0; i < Warp::kSums; ++i) {
+      const int c = i % 4, tile = i / 4 % kTiles, row_tile = i / 4 / kTiles;
+      const int at = 8 * tile + 2 * warp.t + (c & 1);
+      const int line = 16 * row_tile + (warp.lane >> 2) + 8 * (c >> 1);
+      if (at < columns) {
+        partial[me * (warp_bytes / 4) + at * kPitch + line] = warp.sum(i);
       }
     }
-    p.cluster > 1 ? cluster_barrier() : block_barrier();
-    const float factor = (p.tensor_scale ? *p.tensor_scale : 1.0f) * float(1 << W::D::kDown);
-    for (int i = rank * int(blockDim.x) + int(threadIdx.x); i < group_rows * tokens;
-         i += p.cluster * int(blockDim.x)) {
-      const int line = i % group_rows, token = i / group_rows;
-      const int64_t n = row - of_n * kRows + line;
-      if (n >= p.n) continue;
+    block_barrier();
+#pragma unroll 1
+    for (int i = int(threadIdx.x); i < kLines * tokens; i += 32 * kWarps) {
+      const int line = i % kLines, token = i / kLines, n = row + line;
+      if (n >= p.n || line >= strips * Warp::kStrip) continue;
       float sum = 0.0f;
+#pragma unroll 1
       for (int term = p.terms - 1; term >= 0; --term) {
-        const float* one = partial + (token * p.terms + term) * pitch + line;
-        // Four at a time: a neighbour's memory is far away.
-        for (int first = 0; first < p.cluster * p.k_warps; first += 4) {
-          float some[4];
+        const float* const column = partial + (token * p.terms + term) * kPitch + line;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int part = first + j, from = part / p.k_warps;
-            const float* at = one + (part - from * p.k_warps) * columns * pitch;
-            if (from < p.cluster) some[j] = p.cluster > 1 ? from_block(at, from) : *at;
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if (first + j < p.cluster * p.k_warps) sum = sum + some[j];
-          }
+        for (int w = 0; w < kWarps; w += 2 / kTurns) {
+          float two = column[w * (warp_bytes / 4)];
+          if (kTurns == 1) two = two + column[(w + 1) * (warp_bytes / 4)];
+          sum = sum + two;
         }
       }
       float y = sum * factor;
       if (p.bias) y = y + load_element(p.bias, p.bias_dtype, n);
       store_element(p.out, p.out_dtype, int64_t(first_token + token) * p.n + n, y);
     }
-    // Nobody overwrites, or leaves, what another still reads.
-    p.cluster > 1 ? cluster_barrier() : block_barrier();
+    if (strip + kStrips < to) block_barrier();
   }
 }
 
 // ---- launch -----------------------------------------------------------------------------------
 
-// One of the compiled kernels and what a plan must know of it.
+// One of the compiled kernels and what its launch must know of it.
 struct SkinnyKernel {
   void (*run)(SkinnyParams) = nullptr;
-  int step = 0, depth = 0, slot = 0, fragments = 0, row_tile = 0, warps = 0, blocks = 0, tiles = 0;
+  int step = 0, depth = 0, codes = 0, scales = 0, strip = 0, strips = 0, warps = 0, parts = 0,
+      blocks = 0, tiles = 0;
 };
 
 template <class W, int kTiles, Inputs kInputs>
 SkinnyKernel describe_skinny() {
   using Shape = SkinnyShape<W, kTiles>;
+  using Warp = SkinnyWarp<W, kTiles, kInputs>;
   return {skinny<W, kTiles, kInputs>,
           W::kStep,
           Shape::kDepth,
-          SkinnyWarp<W, kTiles, kInputs>::kSlotBytes,
-          W::kFragments,
-          16 * Shape::kRowTiles,
+          Warp::kCodeBytes,
+          Warp::kScaleBytes,
+          Warp::kStrip,
+          Shape::kStrips,
           Shape::kWarps,
+          Shape::kWarps * Shape::kTurns,
           Shape::kBlocks,
           kTiles};
 }
 
 template <class W>
 SkinnyKernel skinny_kernel(int columns, Inputs inputs) {
-  if (inputs == Inputs::kGuarded) return describe_skinny<W, 8, Inputs::kGuarded>();
+  if (inputs == Inputs::kGuarded) return describe_skinny<W, 2, Inputs::kGuarded>();
   if (inputs == Inputs::kAny) {
     return columns <= 8 ? describe_skinny<W, 1, Inputs::kAny>()
-                        : describe_skinny<W, 8, Inputs::kAny>();
+                        : describe_skinny<W, 2, Inputs::kAny>();
   }
-  return columns <= 8    ? describe_skinny<W, 1, Inputs::kBF16>()
-         : columns <= 16 ? describe_skinny<W, 2, Inputs::kBF16>()
-         : columns <= 32 ? describe_skinny<W, 4, Inputs::kBF16>()
-                         : describe_skinny<W, 8, Inputs::kBF16>();
+  return columns <= 8 ? describe_skinny<W, 1, Inputs::kBF16>()
+                      : describe_skinny<W, 2, Inputs::kBF16>();
 }
 
 SkinnyKernel skinny_fp4(const FormatSpec&, int columns, Inputs);

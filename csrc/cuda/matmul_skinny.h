@@ -21,8 +21,8 @@ struct SkinnyArgs {
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;  // (m, n) contiguous
   DType out_dtype = DType::kBF16;
-  // For measurements: blocks of a cluster, parts of k and tiles of rows in a block; 0: chosen.
-  int cluster = 0, k_warps = 0, row_warps = 0;
+  // For measurements: blocks that share the rows; 0: chosen.
+  int blocks = 0;
   bool overlap = true;  // start before the launch ahead ends
 };
 

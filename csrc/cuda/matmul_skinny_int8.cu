@@ -7,7 +7,7 @@ namespace cuda {
 
 SkinnyKernel skinny_int8(const FormatSpec& f, int columns, Inputs inputs) {
   if (f.element == elements::int8 && f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3) {
-    if (f.block_columns % 64 == 0) {
+    if (f.block_columns % 128 == 0) {
       return skinny_kernel<Weights<int8_element, Scale::kBF16, Grouping::kSteps>>(columns, inputs);
     }
     return skinny_kernel<Weights<int8_element, Scale::kBF16, Grouping::k32>>(columns, inputs);

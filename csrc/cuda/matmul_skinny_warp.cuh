@@ -1,190 +1,108 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one warp of the kernel for few tokens does: it fetches packed rows and their scales ahead,
-// decodes them and multiplies them with the activations that wait in shared memory.
+// What one warp of the kernel for few tokens does: it copies packed rows, their scales and the
+// activations ahead into a ring of its own, decodes and multiplies.
 #pragma once
 
-#include "decode.cuh"
-#include "warp.cuh"
+#include "matmul_skinny_x.cuh"
 
 namespace pyfmt {
 namespace cuda {
-
-struct SkinnyParams {
-  const void* x = nullptr;
-  int64_t x_stride = 0;
-  DType x_dtype = DType::kBF16;
-  bool x_wide = false;                         // 16-byte aligned rows
-  int terms = 1, tokens = 0, tile_tokens = 0;  // bfloat16 terms of an activation; in all; a tile's
-  const uint8_t* codes = nullptr;
-  int64_t row_bytes = 0;
-  const void* scales = nullptr;
-  int64_t row_scales = 0;      // of a row
-  Scale scale = Scale::kE8M0;  // of groups: bf16, fp16 or fp32
-  uint64_t group_share = 0;    // 2^32 over the steps, or runs of 32, of a group
-  const float* tensor_scale = nullptr;
-  const void* bias = nullptr;
-  DType bias_dtype = DType::kFP32;
-  void* out = nullptr;
-  DType out_dtype = DType::kBF16;
-  int64_t n = 0;
-  int k = 0, padded = 0;
-  int cluster = 1, k_warps = 1, row_warps = 1;
-  int even_steps = 0, longer_parts = 0;  // of a part; how many have one more
-  int part_steps = 0;                    // of the longest part, a multiple of the kernel's depth
-  int slice_steps = 0;                   // that shared memory holds at a time
-  int columns = 0;                       // of shared memory
-  int x_at = 0, sums_at = 0;             // where they start in shared memory, in bytes
-};
-
-enum class Grouping { kBlocks, kSteps, k32 };
-
-// kBF16: bfloat16 activations; kAny: of any dtype; kGuarded: and rows or scales of any alignment.
-enum class Inputs { kBF16, kAny, kGuarded };
-
-// E, its scales, and how groups with float scales divide a step: kBlocks for none.
-template <class E, Scale kScaleKind, Grouping kGroups>
-struct Weights {
-  using D = Decoder<E, kScaleKind>;
-  static constexpr Grouping kGrouping = kGroups;
-  static constexpr bool kGrouped = kGroups != Grouping::kBlocks;
-  static constexpr Scale kScale = kScaleKind;
-  static constexpr int kVectors = D::kBits == 6 ? 3 : 1;   // of 16 bytes, a lane's share of a row
-  static constexpr int kLane = kVectors * 128 / D::kBits;  // elements of it
-  static constexpr int kStep = 4 * kLane;
-  static constexpr int kUnits = kLane / D::kElements;
-  static constexpr int kFragments = kLane / 8;  // of 8 elements of x a lane, two matrix steps
-  static constexpr int kUnitFragments = D::kElements / 8;
-  static constexpr int kFactors = D::kBits == 6 || kScale == Scale::kE4M3 ? 2 : 1;  // of a lane
-
-  // Where unit u of lane t of four starts inside a step.
-  PYFMT_DEVICE static int unit_start(int t, int u) {
-    if constexpr (kGroups == Grouping::k32) {
-      return D::kBits == 4 ? 32 * u + 8 * t : 16 * (2 * u + (t & 1)) + 8 * (t >> 1);
-    } else {
-      return t * kLane + u * D::kElements;
-    }
-  }
-};
-
-// Rows of 16 in a warp, steps in flight, most warps of a block and blocks of a multiprocessor, for
-// kTiles tiles of 8 columns. Small blocks: one starts while its neighbour streams.
-template <class W, int kTiles>
-struct SkinnyShape {
-  static constexpr bool kMany = kTiles > 2;
-  static constexpr int kRowTiles = W::kGrouped || W::D::kBits == 6 || kMany ? 1 : 2;
-  // Activations need the room that more steps in flight would take.
-  static constexpr int kDepth = kMany || (kTiles == 2 && kRowTiles == 2) ? 2
-                                : W::kVectors == 3                       ? 3
-                                                                         : 4;
-  static constexpr int kWarps = 16;
-  static constexpr int kBlocks = 1;
-};
 
 template <class W, int kTiles, Inputs kInputs>
 struct SkinnyWarp {
   using D = typename W::D;
   using Shape = SkinnyShape<W, kTiles>;
+  using X = SkinnyX<W, kTiles, kInputs>;
   static constexpr bool kGuard = kInputs == Inputs::kGuarded;
-  static constexpr int kRowTiles = Shape::kRowTiles, kRows = 2 * kRowTiles;
-  // Of one step in flight: the rows' vectors of 16 bytes, each vector's lanes side by side.
-  static constexpr int kSlotBytes = kRows * W::kVectors * 512;
+  static constexpr int kRowTiles = Shape::kRowTiles, kStrips = Shape::kStrips;
+  static constexpr int kRows = 2 * kRowTiles;  // of a lane in a strip
+  static constexpr int kStrip = 16 * kRowTiles, kAllRows = kStrips * kStrip;
+  static constexpr int kCodeBytes = kAllRows * W::kVectors * 64;  // of a slot; activations follow
+  static constexpr int kScaleBytes = kAllRows * 16;               // of a slot of scales
+  static constexpr int kRowScales = W::kStep / (W::kScale == Scale::kE4M3 ? 16 : 32);
+  static constexpr bool kLaneScales = W::kGrouping == Grouping::k32;
+  static constexpr int kParts = W::kVectors == 3 ? 2 : 1;  // of a step, so that x fits registers
+  using Fragments = typename X::template Fragments<kParts>;
+  // Neighbouring lanes copy neighbouring 16 bytes to neighbouring places, whoever uses them: what
+  // takes a 32-byte sector apart fetches it twice.
+  static constexpr int kKinds = W::kVectors == 3 ? 3 : 1;     // of copies, which take turns
+  static constexpr int kCopyRows = W::kVectors == 2 ? 4 : 8;  // of each turn
 
   const SkinnyParams& p;
+  const int columns;
   int lane, t;
-  char* ring;  // this lane's place in the warp's slots
-  const uint8_t *codes[kRows], *scales[kRows];
-  float sums[kRowTiles][kTiles][4];
+  SharedAddress ring;
+  const uint8_t* codes[kKinds];  // where this lane's next copies start
+  float sums[kStrips][kRowTiles][kTiles][4];
 
-  PYFMT_DEVICE SkinnyWarp(const SkinnyParams& p, char* shared)
-      : p(p), lane(int(threadIdx.x & 31)), t(lane & 3) {
-    ring = shared + int(threadIdx.x >> 5) * (Shape::kDepth * kSlotBytes) + 16 * lane;
+  PYFMT_DEVICE SkinnyWarp(const SkinnyParams& p, SharedAddress ring, int columns)
+      : p(p), columns(columns), lane(int(threadIdx.x & 31)), ring(ring) {
+    keep(lane);
+    keep(this->ring);
+    t = lane & 3;
   }
 
+  static constexpr int kSums = kStrips * kRowTiles * kTiles * 4;
+  PYFMT_DEVICE float& sum(int i) {
+    return sums[i / 4 / kTiles / kRowTiles][i / 4 / kTiles % kRowTiles][i / 4 % kTiles][i % 4];
+  }
   PYFMT_DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < kRowTiles * kTiles * 4; ++i)
-      sums[i / 4 / kTiles][i / 4 % kTiles][i % 4] = 0;
+    for (int i = 0; i < kSums; ++i) sum(i) = 0;
   }
 
-  // Rows beyond the last are read as the last; nobody stores what they give.
-  PYFMT_DEVICE void set_rows(int64_t first) {
-    const int64_t bytes = p.row_scales * (W::kGrouped ? scale_bytes(p.scale) : 1);
+  // ---- codes ----------------------------------------------------------------------------------
+
+  PYFMT_DEVICE int copied_row(int j) const { return (32 * j + lane) / (4 * W::kVectors); }
+  PYFMT_DEVICE int copied_chunk(int j) const { return (32 * j + lane) % (4 * W::kVectors); }
+
+  // The next copies are of this step and of the rows that start at `first`.
+  PYFMT_DEVICE void seek(int step, int first) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      int64_t row = first + 8 * r + (lane >> 2);
-      row = row < p.n ? row : p.n - 1;
-      codes[r] = p.codes + row * p.row_bytes;
-      scales[r] = static_cast<const uint8_t*>(p.scales) + row * bytes;
+    for (int j = 0; j < kKinds; ++j) {
+      codes[j] = p.codes + int64_t(first + copied_row(j)) * p.row_bytes + 16 * copied_chunk(j) +
+                 step * (64 * W::kVectors);
+      keep(codes[j]);
     }
   }
 
-  // ---- loads ----------------------------------------------------------------------------------
-
-  PYFMT_DEVICE void load(int slot, uint32_t (&scale)[kRows], int step) const {
-    int k = step * W::kStep + t * W::kLane;
-    // Beyond the end codes are zeros, and the row's own first scale is as good as any.
-    const bool inside = k < p.padded;
-    if (!kGuard && !inside) k = 0;
-    const uint32_t at = uint32_t(k / 8 * D::kBits);
-    const uint32_t index = scale_index(step, k);
-    char* to = ring + slot * kSlotBytes;
+  // Codes of a step of the `strips` strips that start at row `first`.
+  PYFMT_DEVICE void load_codes(SharedAddress slot, int step, int first, int strips) {
+    if constexpr (kGuard) {
+      load_codes_carefully(slot, step, first, strips);
+      return;
+    }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int j = 0; j < kKinds; ++j) {
+      // Beyond the end codes are zeros.
+      const bool inside = 4 * W::kVectors * step + copied_chunk(j) < p.row_bytes / 16;
+      const uint8_t* from = inside ? codes[j] : p.codes;
+      uint32_t stride = inside ? uint32_t(p.row_bytes) * kCopyRows : 0;
+      keep(stride);
+      const SharedAddress to = slot + unsigned(512 * j + turned(16 * lane));
 #pragma unroll
-      for (int v = 0; v < W::kVectors; ++v) {
-        char* const one = to + (r * W::kVectors + v) * 512;
-        if constexpr (kGuard) {
-          *reinterpret_cast<uint4*>(one) = careful(codes[r], at + 16 * v);
-        } else {
-          start_copy(one, codes[r] + at + 16 * v, inside);
-        }
+      for (int q = 0; q < kAllRows / kCopyRows; ++q) {
+        const int r = kCopyRows * q;
+        if (r && r % kStrip == 0 && r / kStrip >= strips) break;
+        start_copy<16>(to + unsigned(r * 64 * W::kVectors), from, inside ? 16 : 0);
+        from += stride;
       }
-      scale[r] = load_scale(scales[r], index);
+      codes[j] += 64 * W::kVectors;
     }
   }
+  // Where rows have 128 bytes, the halves of every other one change places, against conflicts.
+  PYFMT_DEVICE static int turned(int at) { return W::kVectors == 2 ? at ^ (at >> 1 & 64) : at; }
 
-  // The words of a step that has arrived.
-  PYFMT_DEVICE void fetch(int slot, uint32_t (&words)[kRows][4 * W::kVectors]) const {
-    const char* from = ring + slot * kSlotBytes;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int v = 0; v < W::kVectors; ++v) {
-        const uint4 q = *reinterpret_cast<const uint4*>(from + (r * W::kVectors + v) * 512);
-        uint32_t* w = words[r] + 4 * v;
-        w[0] = q.x;
-        w[1] = q.y;
-        w[2] = q.z;
-        w[3] = q.w;
-      }
-    }
-  }
-
-  PYFMT_DEVICE uint32_t scale_index(int step, int k) const {
-    if constexpr (W::kGrouping == Grouping::kSteps) {
-      return uint32_t(uint64_t(step) * p.group_share >> 32);
-    } else if constexpr (W::kGrouping == Grouping::k32) {
-      // Four bits: lane t fetches for the t-th run of 32; eight: for the (t / 2)-th of two.
-      return uint32_t(uint64_t(k / 32) * p.group_share >> 32);
-    } else {
-      return uint32_t(k) / (W::kScale == Scale::kE4M3 ? 16 : 32);
-    }
-  }
-
-  PYFMT_DEVICE uint32_t load_scale(const uint8_t* s, uint32_t index) const {
-    if constexpr (W::kGrouped) {
-      index = min(index, uint32_t(p.row_scales) - 1);
-      if (p.scale == Scale::kFP32) return *reinterpret_cast<const uint32_t*>(s + 4 * index);
-      return *reinterpret_cast<const uint16_t*>(s + 2 * index);
-    } else if constexpr (kGuard) {
-      const uint32_t count = uint32_t(p.row_scales);
-      uint32_t both = index < count ? s[index] : 0;
-      if (W::kFactors == 2 && index + 1 < count) both |= uint32_t(s[index + 1]) << 8;
-      return both;
-    } else if constexpr (W::kFactors == 2) {
-      return *reinterpret_cast<const uint16_t*>(s + index);
-    } else {
-      return s[index];
+  // Rows of any alignment and number. Rows beyond the last are read as the last; nobody stores what
+  // they give.
+  PYFMT_DEVICE void load_codes_carefully(SharedAddress slot, int step, int first,
+                                         int strips) const {
+#pragma unroll 1
+    for (int at = 16 * lane; at < strips * kStrip * 64 * W::kVectors; at += 512) {
+      const int row = at / (64 * W::kVectors), byte = at - row * (64 * W::kVectors);
+      const uint8_t* from = p.codes + uint64_t(min(first + row, p.n - 1)) * uint32_t(p.row_bytes);
+      store_shared16(slot + unsigned(turned(at)),
+                     careful(from, uint32_t(step * 64 * W::kVectors + byte)));
     }
   }
 
@@ -202,99 +120,264 @@ struct SkinnyWarp {
     return make_uint4(w[0], w[1], w[2], w[3]);
   }
 
-  // ---- one step -------------------------------------------------------------------------------
+  // ---- scales ---------------------------------------------------------------------------------
 
-  // x: this step's fragments in shared memory, at this lane's place.
-  using Words = uint32_t[kRows][4 * W::kVectors];
-  using Scales = uint32_t[kRows];
+  // Which scale of its row the lane t of four uses.
+  PYFMT_DEVICE uint32_t group_index(int step) const {
+    const uint32_t units =
+        W::kGrouping == Grouping::kSteps ? uint32_t(step) : uint32_t(4 * step + t);
+    return min(uint32_t(uint64_t(units) * p.group_share >> 32), uint32_t(p.row_scales) - 1);
+  }
+  PYFMT_DEVICE int group_bytes() const { return p.scale == Scale::kFP32 ? 4 : 2; }
+  // Where a step's scales start in their row, in bytes.
+  PYFMT_DEVICE int scales_at(int step) const {
+    if constexpr (W::kGrouping == Grouping::kSteps) return int(group_index(step)) * group_bytes();
+    return step * kRowScales;
+  }
+  // Steps of one number share the scales that were copied at once.
+  PYFMT_DEVICE int scale_chunk(int step) const {
+    return W::kGrouping == Grouping::k32 ? step : scales_at(step) >> p.scale_shift;
+  }
 
-  PYFMT_DEVICE void multiply_step(int slot, const Scales& scale, const char* x, int stride) {
-    Words words;
-    fetch(slot, words);
-    if constexpr (W::kGrouped) {
-      multiply_groups(words, scale, x, stride);
-    } else if constexpr (W::kScale == Scale::kE8M0) {
-      bool special = D::template special_codes<4 * W::kVectors * kRows>(words[0]);
-      if constexpr (D::kLowest == 0) {
-        // The top bit of a byte is reason enough to be careful: one comparison for all rows.
-        uint32_t any = 0;
+  // The scales of a step and of its chunk: 16 bytes a row in shared memory, not all used.
+  PYFMT_DEVICE void load_scales(SharedAddress slot, int step, int first, int strips) const {
+    if constexpr (W::kGrouping == Grouping::k32) {
+      load_lane_scales(slot, step, first, strips);
+      return;
+    }
+    const int size = W::kGrouped ? group_bytes() : 1, row_bytes = p.row_scales * size;
+    const int at = scale_chunk(step) << p.scale_shift;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) any |= scale[r];
-        special = special || (any & 0x8080u) != 0;
-      } else {
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          special = special || D::special_scale(W::kFactors == 2 ? scale[r] & 0xffu : scale[r]);
-          if (W::kFactors == 2) special = special || D::special_scale(scale[r] >> 8);
+    for (int i = 0; i < (kAllRows + 31) / 32; ++i) {
+      const int row = 32 * i + lane;
+      if (row >= strips * kStrip) break;
+      const SharedAddress to = slot + unsigned(16 * row);
+      const uint8_t* from = static_cast<const uint8_t*>(p.scales) +
+                            uint64_t(min(first + row, p.n - 1)) * uint32_t(row_bytes);
+      if (!kGuard && p.scale_copies) {
+        const int real = at < row_bytes ? 1 << p.scale_shift : 0;
+        from += real ? at : 0;
+        if (p.scale_shift == 4) {
+          start_copy<16>(to, from, real);
+        } else if (p.scale_shift == 3) {
+          start_copy<8>(to, from, real);
+        } else {
+          start_copy<4>(to, from, real);
         }
-      }
-      if (any_lane(special)) {
-        multiply_blocks<true>(words, scale, x, stride);
       } else {
-        multiply_blocks<false>(words, scale, x, stride);
+        load_row_scales(to, from, at, row_bytes);
+      }
+    }
+  }
+  PYFMT_DEVICE void load_row_scales(SharedAddress to, const uint8_t* from, int at,
+                                    int row_bytes) const {
+    if constexpr (W::kGrouped) {
+      if (p.scale == Scale::kFP32) {
+        store_small<4>(to, *reinterpret_cast<const uint32_t*>(from + at));
+      } else {
+        store_small<2>(to, *reinterpret_cast<const uint16_t*>(from + at));
       }
     } else {
-      multiply_blocks<false>(words, scale, x, stride);
+#pragma unroll
+      for (int i = 0; i < kRowScales; i += 4) {
+        uint32_t word = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (at + i + j < row_bytes) word |= uint32_t(from[at + i + j]) << (8 * j);
+        }
+        store_small<4>(to + unsigned(i), word);
+      }
+    }
+  }
+  // A scale for each run of 32. Two bytes come with their neighbours, aligned.
+  PYFMT_DEVICE void load_lane_scales(SharedAddress slot, int step, int first, int strips) const {
+    const bool narrow = p.scale != Scale::kFP32;
+#pragma unroll
+    for (int i = 0; i < kAllRows / 8; ++i) {
+      const int row = 8 * i + (lane >> 2);
+      if (row >= strips * kStrip) break;
+      const uint64_t index =
+          uint64_t(min(first + row, p.n - 1)) * uint32_t(p.row_scales) + group_index(step);
+      const uint8_t* from =
+          static_cast<const uint8_t*>(p.scales) + (narrow ? 2 * (index & ~uint64_t(1)) : 4 * index);
+      start_copy<4>(slot + unsigned(16 * row + 4 * t), from, narrow && !(index & 1) ? 2 : 4);
+    }
+  }
+
+  // The factors of row r of a strip, or the two: a byte each.
+  PYFMT_DEVICE uint32_t scale_of(SharedAddress scales, int strip, int r) const {
+    const SharedAddress row = scales + unsigned(16 * (strip * kStrip + 8 * r));
+    if constexpr (W::kVectors == 2) {
+      const uint32_t four = load_small<4>(row) >> (8 * (t >> 1));
+      return pick_bytes(four, 0, 0x4420);
+    } else {
+      return load_small<W::kFactors>(row + unsigned(W::kFactors * t));
+    }
+  }
+  PYFMT_DEVICE float group_scale(SharedAddress scales, bool odd, int strip, int r) const {
+    const SharedAddress row = scales + unsigned(16 * (strip * kStrip + 8 * r));
+    if (p.scale == Scale::kFP32) {
+      return as_float(load_small<4>(W::kGrouping == Grouping::k32 ? row + unsigned(4 * t) : row));
+    }
+    const uint32_t half =
+        load_small<2>(W::kGrouping == Grouping::k32 ? row + unsigned(4 * t + (odd ? 2 : 0)) : row);
+    return p.scale == Scale::kBF16 ? as_float(half << 16) : from_half(half);
+  }
+
+  // ---- one step -------------------------------------------------------------------------------
+
+  using Words = uint32_t[kRows][4 * W::kVectors];
+
+  PYFMT_DEVICE void fetch(SharedAddress slot, int strip, Words& words) const {
+    constexpr int kRow = 64 * W::kVectors;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+      for (int v = 0; v < W::kVectors; ++v) {
+        const int at =
+            (lane >> 2) * kRow + (W::kVectors == 2 ? 16 * t + 64 * v : 16 * (W::kVectors * t + v));
+        const uint4 q =
+            load_shared16(slot + unsigned(turned(at)) + unsigned((strip * kStrip + 8 * r) * kRow));
+        uint32_t* w = words[r] + 4 * v;
+        w[0] = q.x;
+        w[1] = q.y;
+        w[2] = q.z;
+        w[3] = q.w;
+      }
+    }
+  }
+
+  // Whether a scale or a code of the step asks for `scaled<true>`, or may do so.
+  PYFMT_DEVICE bool special(SharedAddress slot, SharedAddress scales, int strips) const {
+    if constexpr (W::kGrouped || W::kScale != Scale::kE8M0) {
+      return false;
+    } else {
+      uint32_t found = 0;
+#pragma unroll
+      for (int i = 0; i < (kAllRows + 31) / 32; ++i) {
+        if (32 * i + lane >= strips * kStrip) break;
+#pragma unroll
+        for (int j = 0; j < kRowScales; j += 4) {
+          const uint32_t four = load_small<4>(scales + unsigned(16 * (32 * i + lane) + j));
+          // Bytes from 128 on, and, for integers, below 8; a borrow only finds too much.
+          found |= four;
+          if constexpr (D::kLowest > 0) {
+            static_assert(D::kLowest <= 8 && D::kHighest >= 127, "special scales");
+            const uint32_t high = four & 0x78787878u;
+            found |= (high - 0x08080808u) & ~high;
+          }
+        }
+      }
+      found &= 0x80808080u;
+      if constexpr (D::kHasSpecials) {
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) {
+          if (s >= strips) break;
+          Words words;
+          fetch(slot, s, words);
+          found |= D::template special_codes<4 * W::kVectors * kRows>(words[0]);
+        }
+      }
+      return any_lane(found != 0);
+    }
+  }
+
+  // scales: those of this step, in the first row; activations: its bfloat16 columns.
+  PYFMT_DEVICE void multiply_step(SharedAddress slot, SharedAddress scales,
+                                  SharedAddress activations, int step, int first, int strips) {
+    if (special(slot, scales, strips)) {
+      multiply<true>(slot, scales, activations, step, first, strips);
+    } else {
+      multiply<false>(slot, scales, activations, step, first, strips);
     }
   }
 
   template <bool kEverything>
-  PYFMT_DEVICE void multiply_blocks(const Words& words, const Scales& scale, const char* x,
-                                    int stride) {
+  PYFMT_DEVICE void multiply(SharedAddress slot, SharedAddress scales, SharedAddress activations,
+                             int step, int first, int strips) {
+    const SharedAddress mine = scales + unsigned(16 * (lane >> 2));
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      Fragments x;
+      X::template fetch<kParts>(activations, lane, columns, part, x);
+#pragma unroll
+      for (int s = 0; s < kStrips; ++s) {
+        if (s >= strips) break;
+        Words words;
+        fetch(slot, s, words);
+        if constexpr (W::kGrouped) {
+          multiply_groups(words, mine, step, first, s, x);
+        } else {
+          multiply_blocks<kEverything>(words, mine, s, part, x);
+        }
+      }
+    }
+  }
+
+  template <bool kEverything>
+  PYFMT_DEVICE void multiply_blocks(const Words& words, SharedAddress scales, int strip, int part,
+                                    const Fragments& x) {
     Factor factors[kRows][W::kFactors];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      const uint32_t scale = scale_of(scales, strip, r);
       if constexpr (W::kScale == Scale::kE4M3) {
-        D::factors(scale[r], factors[r]);
+        D::factors(scale, factors[r]);
       } else {
 #pragma unroll
         for (int i = 0; i < W::kFactors; ++i) {
-          const uint32_t byte = W::kFactors == 1 ? scale[r] : scale[r] >> (8 * i) & 0xffu;
+          const uint32_t byte = W::kFactors == 1 ? scale : scale >> (8 * i) & 0xffu;
           factors[r][i] = D::template factor<kEverything>(byte);
         }
       }
     }
+    constexpr int kUnits = W::kUnits / kParts;
 #pragma unroll
-    for (int u = 0; u < W::kUnits; ++u) {
+    for (int i = 0; i < kUnits; ++i) {
+      const int u = part * kUnits + i;
       uint32_t a[kRows][D::kPairs];
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         D::template scaled<kEverything>(words[r] + u * D::kWords,
                                         factors[r][u * W::kFactors / W::kUnits], a[r]);
       }
-      multiply_unit(sums, a, x, stride, u);
+      multiply_unit(sums[strip], a, x, i);
     }
   }
 
-  PYFMT_DEVICE void multiply_unit(float (&d)[kRowTiles][kTiles][4],
-                                  const uint32_t (&a)[kRows][D::kPairs], const char* x, int stride,
-                                  int u) const {
+  PYFMT_DEVICE static void multiply_unit(float (&d)[kRowTiles][kTiles][4],
+                                         const uint32_t (&a)[kRows][D::kPairs], const Fragments& x,
+                                         int u) {
 #pragma unroll
-    for (int f = 0; f < W::kUnitFragments; ++f) {
-      const char* at = x + (u * W::kUnitFragments + f) * stride;
+    for (int f = 0; f < 2 * W::kUnitFragments; ++f) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const uint4 b = *reinterpret_cast<const uint4*>(at + 512 * j);
+        const uint32_t* b = x.words[j][u * W::kUnitFragments + f / 2] + 2 * (f & 1);
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) {
-          const uint32_t *top = a[2 * i] + 4 * f, *low = a[2 * i + 1] + 4 * f;
-          mma16816(d[i][j], top[0], low[0], top[1], low[1], b.x, b.y);
-          mma16816(d[i][j], top[2], low[2], top[3], low[3], b.z, b.w);
+          const uint32_t *top = a[2 * i] + 2 * f, *low = a[2 * i + 1] + 2 * f;
+          mma16816(d[i][j], top[0], low[0], top[1], low[1], b[0], b[1]);
         }
       }
     }
   }
 
   // Integers as they are; each group's sum times its scale, in float32.
-  PYFMT_DEVICE void multiply_groups(Words& words, const Scales& scale, const char* x, int stride) {
+  PYFMT_DEVICE void multiply_groups(Words& words, SharedAddress scales, int step, int first,
+                                    int strip, const Fragments& x) {
     constexpr bool kTurned = W::kGrouping == Grouping::k32;
     if constexpr (kTurned) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) turn(words[r]);
     }
-    constexpr int kParts = kTurned ? W::kUnits : 1;
+    constexpr int kGroups = kTurned ? W::kUnits : 1;
+    const bool odd =
+        (uint32_t(first + (lane >> 2)) * uint32_t(p.row_scales) + group_index(step)) & 1;
+    float factors[kRows];
 #pragma unroll
-    for (int g = 0; g < kParts; ++g) {
+    for (int r = 0; r < kRows; ++r) factors[r] = group_scale(scales, odd, strip, r);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
       float part[kRowTiles][kTiles][4] = {};
 #pragma unroll
       for (int u = g; u < (kTurned ? g + 1 : W::kUnits); ++u) {
@@ -303,20 +386,18 @@ struct SkinnyWarp {
         for (int r = 0; r < kRows; ++r) {
           D::template scaled<false>(words[r] + u * D::kWords, D::unit_factor(), a[r]);
         }
-        multiply_unit(part, a, x, stride, u);
+        multiply_unit(part, a, x, u);
       }
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        // Only here, so that nothing waited for the scale to arrive.
-        uint32_t factor = p.scale == Scale::kFP32   ? scale[r]
-                          : p.scale == Scale::kBF16 ? scale[r] << 16
-                                                    : as_uint(from_half(scale[r]));
-        if (kTurned) factor = from_lane(factor, (lane & ~3) + g * (D::kBits == 8 ? 2 : 1));
+        const float factor =
+            kTurned ? as_float(from_lane(as_uint(factors[r]), (lane & ~3) + g)) : factors[r];
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
           for (int c = 2 * (r & 1); c < 2 * (r & 1) + 2; ++c) {
-            sums[r / 2][j][c] = fused(as_float(factor), part[r / 2][j][c], sums[r / 2][j][c]);
+            float& sum = sums[strip][r / 2][j][c];
+            sum = fused(factor, part[r / 2][j][c], sum);
           }
         }
       }
@@ -324,20 +405,24 @@ struct SkinnyWarp {
   }
 
   // Exchange words among four lanes so that each holds a share of every run of 32 elements.
-  PYFMT_DEVICE void turn(uint32_t* w) const {
+  PYFMT_DEVICE void turn(uint32_t* words) const {
     const bool high = t & 2, odd = t & 1;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t got = lane_xor(high ? w[i] : w[i + 2], 2);
-      w[i + 2] = high ? w[i + 2] : got;
-      w[i] = high ? got : w[i];
-    }
-    if constexpr (D::kBits == 4) {
+    for (int v = 0; v < W::kVectors; ++v) {
+      uint32_t* const w = words + 4 * v;
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const uint32_t got = lane_xor(odd ? w[i] : w[i + 1], 1);
-        w[i + 1] = odd ? w[i + 1] : got;
-        w[i] = odd ? got : w[i];
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t got = lane_xor(high ? w[i] : w[i + 2], 2);
+        w[i + 2] = high ? w[i + 2] : got;
+        w[i] = high ? got : w[i];
+      }
+      if constexpr (D::kBits == 4) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const uint32_t got = lane_xor(odd ? w[i] : w[i + 1], 1);
+          w[i + 1] = odd ? w[i + 1] : got;
+          w[i] = odd ? got : w[i];
+        }
       }
     }
   }

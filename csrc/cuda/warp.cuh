@@ -16,8 +16,7 @@ namespace cuda {
 PYFMT_DEVICE void mma16816(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                            uint32_t b0, uint32_t b1) {
 #if defined(__CUDA_ARCH__)
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -54,6 +53,15 @@ PYFMT_DEVICE uint32_t from_lane(uint32_t value, int lane) {
   return emulation::from_lane(value, lane);
 #else
   return value;
+#endif
+}
+
+// The lanes of a warp, what they wrote to shared memory included.
+PYFMT_DEVICE void warp_barrier() {
+#if defined(__CUDA_ARCH__)
+  __syncwarp();
+#elif !defined(__CUDACC__)
+  emulation::warp_barrier();
 #endif
 }
 
@@ -101,17 +109,72 @@ PYFMT_DEVICE char* dynamic_shared() {
 #endif
 }
 
+// ---- shared memory by its addresses -------------------------------------------------------------
+
+// kBytes: 1, 2 or 4.
+template <int kBytes>
+PYFMT_DEVICE uint32_t load_small(SharedAddress from) {
+#if defined(__CUDA_ARCH__)
+  uint32_t v;
+  if constexpr (kBytes == 1)
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  if constexpr (kBytes == 2)
+    asm volatile("{.reg .b16 h;\n ld.shared.b16 h, [%1];\n cvt.u32.u16 %0, h;}"
+                 : "=r"(v)
+                 : "r"(from)
+                 : "memory");
+  if constexpr (kBytes == 4)
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+  return v;
+#else
+  uint32_t v = 0;
+  memcpy(&v, reinterpret_cast<const void*>(from), kBytes);
+  return v;
+#endif
+}
+
+template <int kBytes>
+PYFMT_DEVICE void store_small(SharedAddress to, uint32_t v) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (kBytes == 2)
+    asm volatile("{.reg .b16 h;\n cvt.u16.u32 h, %1;\n st.shared.b16 [%0], h;}" ::"r"(to), "r"(v)
+                 : "memory");
+  if constexpr (kBytes == 4) asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(v) : "memory");
+#else
+  memcpy(reinterpret_cast<void*>(to), &v, kBytes);
+#endif
+}
+
+// Keep the compiler from working a value out anew where it is used.
+template <class T>
+PYFMT_DEVICE void keep(T& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
+#endif
+}
+
 // ---- memory to shared memory, in the background -----------------------------------------------
 
-// Sixteen bytes, or zeros where not `real`; visible to this thread after `copies_arrived`.
-PYFMT_DEVICE void start_copy(void* to, const void* from, bool real) {
+// kBytes, 4, 8 or 16, of which the first `real` are read and the others zeros; visible to this
+// thread after `copies_arrived`.
+template <int kBytes>
+PYFMT_DEVICE void start_copy(SharedAddress to, const void* from, int real) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :
-               : "r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from), "r"(real ? 16 : 0)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(real)
+                 : "memory");
+  }
 #else
-  *static_cast<uint4*>(to) = real ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+  memset(reinterpret_cast<void*>(to), 0, kBytes);
+  memcpy(reinterpret_cast<void*>(to), from, size_t(real));
 #endif
 }
 // The copies started since the last call make one group.
@@ -135,26 +198,6 @@ struct ClusterLaunch {
 };
 
 #if defined(__CUDACC__)
-// How many clusters of that many blocks run at once; 0 where the device has none.
-template <class P>
-int clusters_at_once(void (*kernel)(P), int cluster, int threads, int shared) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = unsigned(cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(cluster));
-  config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = size_t(shared);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int count = 0;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared),
-        "shared memory");
-  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters");
-  return count;
-}
-
 // A grid of clusters * cluster by tiles blocks.
 template <class P>
 void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, const P& params) {
@@ -182,10 +225,6 @@ void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, c
   check(cudaLaunchKernelEx(&config, kernel, params), "launch");
 }
 #else
-template <class P>
-int clusters_at_once(void (*)(P), int, int, int) {
-  return 1;
-}
 template <class P>
 void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream, const P& params) {
   emulation::launch_clusters(kernel, l.clusters, l.cluster, l.tiles, l.threads, l.shared, params);
