@@ -62,22 +62,21 @@ def kernel(verb: str, x: Any, bias: Any = None) -> Any:
         torch.is_grad_enabled() and _any_requires_grad(x, bias)
     ):
         return None
-    where = verb + ("_cuda" if x.is_cuda else "_cpu")
-    return _operators.get(where) or _find_kernel(verb, where)
+    return _operators.get(f"kernel of {verb}") or _find_kernel(verb)
 
 
-def _find_kernel(verb: str, where: str) -> Any:
+def _find_kernel(verb: str) -> Any:
     import torch
 
-    from pyfmt import _torch_matmul, _torch_matmul_cpu
+    from pyfmt import _torch_matmul
 
-    found = getattr(_torch_matmul if where.endswith("_cuda") else _torch_matmul_cpu, verb)
+    found = getattr(_torch_matmul, verb)
 
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return found(*args)
 
-    return _operators.setdefault(where, run)
+    return _operators.setdefault(f"kernel of {verb}", run)
 
 
 def _rotates(rotation: Any, signs: Any) -> bool:
