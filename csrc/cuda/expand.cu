@@ -8,9 +8,7 @@ namespace cuda {
 namespace {
 
 template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
-__global__ void __launch_bounds__(kThreads)
-    fold_codes_rows(const __grid_constant__ FoldCodesArgs p, int64_t blocks,
-                    const __grid_constant__ FoldScanArgs scan) {
+PYFMT_DEVICE void fold_or_scan(const FoldCodesArgs& p, int64_t blocks, const FoldScanArgs& scan) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
   allow_next_launch();
@@ -19,6 +17,21 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(p, blockIdx.x, shared, of_warp);
+}
+
+template <class E, bool kE5M2, int kUnits, bool kBlock>
+__global__ void __launch_bounds__(kThreads)
+    fold_codes_rows(const __grid_constant__ FoldCodesArgs p, int64_t blocks,
+                    const __grid_constant__ FoldScanArgs scan) {
+  fold_or_scan<E, kE5M2, kUnits, kBlock, false>(p, blocks, scan);
+}
+
+// Rows that are read twice. Left alone, the compiler settles for 48 registers, and spills.
+template <class E, bool kE5M2>
+__global__ void __launch_bounds__(kThreads, 4)
+    fold_long_rows(const __grid_constant__ FoldCodesArgs p, int64_t blocks,
+                   const __grid_constant__ FoldScanArgs scan) {
+  fold_or_scan<E, kE5M2, 4, true, true>(p, blocks, scan);
 }
 
 // Activations and weights at once: the activations are E5M2 where that holds the element.
@@ -53,8 +66,8 @@ FoldKernels fold_kernels() {
           F::kLow,
           F::kHigh,
           [](int word) { return F::magnitude_mask(word); },
-          {fold_codes_rows<E, kE5M2, 2, false, false>, fold_codes_rows<E, kE5M2, 8, false, false>,
-           fold_codes_rows<E, kE5M2, 2, true, false>, fold_codes_rows<E, kE5M2, 4, true, true>},
+          {fold_codes_rows<E, kE5M2, 2, false>, fold_codes_rows<E, kE5M2, 8, false>,
+           fold_codes_rows<E, kE5M2, 2, true>, fold_long_rows<E, kE5M2>},
           {fold_two_rows<E, kE5M2, 2, false, false>, fold_two_rows<E, kE5M2, 8, false, false>,
            fold_two_rows<E, kE5M2, 2, true, false>, fold_two_rows<E, kE5M2, 4, true, true>}};
 }
