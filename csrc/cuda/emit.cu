@@ -173,8 +173,9 @@ PYFMT_DEVICE void store_tensor_scale(const EmitParams& p, const codec::RecipeCon
 }
 
 // A warp's next tile arrives in shared memory while it rounds the one before.
+// As many blocks of threads fit as with a few registers more.
 template <class E, bool kPow2>
-__global__ void __launch_bounds__(kThreads, kPow2 ? 4 : 3)
+__global__ void __launch_bounds__(kThreads) __maxnreg__(kPow2 ? 64 : 72)
     round_values_flat(const __grid_constant__ EmitParams p) {
   using T = Tile<1, false>;
   __shared__ uint4 shared[Stage<64>::kShared];
