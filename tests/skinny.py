@@ -144,14 +144,14 @@ def exact_integers(op: Skinny, name: str, m: int, n: int, k: int, **given: Any) 
     *parts, w = weights(fmt, n, k, 11)
     if fmt.tensor_scale:
         codes, scales, _ = parts
-        scales = np.full_like(scales, 0x38)  # 1.0
+        scales = rng.choice(np.array([0x30, 0x38, 0x40], np.uint8), scales.shape)  # 0.5, 1, 2
         parts = [codes, scales, 2.0]
         w = decoded(codes, scales, 2.0, fmt, (n, k))
     elif fmt.scale == "e8m0":
         parts[1] = (rng.integers(125, 129, parts[1].shape)).astype(np.uint8)
         w = decoded(parts[0], parts[1], parts[2], fmt, (n, k))
     else:
-        parts[1] = np.ones_like(parts[1])
+        parts[1] = (2.0 ** rng.integers(-1, 3, parts[1].shape)).astype(parts[1].dtype)
         w = decoded(parts[0], parts[1], parts[2], fmt, (n, k))
     x = torch.from_numpy(rng.integers(-2, 3, (m, k)).astype(np.float32)).to(torch.bfloat16)
     bias = torch.from_numpy(rng.integers(-64, 65, n).astype(np.float32))
