@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of matmul_wide.h. A block owns 128 rows of w and kTokens rows of x. Two warpgroups of
-// 64 rows each multiply tiles in shared memory; two of their threads have the copy engine bring
-// tiles of x and packed codes, which two more warpgroups decode to tiles of w. They meet at
-// barriers alone, so decoding runs beside the products, several tiles ahead.
+// 64 rows each multiply tiles in shared memory; two more decode packed codes to tiles of w; warps
+// of a fifth have the copy engine bring tiles of x and codes. They meet at barriers alone, so
+// decoding runs beside the products, several tiles ahead.
 #pragma once
 
 #include "matmul_wide_copies.cuh"
@@ -29,9 +29,8 @@ struct Consumer {
   bool releases;      // this lane, for one block of the cluster
   uint32_t peer = 0;  // what turns an address of this block into that one's
   Stage<F, kTokens> stage;
-  Copies<F, kTokens> copies;
 
-  PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at), copies(p, at) {
+  PYFMT_DEVICE Consumer(const Params& p, const Place& at) : p(p), at(at) {
     releases = lane < p.share;
     if (p.share > 1 && releases) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
@@ -40,7 +39,13 @@ struct Consumer {
 
   // The warp has no more use for a stage.
   PYFMT_DEVICE void release(const Stage<F, kTokens>& used) const {
-    if (releases) hopper::barrier_arrive(used.empty(at.base) + peer);
+    if (!releases) return;
+    // An arrival by way of the cluster takes some hundred cycles, at the own block too.
+    if (p.share > 1) {
+      hopper::barrier_arrive(used.empty(at.base) + peer);
+    } else {
+      hopper::barrier_arrive_here(used.empty(at.base));
+    }
   }
 
   // The products of 32-byte steps kFrom to kTo - 1 of the tiles, as one group. fresh: not added.
@@ -69,7 +74,6 @@ struct Consumer {
     for (int i = 0; i < steps; ++i) {
       hopper::barrier_wait(stage.full(at.base), stage.parity);
       multiply<0, 4>(sums, false);
-      copies.more(i);
       hopper::products_wait<1>();
       if (i) release(before);
       before = stage;
@@ -113,14 +117,12 @@ struct Consumer {
       } else {
         multiply<0, 4>(fresh, true);
       }
-      copies.more(i);
       if (F::kGroups && p.two_tiles && i + 1 < steps) {
         const Stage<F, kTokens> before = stage;
         ++i;
         stage.next();
         hopper::barrier_wait(stage.full(at.base), stage.parity);
         multiply<0, 4>(fresh, false);
-        copies.more(i);
         hopper::products_wait<1>();
         release(before);
       }
@@ -132,7 +134,6 @@ struct Consumer {
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
-    copies.start();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) sums[i] = 0.0f;
     hopper::pin(sums);
@@ -155,14 +156,26 @@ PYFMT_DEVICE void run_block(const Params& p) {
   }
   if (p.share > 1) hopper::cluster_meet();
   if (p.share == 1 || F::kFolded) __syncthreads();
-  // Registers: 128 for each of 512 threads, shared out anew.
-  if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<88>();
-    hopper::wait_for_previous();
-    hopper::start_dependents();
+  constexpr bool kManySums = kTokens * (F::kFresh ? 2 : 1) == 256;
+  // Registers: 96 for each of 640 threads, shared out anew. Weights are read before the launch
+  // ahead of this one has ended; whatever writes weights lets no other launch start early.
+  if (threadIdx.x >= kConsumers + kDecoders) {
+    hopper::fewer_registers<32>();
+    if (threadIdx.x == kConsumers + kDecoders) {
+      hopper::wait_for_previous();
+      hopper::start_dependents();
+      bring_x<F, kTokens>(p, at);
+    } else if (threadIdx.x >= kConsumers + kDecoders + 64) {
+      bring_scales<F, kTokens>(p, at, int(threadIdx.x) - kConsumers - kDecoders - 64);
+    } else if (threadIdx.x >= kConsumers + kDecoders + 32) {
+      bring_codes<F, kTokens>(p, at);
+    }
+  } else if (threadIdx.x >= kConsumers) {
+    hopper::fewer_registers<kManySums ? 64 : 88>();
+    if (F::kFolded) hopper::wait_for_previous();
     Producer<F, kTokens>(p, at).run(at.last - at.first);
   } else {
-    hopper::more_registers<168>();
+    hopper::more_registers<kManySums ? 160 : 136>();
     hopper::wait_for_previous();
     float sums[kTokens / 2];
     Consumer<F, kTokens>(p, at).run(sums);

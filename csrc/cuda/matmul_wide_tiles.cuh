@@ -21,8 +21,10 @@ constexpr int kRows = 128;  // of w, in a block
 constexpr int kPass = 16;   // of them, that a warp decodes at a time
 constexpr int kBatch = 4;   // tiles whose scales are brought at once
 
-// Threads that multiply, and warpgroups that take turns at decoding tiles.
-constexpr int kConsumers = 256, kTeams = 2, kThreadsOfBlock = kConsumers + 128 * kTeams;
+// Threads that multiply; warpgroups that take turns at decoding tiles; one whose warps ask for
+// copies: setmaxnreg takes whole warpgroups.
+constexpr int kConsumers = 256, kTeams = 2, kDecoders = 128 * kTeams;
+constexpr int kThreadsOfBlock = kConsumers + kDecoders + 128;
 
 struct Params {
   hopper::TensorMap x, codes_map;
@@ -95,10 +97,13 @@ struct Layout {
   static constexpr uint32_t kTileRow = F::kColumns * F::kBits / 8;
   static constexpr uint32_t kSpan = kTokens < 256 ? 128 / kTileRow : F::kBits == 4 ? 2 : 1;
   static constexpr uint32_t kRowBytes = kSpan * kTileRow, kSlot = kRows * kRowBytes;
-  static constexpr uint32_t kScaleBytes = kTeams * kRows * F::kScalePitch;
+  static constexpr uint32_t kScaleSlot = kRows * F::kScalePitch;  // of kBatch tiles
+  static constexpr uint32_t kScaleDepth = F::kGroups || kTokens == 256 ? 2 : 4;
+  static constexpr uint32_t kScaleBytes = kScaleDepth * kScaleSlot;
   static constexpr uint32_t kMost = (hopper::kMostShared - kCodesAt - kScaleBytes) / kSlot;
   static constexpr uint32_t kDepth = kMost * kSpan > 16 ? 16 / kSpan : kMost;
   static_assert(kDepth * kSpan >= 4, "codes are read two tiles ahead");
+  static_assert(kDepth <= 8, "barriers");
   static constexpr uint32_t kScalesAt = kCodesAt + kDepth * kSlot;
   static constexpr uint32_t kLoop = kScalesAt + kScaleBytes;
   // Sums on their way to y; parts of K exchange a half of them first.
@@ -131,22 +136,41 @@ struct Stage {
 // Up to 256 bytes for decoding, behind the barriers.
 constexpr uint32_t kTableAt = 768;
 
+// Codes are there.
 PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, uint32_t slot) {
   return base + 128u + 8u * slot;
+}
+// They have been read.
+PYFMT_DEVICE uint32_t read_barrier(uint32_t base, uint32_t slot) {
+  return base + 192u + 8u * slot;
+}
+
+// Likewise of scales.
+PYFMT_DEVICE uint32_t scales_barrier(uint32_t base, uint32_t slot) {
+  return base + 256u + 8u * slot;
+}
+PYFMT_DEVICE uint32_t scales_read_barrier(uint32_t base, uint32_t slot) {
+  return base + 288u + 8u * slot;
 }
 
 // For the sums of the other part of K.
 PYFMT_DEVICE uint32_t sums_barrier(uint32_t base) {
-  return base + 192u;
+  return base + 320u;
 }
 
 // By the first threads of a block.
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   const uint32_t i = threadIdx.x;
-  if (i > 24) return;
-  const uint32_t arrivals = i < 8    ? Layout<F, kTokens>::kWarps + 1
+  using S = Layout<F, kTokens>;
+  if (i > 40) return;
+  constexpr uint32_t kReaders = S::kWarps * (S::kSpan < kTeams ? S::kSpan : kTeams);
+  const uint32_t arrivals = i < 8    ? S::kWarps + 1
                             : i < 16 ? uint32_t(kConsumers / 32 * p.share)
+                            : i < 24 ? 1
+                            : i < 32 ? kReaders
+                            : i < 36 ? 2
+                            : i < 40 ? S::kWarps * kTeams
                                      : 1;
   hopper::barrier_init(base + 8 * i, arrivals);
   hopper::barrier_init_fence();
