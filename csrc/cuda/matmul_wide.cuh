@@ -147,6 +147,7 @@ struct Consumer {
 
 template <class F, int kTokens>
 PYFMT_DEVICE void run_block(const Params& p) {
+  using S = Layout<F, kTokens>;
   const Place at = Place::of<kTokens>(p);
   init_barriers<F, kTokens>(p, at.base);
   if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
@@ -156,26 +157,25 @@ PYFMT_DEVICE void run_block(const Params& p) {
   }
   if (p.share > 1) hopper::cluster_meet();
   if (p.share == 1 || F::kFolded) __syncthreads();
-  constexpr bool kManySums = kTokens * (F::kFresh ? 2 : 1) == 256;
-  // Registers: 96 for each of 640 threads, shared out anew. Weights are read before the launch
+  // Registers are shared out anew. Weights are read before the launch
   // ahead of this one has ended; whatever writes weights lets no other launch start early.
-  if (threadIdx.x >= kConsumers + kDecoders) {
+  if (threadIdx.x >= S::kBringers) {
     hopper::fewer_registers<32>();
-    if (threadIdx.x == kConsumers + kDecoders) {
+    if (threadIdx.x == S::kBringers) {
       hopper::wait_for_previous();
       hopper::start_dependents();
       bring_x<F, kTokens>(p, at);
-    } else if (threadIdx.x >= kConsumers + kDecoders + 64) {
-      bring_scales<F, kTokens>(p, at, int(threadIdx.x) - kConsumers - kDecoders - 64);
-    } else if (threadIdx.x >= kConsumers + kDecoders + 32) {
+    } else if (threadIdx.x >= S::kBringers + 64) {
+      bring_scales<F, kTokens>(p, at, int(threadIdx.x) - S::kBringers - 64);
+    } else if (threadIdx.x >= S::kBringers + 32) {
       bring_codes<F, kTokens>(p, at);
     }
   } else if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<kManySums ? 64 : 88>();
+    hopper::fewer_registers<S::kDecode>();
     if (F::kFolded) hopper::wait_for_previous();
     Producer<F, kTokens>(p, at).run(at.last - at.first);
   } else {
-    hopper::more_registers<kManySums ? 160 : 136>();
+    hopper::more_registers<S::kMultiply>();
     hopper::wait_for_previous();
     float sums[kTokens / 2];
     Consumer<F, kTokens>(p, at).run(sums);
@@ -191,13 +191,13 @@ PYFMT_DEVICE void run_block(const Params& p) {
 }
 
 #if defined(PYFMT_SM90A)
-#define PYFMT_WIDE_THREADS kThreadsOfBlock
+#define PYFMT_WIDE_THREADS(F, tokens) Layout<F, tokens>::kThreads
 #else
-#define PYFMT_WIDE_THREADS 32  // tells the host that there is nothing to launch
+#define PYFMT_WIDE_THREADS(F, tokens) 32  // tells the host that there is nothing to launch
 #endif
 
 template <class F, int kTokens>
-__global__ void __launch_bounds__(PYFMT_WIDE_THREADS, 1)
+__global__ void __launch_bounds__(PYFMT_WIDE_THREADS(F, kTokens), 1)
     matmul_wide_kernel(const __grid_constant__ Params p) {
 #if defined(PYFMT_SM90A)
   run_block<F, kTokens>(p);
@@ -233,7 +233,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreadsOfBlock);
+  config.blockDim = dim3(S::kThreads);
   config.dynamicSmemBytes = S::kBytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
@@ -241,7 +241,7 @@ void launch_tile(Params& p, const WideCall& call, Stream stream) {
   check(cudaLaunchKernelEx(&config, kernel, p), "launch");
 #else
   (void)stream;
-  emulation::launch_clusters(kernel, blocks, kThreadsOfBlock, cluster, p);
+  emulation::launch_clusters(kernel, blocks, S::kThreads, cluster, p);
 #endif
 }
 

@@ -17,7 +17,7 @@ bool compiled() {
   using F = Weights<e2m1_element, Scale::kE8M0>;
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, matmul_wide_kernel<F, 64>), "kernel");
-  return attributes.maxThreadsPerBlock >= kThreadsOfBlock;
+  return attributes.maxThreadsPerBlock >= Layout<F, 64>::kThreads;
 #else
   return true;
 #endif

@@ -27,9 +27,10 @@ struct Lane {
 template <class F, int kTokens>
 struct Producer {
   using S = Layout<F, kTokens>;
-  static constexpr int kPasses = S::kPasses, kSpan = int(S::kSpan);
+  static constexpr int kPasses = S::kPasses, kSpan = int(S::kSpan), kTeams = S::kTeams;
+  static constexpr int kTurns = kBatch / kTeams;  // of the team in a batch
   static constexpr int kRunBytes = F::kRun * F::kBits / 8;
-  static_assert(kTeams == 2 && kBatch == 4 && (kSpan == 1 || kSpan == 2 || kSpan == 4), "turns");
+  static_assert(kSpan == 1 || kSpan == 2 || kSpan == 4, "turns");
 
   const Params& p;
   const Place& at;
@@ -46,14 +47,14 @@ struct Producer {
     const uint32_t row = uint32_t(S::kWarpRows * l.warp + l.row);
     mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
     codes = at.base + S::kCodesAt + row * S::kRowBytes + uint32_t(l.half * kRunBytes) +
-            (kSpan > 1 ? uint32_t(l.team) * S::kTileRow : 0u);
+            uint32_t(l.team % kSpan) * S::kTileRow;
     scales = at.base + S::kScalesAt + row * F::kScalePitch +
              uint32_t((2 * l.team + l.half) * F::kEntry);
     hopper::keep(mine);
     hopper::keep(codes);
     hopper::keep(scales);
     stage.place = uint32_t(l.team);
-    if (kSpan == 1) slot = uint32_t(l.team);
+    slot = uint32_t(l.team / kSpan);
     if constexpr (F::kFolded) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
@@ -67,11 +68,11 @@ struct Producer {
   template <int kTurn>
   PYFMT_DEVICE void wait() const {
     if (kTurn == 0) hopper::barrier_wait(scales_barrier(at.base, batch), batch_parity);
-    if (kTurn == 0 || kSpan < 4) hopper::barrier_wait(codes_barrier(at.base, slot), parity);
+    if (kTurn == 0 || kSpan <= kTeams) hopper::barrier_wait(codes_barrier(at.base, slot), parity);
   }
   template <int kTurn>
   PYFMT_DEVICE void read(int pass) {
-    uint32_t from = codes + slot * S::kSlot + (kSpan == 4 ? 2 * kTurn * S::kTileRow : 0u);
+    uint32_t from = codes + slot * S::kSlot + kTurn * kTeams % kSpan * S::kTileRow;
     constexpr int kWide = kRunBytes % 16 ? 8 : 16;
 #pragma unroll
     for (int b = 0; b < kRunBytes; b += kWide) {
@@ -88,24 +89,26 @@ struct Producer {
     }
     raw[pass] = hopper::load_shared_small<F::kEntry>(
         scales + batch * S::kScaleSlot +
-        uint32_t(pass * kPass * F::kScalePitch + 4 * kTurn * F::kEntry));
+        uint32_t(pass * kPass * F::kScalePitch + 2 * kTeams * kTurn * F::kEntry));
   }
   // By one lane: the warp has read that tile, and slots with it.
   template <int kTurn>
   PYFMT_DEVICE void release() const {
-    if (kTurn == 1 || kSpan < 4) hopper::barrier_arrive_here(read_barrier(at.base, slot));
-    if (kTurn == 1) hopper::barrier_arrive_here(scales_read_barrier(at.base, batch));
+    constexpr bool kLast = kTurn + 1 == kTurns;
+    if (kLast || kSpan <= kTeams) hopper::barrier_arrive_here(read_barrier(at.base, slot));
+    if (kLast) hopper::barrier_arrive_here(scales_read_barrier(at.base, batch));
   }
   // From the team's tile kTurn to the next.
   template <int kTurn>
   PYFMT_DEVICE void turn() {
-    constexpr uint32_t kBy = kSpan == 4 ? kTurn : kSpan == 2 ? 1 : 2;
+    constexpr bool kLast = kTurn + 1 == kTurns;
+    constexpr uint32_t kBy = kSpan <= kTeams ? kTeams / kSpan : kLast ? 1 : 0;
     slot += kBy;
     if (kBy > 0 && slot >= S::kDepth) {
       slot -= S::kDepth;
       parity ^= 1;
     }
-    if (kTurn == 1 && ++batch == S::kScaleDepth) {
+    if (kLast && ++batch == S::kScaleDepth) {
       batch = 0;
       batch_parity ^= 1;
     }
@@ -114,6 +117,7 @@ struct Producer {
   // What was read, to its stage.
   template <int kTurn, bool kAll>
   PYFMT_DEVICE void decode(bool more) {
+    constexpr int kNext = (kTurn + 1) % kTurns;
     const uint32_t here = stage.x(at.base) + mine;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
@@ -131,9 +135,9 @@ struct Producer {
       }
       if (pass == 0) {
         turn<kTurn>();
-        if (more) wait<1 - kTurn>();
+        if (more) wait<kNext>();
       }
-      read<1 - kTurn>(pass);
+      read<kNext>(pass);
       const uint32_t to = here + uint32_t(pass * kPass * 128);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
@@ -161,7 +165,7 @@ struct Producer {
     hopper::warp_sync();
     if (l.lane == 0) {
       hopper::barrier_arrive_here(stage.full(at.base));
-      if (more) release<1 - kTurn>();
+      if (more) release<(kTurn + 1) % kTurns>();
     }
     stage.next(kTeams);
   }
@@ -176,8 +180,9 @@ struct Producer {
 #pragma unroll 1
     for (int i = l.team; i < steps; i += kBatch) {
       tile<0>(i + kTeams < steps);
+      if (kTurns == 1) continue;
       if (i + kTeams >= steps) break;
-      tile<1>(i + kBatch < steps);
+      tile<kTurns - 1>(i + kBatch < steps);
     }
   }
 };

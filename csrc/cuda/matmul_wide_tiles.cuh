@@ -21,10 +21,7 @@ constexpr int kRows = 128;  // of w, in a block
 constexpr int kPass = 16;   // of them, that a warp decodes at a time
 constexpr int kBatch = 4;   // tiles whose scales are brought at once
 
-// Threads that multiply; warpgroups that take turns at decoding tiles; one whose warps ask for
-// copies: setmaxnreg takes whole warpgroups.
-constexpr int kConsumers = 256, kTeams = 2, kDecoders = 128 * kTeams;
-constexpr int kThreadsOfBlock = kConsumers + kDecoders + 128;
+constexpr int kConsumers = 256;  // threads that multiply
 
 struct Params {
   hopper::TensorMap x, codes_map;
@@ -85,6 +82,19 @@ constexpr int kHeader = 1024, kPitch = kRows + 4;
 
 template <class F, int kTokens>
 struct Layout {
+  // Warpgroups that take turns at decoding tiles, and threads of the block: one more warpgroup
+  // brings what they need (setmaxnreg takes whole ones). Registers, in parts of what the launch
+  // gives to all.
+#ifdef ABL_TEAMS
+  static constexpr int kTeams = kTokens == 64 ? ABL_TEAMS : 2;
+#else
+  static constexpr int kTeams = 2;
+#endif
+  static constexpr int kBringers = kConsumers + 128 * kTeams, kThreads = kBringers + 128;
+  static constexpr bool kManySums = kTokens * (F::kFresh ? 2 : 1) == 256;
+  static constexpr int kMultiply = kManySums ? 160 : kTeams == 4 ? 88 : 136;
+  static constexpr int kDecode = kManySums ? 64 : kTeams == 4 ? 72 : 88;
+
   static constexpr int kWarps = 4, kWarpRows = kRows / kWarps, kPasses = kWarpRows / kPass;
   static constexpr uint32_t kStages = kTokens == 64 ? 6 : 4;
   static constexpr uint32_t kTileOfX = kTokens * 128, kTileOfW = kRows * 128;
@@ -164,13 +174,13 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   const uint32_t i = threadIdx.x;
   using S = Layout<F, kTokens>;
   if (i > 40) return;
-  constexpr uint32_t kReaders = S::kWarps * (S::kSpan < kTeams ? S::kSpan : kTeams);
+  constexpr uint32_t kReaders = S::kWarps * (int(S::kSpan) < S::kTeams ? int(S::kSpan) : S::kTeams);
   const uint32_t arrivals = i < 8    ? S::kWarps + 1
                             : i < 16 ? uint32_t(kConsumers / 32 * p.share)
                             : i < 24 ? 1
                             : i < 32 ? kReaders
                             : i < 36 ? 2
-                            : i < 40 ? S::kWarps * kTeams
+                            : i < 40 ? S::kWarps * S::kTeams
                                      : 1;
   hopper::barrier_init(base + 8 * i, arrivals);
   hopper::barrier_init_fence();
