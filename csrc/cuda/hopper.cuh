@@ -305,6 +305,36 @@ PYFMT_DEVICE bool barrier_test(uint32_t bar, uint32_t parity) {
 #endif
 }
 
+// Copies `bytes` (a multiple of 16) to the same place in each block of the cluster in `mask`, whose
+// barriers count them. One thread; multicast: more than one block in the mask.
+PYFMT_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t bar,
+                            uint32_t mask, bool multicast) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  if (multicast) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(bar), "h"(uint16_t(mask))
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(bar)
+        : "memory");
+  }
+#elif !defined(__CUDA_ARCH__)
+  for (uint32_t rank = 0; rank < 8; ++rank) {
+    if (multicast ? !(mask >> rank & 1) : rank != emulated_rank()) continue;
+    const uint32_t there = (rank + 1) << 24;
+    memcpy(emulated_at(to | there), from, bytes);
+    EmulatedBarrier& b = emulated_barrier(bar | there);
+    b.bytes -= int32_t(bytes);
+    emulated_step(b);
+  }
+#endif
+}
+
 // ---- clusters, dependent launches -------------------------------------------------------------
 
 PYFMT_DEVICE uint32_t cluster_rank() {

@@ -268,7 +268,8 @@ inline bool has_groups(const FormatSpec& f, const ElementSpec& e) {
 // What a kernel needs to know to be launched.
 struct Kernel {
   void (*launch)(Params&, const WideCall&, Stream) = nullptr;
-  int columns = 0;  // of a tile
+  int columns = 0;     // of a tile
+  bool turns = false;  // matmul_wide_turns.cuh, which reads x from a panel
 };
 template <class F>
 Kernel kernel_of() {
@@ -281,6 +282,7 @@ Kernel fp4_kernel(const FormatSpec&);
 Kernel fp6_kernel(const FormatSpec&);
 Kernel fp8_kernel(const FormatSpec&);
 Kernel int_kernel(const FormatSpec&);
+Kernel group_kernel(const FormatSpec&);
 Kernel mxint_kernel(const FormatSpec&);
 
 // Whether kernels were compiled, or left empty for want of architecture 90a.

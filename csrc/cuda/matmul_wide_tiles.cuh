@@ -25,6 +25,7 @@ constexpr int kConsumers = 256;  // threads that multiply
 
 struct Params {
   hopper::TensorMap x, codes_map;
+  const uint8_t* panel = nullptr;  // x again, as matmul_wide_panel.cuh writes it
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const float* tensor_scale = nullptr;
@@ -41,6 +42,7 @@ struct Params {
   bool half_tiles = false;                  // a tile is of more groups than one
   bool two_tiles = false;                   // a group is of pairs of tiles
   int m = 0, n = 0, tiles = 0, middle = 0;  // middle: where the second part of K begins
+  int panel_rows = 0;
   unsigned n_clusters = 1;
   int share = 1, split = 1, share_bits = 0;  // split: 1 or 2
   float up = 1.0f;                           // what the decoder leaves out

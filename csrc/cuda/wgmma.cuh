@@ -119,6 +119,39 @@ void emulated_product(float (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
 }
 #endif
 
+// The same with a in registers, 32 bytes of each row: of lane 4 g + t bytes 4t to 4t + 3 of rows 16
+// w + g and + 8, then 16 bytes further of both.
+template <class Type, int kN>
+struct RegisterProduct;
+
+#if !defined(__CUDACC__)
+template <int kN>
+void emulated_register_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int add) {
+  static uint32_t all[8 * 1024][4];
+  const int me = ::emulation::block().current, quad = me & ~3, t = me & 3;
+  memcpy(all[me], a, 16);
+  emulated_warp_sync();
+  float w[2][16], x[16];
+  for (int row = 0; row < 2; ++row) {
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t pair = all[quad + k % 8 / 2][row + 2 * (k / 8)];
+      w[row][k] = as_float(k & 1 ? pair & 0xffff0000u : pair << 16);
+    }
+  }
+  for (int j = 0; j < kN / 8; ++j) {
+    for (int c = 0; c < 2; ++c) {
+      emulated_row(Bf16(), false, b, 8 * j + 2 * t + c, x);
+      for (int row = 0; row < 2; ++row) {
+        float& sum = d[4 * j + 2 * row + c];
+        if (!add) sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += w[row][k] * x[k];
+      }
+    }
+  }
+  emulated_warp_sync();
+}
+#endif
+
 #define PYFMT_S8(a, b, c, d, e, f, g, h) \
   "%" #a ", %" #b ", %" #c ", %" #d ", %" #e ", %" #f ", %" #g ", %" #h
 #define PYFMT_S32_0                                          \
@@ -194,6 +227,40 @@ PYFMT_PRODUCTS(E4M3ByE4M3, 32, "k32", ".f32.e4m3.e4m3", "")
 PYFMT_PRODUCTS(E4M3ByE5M2, 32, "k32", ".f32.e4m3.e5m2", "")
 PYFMT_PRODUCTS(E5M2ByE4M3, 32, "k32", ".f32.e5m2.e4m3", "")
 PYFMT_PRODUCTS(E5M2ByE5M2, 32, "k32", ".f32.e5m2.e5m2", "")
+
+#if defined(__CUDACC__)
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+#define PYFMT_REGISTER_ASM(shape, places, a0, a1, a2, a3, b_place, flag, ...)                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                    \
+               ", 0;\nwgmma.mma_async.sync.aligned." shape " {" places "}, {%" #a0 ", %" #a1 \
+               ", %" #a2 ", %" #a3 "}, %" #b_place ", p, 1, 1, 0;\n}"                        \
+               : __VA_ARGS__                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+#else
+#define PYFMT_REGISTER_ASM(...) (void)d, (void)a, (void)b, (void)add
+#endif
+#define PYFMT_REGISTER_PRODUCT(n, shape, places, a0, a1, a2, a3, b_place, flag, ...)       \
+  template <>                                                                              \
+  struct RegisterProduct<Bf16, n> {                                                        \
+    PYFMT_DEVICE static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, \
+                                    int add) {                                             \
+      PYFMT_REGISTER_ASM(shape, places, a0, a1, a2, a3, b_place, flag, __VA_ARGS__);       \
+    }                                                                                      \
+  };
+#else
+#define PYFMT_REGISTER_PRODUCT(n, ...)                                                   \
+  template <>                                                                            \
+  struct RegisterProduct<Bf16, n> {                                                      \
+    static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int add) { \
+      emulated_register_product<n>(d, a, b, add);                                        \
+    }                                                                                    \
+  };
+#endif
+
+PYFMT_REGISTER_PRODUCT(64, "m64n64k16.f32.bf16.bf16", PYFMT_S32_0, 32, 33, 34, 35, 36, 37,
+                       PYFMT_R32(0))
+PYFMT_REGISTER_PRODUCT(128, "m64n128k16.f32.bf16.bf16", PYFMT_S32_0 ", " PYFMT_S32_1, 64, 65, 66,
+                       67, 68, 69, PYFMT_R32(0), PYFMT_R32(32))
 
 }  // namespace hopper
 }  // namespace cuda
