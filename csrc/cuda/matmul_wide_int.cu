@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // matmul_wide.h for integers with an E4M3 scale, and groups of integers.
-#include "matmul_wide.cuh"
+#include "matmul_wide_blocks.cuh"
 
 namespace pyfmt {
 namespace cuda {
 namespace wide {
 
 Kernel int_kernel(const FormatSpec& f) {
-  if (is_nv(f, elements::int4)) return kernel_of<Weights<int4_element, Scale::kE4M3>>();
+  if (is_nv(f, elements::int4)) return blocks::kernel_of<blocks::Blocks<int4_element, Scale::kE4M3>>();
   return {};
 }
 

@@ -16,11 +16,13 @@ namespace wide {
 
 constexpr int kChunk = 128;
 
-// Elements leave decoding in pairs, four a unit of eight codes: which of those half h of pair j
-// holds. Pair p of a lane's sixteen of a chunk belongs at places 8 p + 2t and the next one.
+// Elements leave decoding in pairs, by units of eight codes, or sixteen of 6 bits: which of a
+// lane's 32 codes half h of its pair p holds. That pair belongs at places 8 p + 2t and the next one.
 template <int kBits>
-PYFMT_HD constexpr int element_of(int j, int h) {
-  return kBits == 8 ? j / 2 * 4 + j % 2 + 2 * h : j + 4 * h;
+PYFMT_HD constexpr int element_of(int p, int h) {
+  return kBits == 6   ? p / 8 * 16 + p % 8 + 8 * h
+         : kBits == 8 ? p / 2 * 4 + p % 2 + 2 * h
+                      : p / 4 * 8 + p % 4 + 4 * h;
 }
 
 // The byte of the panel where 16-byte piece q (0 to 7) of 64 places of a token lies: steps of 64
@@ -70,8 +72,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int p = 0; p < 16; ++p) {
-    const int a = p / 4 * 8 + element_of<kBits>(p % 4, 0);
-    const int b = p / 4 * 8 + element_of<kBits>(p % 4, 1);
+    const int a = element_of<kBits>(p, 0), b = element_of<kBits>(p, 1);
     const uint32_t low = a & 1 ? words[a / 2] >> 16 : words[a / 2] & 0xffffu;
     const uint32_t high = b & 1 ? words[b / 2] >> 16 : words[b / 2] & 0xffffu;
     mine[p / 8 * 256 + row * 32 + ((p % 8) ^ row) * 4 + t] = low | high << 16;

@@ -154,20 +154,20 @@ PYFMT_DEVICE uint32_t codes_barrier(uint32_t base, uint32_t slot) {
 }
 // They have been read.
 PYFMT_DEVICE uint32_t read_barrier(uint32_t base, uint32_t slot) {
-  return base + 192u + 8u * slot;
+  return base + 200u + 8u * slot;
 }
 
 // Likewise of scales.
 PYFMT_DEVICE uint32_t scales_barrier(uint32_t base, uint32_t slot) {
-  return base + 256u + 8u * slot;
+  return base + 264u + 8u * slot;
 }
 PYFMT_DEVICE uint32_t scales_read_barrier(uint32_t base, uint32_t slot) {
-  return base + 288u + 8u * slot;
+  return base + 296u + 8u * slot;
 }
 
 // For the sums of the other part of K.
 PYFMT_DEVICE uint32_t sums_barrier(uint32_t base) {
-  return base + 320u;
+  return base + 192u;
 }
 
 // By the first threads of a block.
@@ -179,11 +179,10 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   constexpr uint32_t kReaders = S::kWarps * (int(S::kSpan) < S::kTeams ? int(S::kSpan) : S::kTeams);
   const uint32_t arrivals = i < 8    ? S::kWarps + 1
                             : i < 16 ? uint32_t(kConsumers / 32 * p.share)
-                            : i < 24 ? 1
-                            : i < 32 ? kReaders
-                            : i < 36 ? 2
-                            : i < 40 ? S::kWarps * S::kTeams
-                                     : 1;
+                            : i < 25 ? 1
+                            : i < 33 ? kReaders
+                            : i < 37 ? 2
+                                     : S::kWarps * S::kTeams;
   hopper::barrier_init(base + 8 * i, arrivals);
   hopper::barrier_init_fence();
 }

@@ -261,6 +261,10 @@ PYFMT_REGISTER_PRODUCT(64, "m64n64k16.f32.bf16.bf16", PYFMT_S32_0, 32, 33, 34, 3
                        PYFMT_R32(0))
 PYFMT_REGISTER_PRODUCT(128, "m64n128k16.f32.bf16.bf16", PYFMT_S32_0 ", " PYFMT_S32_1, 64, 65, 66,
                        67, 68, 69, PYFMT_R32(0), PYFMT_R32(32))
+PYFMT_REGISTER_PRODUCT(256, "m64n256k16.f32.bf16.bf16",
+                       PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129,
+                       130, 131, 132, 133, PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64),
+                       PYFMT_R32(96))
 
 }  // namespace hopper
 }  // namespace cuda
