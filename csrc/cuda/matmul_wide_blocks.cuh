@@ -53,10 +53,12 @@ struct Blocks {
 
 // ---- shared memory ----------------------------------------------------------------------------
 
-constexpr int kThreadsHere = kConsumers + 128;
-
 template <class F, int kTokens>
 struct Room {
+  // Where registers suffice, two pairs of warpgroups take every other chunk each: with more of them
+  // decoding, nobody waits for instructions.
+  static constexpr int kPhases = kTokens == 64 ? 2 : 1;
+  static constexpr int kMultipliers = kConsumers * kPhases, kThreads = kMultipliers + 128;
   // A stage has 64 columns of x, half a chunk.
   static constexpr uint32_t kStages = kTokens == 64 ? 12 : kTokens == 128 ? 8 : 5;
   static constexpr uint32_t kStage = kTokens * 128;
@@ -64,6 +66,7 @@ struct Room {
   static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
   static constexpr uint32_t kSlot = kRows * kRowBytes;
+  static constexpr uint32_t kReaders = 8 * (kSpan < kPhases ? kSpan : kPhases);  // of a slot, warps
   static constexpr uint32_t kRowScales = 4 * F::kEntry * kSpan, kScales = kRows * kRowScales;
   static constexpr uint32_t kDepth = kTokens == 256 ? 3 : 4;
   static constexpr uint32_t kCodesAt = kHeader + kStages * kStage;
@@ -80,6 +83,7 @@ constexpr uint32_t kFull = 0, kEmpty = 96, kCodesFull = 200, kCodesEmpty = 256, 
 
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
+  using R = Room<F, kTokens>;
   const uint32_t i = threadIdx.x;
   if (i >= 48) return;
   const uint32_t at = 8 * i;
@@ -87,7 +91,7 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
                             : at < kEmpty + 96           ? 8 * uint32_t(p.share)
                             : at < kCodesFull            ? 1
                             : at < kCodesEmpty           ? 3
-                            : at < kTurns                ? 8
+                            : at < kTurns                ? R::kReaders
                                                          : 4;
   hopper::barrier_init(base + at, arrivals);
   hopper::barrier_init_fence();
@@ -210,12 +214,12 @@ template <class F, int kTokens>
 struct Multiplier {
   using R = Room<F, kTokens>;
   using Product = hopper::RegisterProduct<hopper::Bf16, kTokens>;
-  static constexpr int kCount = kTokens / 2;
+  static constexpr int kCount = kTokens / 2, kPhases = R::kPhases;
   using Fragments = uint32_t[8][4];  // of the steps of a chunk
 
   const Params& p;
   const Place& at;
-  int lane, group, steps;
+  int lane, group, phase, steps;
   uint32_t peer = 0;       // what turns an address of this block into that of another
   uint32_t codes, scales;  // where this lane reads, but for turns
   uint32_t turned = 0;     // which of the 16-byte pieces of its row
@@ -234,15 +238,20 @@ struct Multiplier {
         at(at),
         lane(int(threadIdx.x) & 31),
         group(hopper::uniform(int(threadIdx.x) >> 7)),
+        phase(group >> 1),
         steps(at.last - at.first) {
     if (p.share > 1 && lane < p.share) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
-    const uint32_t row = uint32_t(16 * (threadIdx.x >> 5) + row_of(lane));
+    const uint32_t row = uint32_t(16 * (threadIdx.x >> 5 & 7) + row_of(lane));
     turned = F::kBits == 6 ? 0 : (row & 7) << 4;
     codes = at.base + R::kCodesAt + row * R::kRowBytes;
     scales = at.base + R::kScalesAt + row * R::kRowScales + uint32_t(lane % 4 * F::kEntry);
-    turn = uint32_t(group) ^ 1;
+    turn = group ? 0 : 1;
+    for (int i = 0; i < phase; ++i) {
+      stage.next(), stage.next(), done.next(), done.next();
+      if (R::kSpan == 1) slot.next();
+    }
     hopper::keep(codes);
     hopper::keep(scales);
   }
@@ -274,34 +283,40 @@ struct Multiplier {
     for (int j = 0; j < 16; ++j) to[j / 2][r + 2 * (j & 1)] = pairs[j];
   }
 
-  // Chunk i as fragments, once its codes are there.
-  PYFMT_DEVICE void decode(int i, Fragments& to) {
+  // What a lane has of a chunk: its codes and their scales, of two rows.
+  struct Packed {
+    uint32_t words[2][F::kBits], raw[2];
+  };
+  // Chunk i, once it is there.
+  PYFMT_DEVICE void load(int i, Packed& c) {
     const uint32_t half = R::kSpan == 2 ? uint32_t(i & 1) : 0;
     hopper::barrier_wait(at.base + kCodesFull + 8 * slot.place, slot.parity);
-    uint32_t words[2][F::kBits], raw[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      raw[r] = hopper::load_shared_small<F::kEntry>(scales + slot.place * R::kScales +
+      c.raw[r] = hopper::load_shared_small<F::kEntry>(scales + slot.place * R::kScales +
                                                     uint32_t(r * 8) * R::kRowScales +
                                                     half * (4 * F::kEntry));
-      read(half, r, words[r]);
+      read(half, r, c.words[r]);
     }
+    if (R::kSpan == 2 && kPhases == 1 && !(i & 1)) return;
+    hopper::warp_sync();
+    if (lane == 0) hopper::barrier_arrive_here(at.base + kCodesEmpty + 8 * slot.place);
+    slot.next();
+    if (R::kSpan == 1 && kPhases == 2) slot.next();
+  }
+  PYFMT_DEVICE void decode(const Packed& c, Fragments& to) const {
     bool special = false;
     if constexpr (F::kHasSpecials) {
-      special = F::special(words[0], raw[0]) || F::special(words[1], raw[1]);
+      special = F::special(c.words[0], c.raw[0]) || F::special(c.words[1], c.raw[1]);
       special = hopper::any_lane(special);
     }
     if (special) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) to_fragments<F::kHasSpecials>(words[r], raw[r], r, to);
+      for (int r = 0; r < 2; ++r) to_fragments<F::kHasSpecials>(c.words[r], c.raw[r], r, to);
     } else {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) to_fragments<false>(words[r], raw[r], r, to);
+      for (int r = 0; r < 2; ++r) to_fragments<false>(c.words[r], c.raw[r], r, to);
     }
-    if (R::kSpan == 2 && !(i & 1)) return;
-    hopper::warp_sync();
-    if (lane == 0) hopper::barrier_arrive_here(at.base + kCodesEmpty + 8 * slot.place);
-    slot.next();
   }
 
   PYFMT_DEVICE void wait_turn() {
@@ -309,27 +324,26 @@ struct Multiplier {
     turn ^= 1;
   }
   PYFMT_DEVICE void pass_turn() const {
-    if (lane == 0) hopper::barrier_arrive_here(at.base + kTurns + 8 * uint32_t(group ^ 1));
+    const uint32_t next = uint32_t(group + 1) % uint32_t(2 * kPhases);
+    if (lane == 0) hopper::barrier_arrive_here(at.base + kTurns + 8 * next);
   }
 
-  // The warp has no more use for the oldest of its stages.
-  PYFMT_DEVICE void release_stage() {
-    const uint32_t empty = at.base + kEmpty + 8 * done.place;
-    if (p.share > 1) {
-      if (lane < p.share) hopper::barrier_arrive(empty + peer);
-    } else if (lane == 0) {
-      hopper::barrier_arrive_here(empty);
+  // The products of the chunk before are over: the warp has no more use for its stages.
+  PYFMT_DEVICE void finish_products() {
+    hopper::products_wait<0>();
+#pragma unroll
+    for (int h = 0; h < 2; ++h, done.next()) {
+      const uint32_t empty = at.base + kEmpty + 8 * done.place;
+      if (p.share > 1) {
+        if (lane < p.share) hopper::barrier_arrive(empty + peer);
+      } else if (lane == 0) {
+        hopper::barrier_arrive_here(empty);
+      }
     }
-    done.next();
+    if (kPhases == 2) done.next(), done.next();
   }
 
-  // Chunk i by fragments `now`; those of the next chunk become `next`.
-  PYFMT_DEVICE void chunk(int i, float (&sums)[kCount], const Fragments& now, Fragments& next) {
-    if (i > 0) {
-      hopper::products_wait<0>();
-      release_stage();
-      release_stage();
-    }
+  PYFMT_DEVICE void multiply(float (&sums)[kCount], const Fragments& w) {
     wait_turn();
     uint32_t x[2];
 #pragma unroll
@@ -337,49 +351,102 @@ struct Multiplier {
       hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
       x[h] = hopper::tile_code(at.base + kHeader + stage.place * R::kStage);
     }
+    if (kPhases == 2) stage.next(), stage.next();
     // Without a branch between them, which would make them two groups.
     hopper::products_fence();
 #pragma unroll
     for (int s = 0; s < 8; ++s) {
       if (s == 7) pass_turn();
-      Product::add_to(sums, now[s], hopper::tile_descriptor(x[s / 4], s % 4), 1);
+      Product::add_to(sums, w[s], hopper::tile_descriptor(x[s / 4], s % 4), 1);
     }
     hopper::products_commit();
-    if (i + 1 < steps) decode(i + 1, next);
+  }
+
+  // Products of fragments `now` beside decoding of chunk i + 1 to `next`.
+  PYFMT_DEVICE void chunk(int i, float (&sums)[kCount], const Fragments& now, Fragments& next) {
+    if (i > 0) finish_products();
+    multiply(sums, now);
+    if (i + 1 < steps) {
+      Packed c;
+      load(i + 1, c);
+      decode(c, next);
+    }
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
-    Fragments a, b;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
     hopper::pin(sums);
-    if (steps > 0) decode(0, a);
+    Packed c;
+    if (phase < steps) load(phase, c);
+    if constexpr (kPhases == 2) {
+      // Others' products are beside this warpgroup's decoding.
 #pragma unroll 1
-    for (int i = 0; i < steps; i += 2) {
-      chunk(i, sums, a, b);
-      if (i + 1 < steps) chunk(i + 1, sums, b, a);
+      for (int i = phase; i < steps; i += 2) {
+        if (i > phase) finish_products();
+        Fragments w;
+        decode(c, w);
+        multiply(sums, w);
+        if (i + 2 < steps) load(i + 2, c);
+      }
+    } else {
+      Fragments a, b;
+      if (steps > 0) decode(c, a);
+#pragma unroll 1
+      for (int i = 0; i < steps; i += 2) {
+        chunk(i, sums, a, b);
+        if (i + 1 < steps) chunk(i + 1, sums, b, a);
+      }
     }
     hopper::products_wait<0>();
     hopper::pin(sums);
   }
 };
 
+// What the second pair of warpgroups has is added to the first's.
+template <int kTokens>
+PYFMT_DEVICE void add_phases(const Place& at, float (&sums)[kTokens / 2]) {
+  const uint32_t mine = at.base + kHeader + (threadIdx.x & (kConsumers - 1)) * 16;
+  hopper::partial_sync<2 * kConsumers>();
+  if (threadIdx.x >= kConsumers) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 2; j += 4) {
+      hopper::store_shared16(mine + uint32_t(j * kConsumers * 4), as_uint(sums[j]),
+                             as_uint(sums[j + 1]), as_uint(sums[j + 2]), as_uint(sums[j + 3]));
+    }
+  }
+  hopper::partial_sync<2 * kConsumers>();
+  if (threadIdx.x < kConsumers) {
+#pragma unroll
+    for (int j = 0; j < kTokens / 2; j += 4) {
+      const float4 v = hopper::load_floats(mine + uint32_t(j * kConsumers * 4));
+      sums[j] += v.x, sums[j + 1] += v.y, sums[j + 2] += v.z, sums[j + 3] += v.w;
+    }
+  }
+}
+
 template <class F, int kTokens>
 PYFMT_DEVICE void take_turns(const Params& p) {
+  using R = Room<F, kTokens>;
   const Place at = Place::of<kTokens>(p);
   blocks::init_barriers<F, kTokens>(p, at.base);
   if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
   if (p.share > 1) hopper::cluster_meet();
   if (p.share == 1) __syncthreads();
-  // Registers: 168 for each of 384 threads, shared out anew.
-  if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<40>();
+  // Registers: 168 for each of 384 threads, or 96 for 640, shared out anew.
+  constexpr bool kMany = R::kPhases == 2;
+  if (threadIdx.x >= R::kMultipliers) {
+    hopper::fewer_registers<kMany ? 32 : 40>();
     hopper::start_dependents();
     Bringer<F, kTokens>{p, at, at.last - at.first}.run();
   } else {
-    hopper::more_registers<232>();
+    hopper::more_registers<kMany ? 112 : 232>();
     float sums[kTokens / 2];
     Multiplier<F, kTokens>(p, at).run(sums);
+    if constexpr (kMany) {
+      add_phases<kTokens>(at, sums);
+      if (threadIdx.x >= kConsumers) return;
+    }
     hopper::wait_for_previous();
     if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
     // No block leaves, or is written to, while another of its cluster may still need its tiles.
@@ -393,13 +460,13 @@ PYFMT_DEVICE void take_turns(const Params& p) {
 }
 
 #if defined(PYFMT_SM90A)
-#define PYFMT_BLOCKS_THREADS kThreadsHere
+#define PYFMT_BLOCKS_THREADS(F, tokens) Room<F, tokens>::kThreads
 #else
-#define PYFMT_BLOCKS_THREADS 32  // tells the host that there is nothing to launch
+#define PYFMT_BLOCKS_THREADS(F, tokens) 32  // tells the host that there is nothing to launch
 #endif
 
 template <class F, int kTokens>
-__global__ void __launch_bounds__(PYFMT_BLOCKS_THREADS, 1)
+__global__ void __launch_bounds__(PYFMT_BLOCKS_THREADS(F, kTokens), 1)
     matmul_blocks_kernel(const __grid_constant__ Params p) {
 #if defined(PYFMT_SM90A)
   take_turns<F, kTokens>(p);
@@ -429,7 +496,7 @@ void launch_blocks(Params& p, const WideCall& call, Stream stream) {
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreadsHere);
+  config.blockDim = dim3(R::kThreads);
   config.dynamicSmemBytes = R::kBytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
@@ -437,7 +504,7 @@ void launch_blocks(Params& p, const WideCall& call, Stream stream) {
   check(cudaLaunchKernelEx(&config, kernel, p), "launch");
 #else
   (void)stream;
-  emulation::launch_clusters(kernel, blocks, kThreadsHere, cluster, p);
+  emulation::launch_clusters(kernel, blocks, R::kThreads, cluster, p);
 #endif
 }
 

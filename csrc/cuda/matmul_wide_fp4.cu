@@ -17,7 +17,7 @@ bool compiled() {
   using F = blocks::Blocks<e2m1_element, Scale::kE8M0>;
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, blocks::matmul_blocks_kernel<F, 64>), "kernel");
-  return attributes.maxThreadsPerBlock >= blocks::kThreadsHere;
+  return attributes.maxThreadsPerBlock >= (blocks::Room<F, 64>::kThreads);
 #else
   return true;
 #endif
