@@ -9,16 +9,6 @@ namespace cuda {
 namespace wide {
 namespace {
 
-// Rows of k numbers to rows of pitch, so that each starts at a multiple of 16 bytes.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    align_rows(const T* x, T* to, int64_t count, int64_t k, int64_t pitch) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count) return;
-  const int64_t row = i / pitch, column = i % pitch;
-  to[i] = column < k ? x[row * k + column] : T(0);
-}
-
 bool rows_aligned(const MatmulWideArgs& a) {
   return aligned16(a.x) && a.k % 8 == 0;
 }
@@ -26,17 +16,8 @@ int64_t padded_row(const MatmulWideArgs& a) {
   return (a.k + 7) / 8 * 8;
 }
 
-int64_t panel_rows(const MatmulWideArgs& a) {
-  return (a.m + a.plan.tokens - 1) / a.plan.tokens * a.plan.tokens;
-}
 int64_t panel_bytes(const MatmulWideArgs& a) {
-  return panel_rows(a) * ((a.k + kChunk - 1) / kChunk) * kChunk * 2;
-}
-bool codes_aligned(const MatmulWideArgs& a) {
-  return aligned16(a.codes) && a.format.row_bytes(a.k) % 16 == 0;
-}
-int64_t codes_pitch(const MatmulWideArgs& a) {
-  return (a.format.row_bytes(a.k) + 15) / 16 * 16;
+  return panel_rows(a.m, a.plan.tokens) * ((a.k + kChunk - 1) / kChunk) * kChunk * 2;
 }
 
 Kernel find(const FormatSpec& f) {
@@ -118,7 +99,7 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
 int64_t matmul_wide_workspace(const MatmulWideArgs& a) {
   using namespace wide;
   if (find(a.format).turns) {
-    return panel_bytes(a) + (codes_aligned(a) ? 0 : a.n * codes_pitch(a));
+    return panel_bytes(a) + aligned_codes_bytes(a.codes, a.format.row_bytes(a.k), a.n);
   }
   return wide::rows_aligned(a) ? 0 : a.m * wide::padded_row(a) * 2;
 }
@@ -156,14 +137,9 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   call.codes = {a.codes, p.row_bytes, a.n, p.row_bytes};
   if (kernel.turns) {
     p.panel = static_cast<const uint8_t*>(a.workspace);
-    p.panel_rows = int(panel_rows(a));
-    if (!codes_aligned(a)) {
-      const int64_t pitch = codes_pitch(a), count = a.n * pitch;
-      uint8_t* to = static_cast<uint8_t*>(a.workspace) + panel_bytes(a);
-      launch(align_rows<uint8_t>, blocks_for(count), kThreads, stream, a.codes, to, count,
-             p.row_bytes, pitch);
-      call.codes = {to, pitch, a.n, pitch};
-    }
+    p.panel_rows = int(panel_rows(a.m, a.plan.tokens));
+    call.codes =
+        align_codes(call.codes, static_cast<uint8_t*>(a.workspace) + panel_bytes(a), stream);
   } else if (!rows_aligned(a)) {
     const int64_t pitch = padded_row(a), count = a.m * pitch;
     launch(align_rows<uint16_t>, blocks_for(count), kThreads, stream,
