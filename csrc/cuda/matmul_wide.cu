@@ -9,16 +9,6 @@ namespace cuda {
 namespace wide {
 namespace {
 
-// Rows of k numbers to rows of pitch, so that each starts at a multiple of 16 bytes.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    align_rows(const T* x, T* to, int64_t count, int64_t k, int64_t pitch) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count) return;
-  const int64_t row = i / pitch, column = i % pitch;
-  to[i] = column < k ? x[row * k + column] : T(0);
-}
-
 bool rows_aligned(const MatmulWideArgs& a) {
   return aligned16(a.x) && a.k % 8 == 0;
 }
@@ -26,25 +16,24 @@ int64_t padded_row(const MatmulWideArgs& a) {
   return (a.k + 7) / 8 * 8;
 }
 
-int64_t panel_rows(const MatmulWideArgs& a) {
-  return (a.m + a.plan.tokens - 1) / a.plan.tokens * a.plan.tokens;
-}
-int64_t panel_bytes(const MatmulWideArgs& a) {
-  return panel_rows(a) * ((a.k + kChunk - 1) / kChunk) * kChunk * 2;
-}
-bool codes_aligned(const MatmulWideArgs& a) {
-  return aligned16(a.codes) && a.format.row_bytes(a.k) % 16 == 0;
-}
-int64_t codes_pitch(const MatmulWideArgs& a) {
-  return (a.format.row_bytes(a.k) + 15) / 16 * 16;
-}
-
-Kernel find(const FormatSpec& f) {
+Kernel find(const FormatSpec& f, bool shared) {
   for (auto of : {fp4_kernel, fp6_kernel, fp8_kernel, int_kernel, group_kernel, mxint_kernel}) {
-    const Kernel found = of(f);
+    const Kernel found = of(f, shared);
     if (found.launch) return found;
   }
   return {};
+}
+// One tile of 256 rows has the panel cost more than what the shared form loses; more share it.
+Kernel find(const MatmulWideArgs& a) {
+  return find(a.format, a.plan.tokens == 256 && a.m <= 256);
+}
+
+// Of the workspace: x as the kernel reads it, where that is not as it lies.
+int64_t bytes_of_x(const MatmulWideArgs& a) {
+  if (find(a).panel) {
+    return panel_rows(a.m, a.plan.tokens) * ((a.k + kChunk - 1) / kChunk) * kChunk * 2;
+  }
+  return rows_aligned(a) ? 0 : (a.m * padded_row(a) * 2 + 15) / 16 * 16;
 }
 
 int device_number(cudaDeviceAttr what) {
@@ -65,7 +54,7 @@ bool scales_aligned(const MatmulWideArgs& a, const Params& p) {
 
 const char* matmul_wide_refuses(const FormatSpec& f, int64_t m, int64_t n, int64_t k) {
   using namespace wide;
-  if (!find(f).launch || f.block_rows != 1) return "the format is none of those compiled in";
+  if (!find(f, false).launch || f.block_rows != 1) return "the format is none of those compiled in";
   if (has_groups(f, f.element) && f.block_columns % 32) {
     return "groups of integers must be multiples of 32 columns, or whole rows";
   }
@@ -91,19 +80,18 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
   if (best.tokens) return best;
   const int sms = multiprocessors();
   const int n_tiles = int((a.n + kRows - 1) / kRows);
-  const int64_t tiles = (a.k + 63) / 64;
+  const int64_t chunks = (a.k + kChunk - 1) / kChunk;
   const bool groups = has_groups(a.format, a.format.element);
   double least = 0;
   for (int tokens : {64, 128, 256}) {
     if (tokens > 128 && groups) break;
     for (int split : {1, 2}) {
-      if (split > tiles) break;
+      if (split > chunks) break;
       const int64_t blocks = n_tiles * ((a.m + tokens - 1) / tokens) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      // Cycles of a tile: products, or what shared memory moves for them.
-      const double moved = 3.0 * tokens + 256 + 16.0 * a.format.bits();
-      const double products = 4.0 * tokens, tile = moved > products ? moved : products;
-      const double cost = double(waves) * (double(tiles) / split * tile + 8000 + 30.0 * tokens);
+      // Cycles of a chunk on an H200, measured; those of the start and the end of a block.
+      const double chunk = tokens == 64 ? 1000 : tokens == 128 ? 1600 : 2600;
+      const double cost = double(waves) * (double(chunks) / split * chunk + 10000);
       if (!best.tokens || cost < least) {
         least = cost;
         best.tokens = tokens;
@@ -117,15 +105,12 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
 
 int64_t matmul_wide_workspace(const MatmulWideArgs& a) {
   using namespace wide;
-  if (find(a.format).turns) {
-    return panel_bytes(a) + (codes_aligned(a) ? 0 : a.n * codes_pitch(a));
-  }
-  return wide::rows_aligned(a) ? 0 : a.m * wide::padded_row(a) * 2;
+  return bytes_of_x(a) + aligned_codes_bytes(a.codes, a.format.row_bytes(a.k), a.n);
 }
 
 void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   using namespace wide;
-  const Kernel kernel = find(a.format);
+  const Kernel kernel = find(a);
   Params p;
   p.codes = a.codes;
   p.scales = static_cast<const uint8_t*>(a.scales);
@@ -136,11 +121,8 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.scale = a.format.scale;
   p.row_bytes = a.format.row_bytes(a.k);
   p.blocks = a.format.blocks(a.k);
-  p.copied_codes = aligned16(a.codes) && p.row_bytes % 16 == 0;
   p.wide_scales = scales_aligned(a, p);
   p.group_runs = a.format.block_columns ? a.format.block_columns / 32 : 1 << 30;
-  p.half_tiles = p.group_runs % 2 != 0;
-  p.two_tiles = p.group_runs % 4 == 0;
   p.m = int(a.m);
   p.n = int(a.n);
   p.tiles = int((a.k + kernel.columns - 1) / kernel.columns);
@@ -153,17 +135,12 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   WideCall call;
   call.tokens = a.plan.tokens;
   call.x = {a.x, a.k * 2, a.m, a.k * 2};
-  call.codes = {a.codes, p.row_bytes, a.n, p.row_bytes};
-  if (kernel.turns) {
+  call.codes = align_codes({a.codes, p.row_bytes, a.n, p.row_bytes},
+                           static_cast<uint8_t*>(a.workspace) + bytes_of_x(a), stream);
+  p.copied_codes = call.codes.data == a.codes;
+  if (kernel.panel) {
     p.panel = static_cast<const uint8_t*>(a.workspace);
-    p.panel_rows = int(panel_rows(a));
-    if (!codes_aligned(a)) {
-      const int64_t pitch = codes_pitch(a), count = a.n * pitch;
-      uint8_t* to = static_cast<uint8_t*>(a.workspace) + panel_bytes(a);
-      launch(align_rows<uint8_t>, blocks_for(count), kThreads, stream, a.codes, to, count,
-             p.row_bytes, pitch);
-      call.codes = {to, pitch, a.n, pitch};
-    }
+    p.panel_rows = int(panel_rows(a.m, a.plan.tokens));
   } else if (!rows_aligned(a)) {
     const int64_t pitch = padded_row(a), count = a.m * pitch;
     launch(align_rows<uint16_t>, blocks_for(count), kThreads, stream,

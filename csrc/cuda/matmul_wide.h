@@ -38,8 +38,8 @@ struct MatmulWideArgs {
 const char* matmul_wide_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
 // The plan that would be chosen for `a`.
 WidePlan matmul_wide_plan(const MatmulWideArgs& a);
-// Bytes of scratch that `a` needs: where rows of x are not aligned to 16 bytes, and for groups of
-// integers.
+// Bytes of scratch that `a` needs: for x in the order of codes, or for rows of x or of codes that
+// are not aligned to 16 bytes.
 int64_t matmul_wide_workspace(const MatmulWideArgs& a);
 void matmul_wide(const MatmulWideArgs& a, Stream stream);
 

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// A third kernel of matmul_wide.h, for elements with scales of their blocks, whose products are
-// bfloat16 numbers: all sums in one accumulator. A block owns 128 rows of w and kTokens rows of x;
+// The kernel of matmul_wide.h for elements with scales of their blocks, whose products are bfloat16
+// numbers: all sums in one accumulator. A block owns 128 rows of w and kTokens rows of x;
 // two warpgroups of 64 rows each decode codes into fragments, in registers, and multiply. They take
 // turns at the tensor cores, so that products of one are under way while the other decodes. A
 // third warpgroup brings x, codes and scales.
 #pragma once
 
-#include "decode.cuh"
-#include "launch.cuh"
 #include "matmul_wide.cuh"
 #include "matmul_wide_finish.cuh"
 #include "matmul_wide_panel.cuh"
-#include "matmul_wide_turns.cuh"
+#include "matmul_wide_turns_room.cuh"
+#include "matmul_wide_weights.cuh"
 #include "wgmma.cuh"
 
 namespace pyfmt {
@@ -20,36 +19,6 @@ namespace wide {
 namespace blocks {
 
 using turns::Ring;
-
-// Elements E, scales of blocks of 32 (E8M0) or 16 (E4M3).
-template <class E, Scale kScale>
-struct Blocks {
-  using D = Decoder<E, kScale>;
-  static constexpr int kBits = D::kBits, kDown = D::kDown;
-  static constexpr int kEntry = kScale == Scale::kE4M3 ? 2 : 1;  // bytes of scales of 32 codes
-  static constexpr bool kHasSpecials = kScale == Scale::kE8M0;
-
-  PYFMT_DEVICE static bool special(const uint32_t (&words)[kBits], uint32_t raw) {
-    return D::special_scale(raw) || D::template special_codes<kBits>(words);
-  }
-
-  // 32 codes to pairs of element * scale.
-  template <bool kAll>
-  PYFMT_DEVICE static void decode(const uint32_t (&words)[kBits], uint32_t raw,
-                                  uint32_t (&out)[16]) {
-    Factor factors[2];
-    if constexpr (kScale == Scale::kE4M3) {
-      D::factors(raw, factors);
-    } else {
-      factors[0] = factors[1] = D::template factor<kAll>(raw);
-    }
-    constexpr int kUnits = 32 / D::kElements;
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      D::template scaled<kAll>(words + u * D::kWords, factors[2 * u / kUnits], out + u * D::kPairs);
-    }
-  }
-};
 
 // ---- shared memory ----------------------------------------------------------------------------
 
@@ -87,12 +56,12 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   const uint32_t i = threadIdx.x;
   if (i >= 48) return;
   const uint32_t at = 8 * i;
-  const uint32_t arrivals = at < kEmpty                  ? 1
-                            : at < kEmpty + 96           ? 8 * uint32_t(p.share)
-                            : at < kCodesFull            ? 1
-                            : at < kCodesEmpty           ? 3
-                            : at < kTurns                ? R::kReaders
-                                                         : 4;
+  const uint32_t arrivals = at < kEmpty        ? 1
+                            : at < kEmpty + 96 ? 8 * uint32_t(p.share)
+                            : at < kCodesFull  ? 1
+                            : at < kCodesEmpty ? 3
+                            : at < kTurns      ? R::kReaders
+                                               : 4;
   hopper::barrier_init(base + at, arrivals);
   hopper::barrier_init_fence();
 }
@@ -135,6 +104,7 @@ struct Bringer {
   // One thread.
   PYFMT_DEVICE void bring_codes() const {
     Ring<R::kDepth> ring;
+    if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
 #pragma unroll 1
     for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {
       const uint32_t full = at.base + kCodesFull + 8 * ring.place;
@@ -294,8 +264,8 @@ struct Multiplier {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       c.raw[r] = hopper::load_shared_small<F::kEntry>(scales + slot.place * R::kScales +
-                                                    uint32_t(r * 8) * R::kRowScales +
-                                                    half * (4 * F::kEntry));
+                                                      uint32_t(r * 8) * R::kRowScales +
+                                                      half * (4 * F::kEntry));
       read(half, r, c.words[r]);
     }
     if (R::kSpan == 2 && kPhases == 1 && !(i & 1)) return;
@@ -459,14 +429,8 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   }
 }
 
-#if defined(PYFMT_SM90A)
-#define PYFMT_BLOCKS_THREADS(F, tokens) Room<F, tokens>::kThreads
-#else
-#define PYFMT_BLOCKS_THREADS(F, tokens) 32  // tells the host that there is nothing to launch
-#endif
-
 template <class F, int kTokens>
-__global__ void __launch_bounds__(PYFMT_BLOCKS_THREADS(F, kTokens), 1)
+__global__ void __launch_bounds__(PYFMT_WIDE_THREADS((Room<F, kTokens>::kThreads)), 1)
     matmul_blocks_kernel(const __grid_constant__ Params p) {
 #if defined(PYFMT_SM90A)
   take_turns<F, kTokens>(p);
@@ -474,38 +438,14 @@ __global__ void __launch_bounds__(PYFMT_BLOCKS_THREADS(F, kTokens), 1)
 }
 
 template <class F, int kTokens>
-void launch_blocks(Params& p, const WideCall& call, Stream stream) {
+void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   using R = Room<F, kTokens>;
   hopper::MatrixBox codes = call.codes;
   codes.box_bytes = int(R::kRowBytes);
   codes.box_rows = kRows;
   p.codes_map = hopper::encode(codes);
   p.up = L::as_float(power_of_two_bits(F::kDown));
-  const int cluster = p.share * p.split;
-  const int blocks = int(p.n_clusters) * ((p.m + kTokens - 1) / kTokens) * cluster;
-  const auto kernel = matmul_blocks_kernel<F, kTokens>;
-#if defined(__CUDACC__)
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::kBytes),
-        "shared memory");
-  cudaLaunchAttribute attributes[2];
-  // Starts beside the kernel that writes the panel, and waits for it before reading x.
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = unsigned(cluster);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(R::kThreads);
-  config.dynamicSmemBytes = R::kBytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, p), "launch");
-#else
-  (void)stream;
-  emulation::launch_clusters(kernel, blocks, R::kThreads, cluster, p);
-#endif
+  launch_wide(matmul_blocks_kernel<F, kTokens>, p, kTokens, R::kThreads, R::kBytes, stream);
 }
 
 template <class F>
@@ -515,18 +455,19 @@ void launch_elements(Params& p, const WideCall& call, Stream stream) {
   launch(write_panel<F::kBits, 32>, (units + kWarps - 1) / kWarps, kThreads, stream,
          static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
          p.panel_rows, p.tiles, aligned);
-  if (call.tokens == 256) return launch_blocks<F, 256>(p, call, stream);
-  if (call.tokens == 128) return launch_blocks<F, 128>(p, call, stream);
-  launch_blocks<F, 64>(p, call, stream);
-}
-
-// What the host needs to know of it.
-template <class F>
-Kernel kernel_of() {
-  return {launch_elements<F>, kChunk, true};
+  if (call.tokens == 256) return launch_tokens<F, 256>(p, call, stream);
+  if (call.tokens == 128) return launch_tokens<F, 128>(p, call, stream);
+  launch_tokens<F, 64>(p, call, stream);
 }
 
 }  // namespace blocks
+
+// The kernel for elements E with scales of their blocks.
+template <class E, Scale kScale>
+Kernel blocks_kernel() {
+  return {blocks::launch_elements<Weights<E, kScale, false>>, kChunk, true};
+}
+
 }  // namespace wide
 }  // namespace cuda
 }  // namespace pyfmt

@@ -8,6 +8,7 @@
 // match.
 #pragma once
 
+#include "launch.cuh"
 #include "matmul_wide_tiles.cuh"
 
 namespace pyfmt {
@@ -17,7 +18,8 @@ namespace wide {
 constexpr int kChunk = 128;
 
 // Elements leave decoding in pairs, by units of eight codes, or sixteen of 6 bits: which of a
-// lane's 32 codes half h of its pair p holds. That pair belongs at places 8 p + 2t and the next one.
+// lane's 32 codes half h of its pair p holds. That pair belongs at places 8 p + 2t and the next
+// one.
 template <int kBits>
 PYFMT_HD constexpr int element_of(int p, int h) {
   return kBits == 6   ? p / 8 * 16 + p % 8 + 8 * h
@@ -85,6 +87,72 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t* v = mine + i / 2 * 256 + piece * 4;
     *reinterpret_cast<uint4*>(panel + to) = make_uint4(v[0], v[1], v[2], v[3]);
   }
+}
+
+// The same of fp8 numbers: a chunk is one tile, and a product takes of lane t four numbers that lie
+// together, twice.
+static __global__ void __launch_bounds__(kThreads)
+    write_fp8_panel(const uint8_t* x, uint8_t* panel, int m, int64_t k, int panel_rows,
+                    int chunks) {
+  __shared__ uint32_t shared[kWarps][256];
+  hopper::start_dependents();
+  const int lane = threadIdx.x & 31, token8 = panel_rows / 8;
+  const int64_t unit = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
+  if (unit >= int64_t(token8) * chunks) return;
+  const int tokens = int(unit % token8) * 8, chunk = int(unit / token8);
+  const int row = lane / 4, t = lane % 4;
+  uint32_t* mine = shared[threadIdx.x >> 5];
+  hopper::wait_for_previous();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t column = int64_t(chunk) * kChunk + 32 * t + 16 * i;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (tokens + row < m && column < k) {
+      v = *reinterpret_cast<const uint4*>(x + int64_t(tokens + row) * k + column);
+    }
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int w = 0; w < 4; ++w) mine[row * 32 + ((4 * i + w) ^ row) * 4 + t] = words[w];
+  }
+  hopper::warp_sync();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int piece = i * 32 + lane;  // of the 64 pieces of 8 tokens
+    const int64_t to = (int64_t(chunk) * panel_rows + tokens) * 128 + piece * 16;
+    const uint32_t* v = mine + piece * 4;
+    *reinterpret_cast<uint4*>(panel + to) = make_uint4(v[0], v[1], v[2], v[3]);
+  }
+}
+
+// ---- rows at multiples of 16 bytes ------------------------------------------------------------
+
+// Rows of k numbers to rows of pitch, so that each starts at a multiple of 16 bytes.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    align_rows(const T* x, T* to, int64_t count, int64_t k, int64_t pitch) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const int64_t row = i / pitch, column = i % pitch;
+  to[i] = column < k ? x[row * k + column] : T(0);
+}
+
+inline int64_t panel_rows(int64_t m, int tokens) {
+  return (m + tokens - 1) / tokens * tokens;
+}
+inline bool rows_of_16(const void* codes, int64_t row_bytes) {
+  return aligned16(codes) && row_bytes % 16 == 0;
+}
+// What a copy of codes takes, where tensor maps do not take them as they lie.
+inline int64_t aligned_codes_bytes(const void* codes, int64_t row_bytes, int64_t rows) {
+  return rows_of_16(codes, row_bytes) ? 0 : rows * ((row_bytes + 15) / 16 * 16);
+}
+// Codes, or that copy of them.
+inline hopper::MatrixBox align_codes(const hopper::MatrixBox& codes, uint8_t* to, Stream stream) {
+  if (rows_of_16(codes.data, codes.row_bytes)) return codes;
+  const int64_t pitch = (codes.row_bytes + 15) / 16 * 16, count = codes.rows * pitch;
+  launch(align_rows<uint8_t>, blocks_for(count), kThreads, stream,
+         static_cast<const uint8_t*>(codes.data), to, count, codes.row_bytes, pitch);
+  return {to, pitch, codes.rows, pitch};
 }
 
 }  // namespace wide

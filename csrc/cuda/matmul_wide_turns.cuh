@@ -1,230 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-// A second kernel of matmul_wide.h, for groups of integers: sums of each group are kept apart, and
-// multiplied by its scale. A block owns 128 rows of w and kTokens rows of x; two warpgroups of 64
-// rows each decode codes into fragments, in registers, and multiply. They take turns at the tensor
-// cores: while one has its products of a group there, the other scales those it had and decodes
-// what comes next. A third warpgroup has the copy engine bring x and codes, and scales.
+// A second kernel of matmul_wide.h, for sums that are kept apart: those of groups of integers,
+// which their scales multiply, and those of 128 columns of fp8 products (matmul_fold.h). A block
+// owns 128 rows of w and kTokens rows of x; two warpgroups of 64 rows each decode codes into
+// fragments, in registers, and multiply. They take turns at the tensor cores: while one has its
+// products of a group there, the other scales those it had and decodes what comes next. A third
+// warpgroup has the copy engine bring x and codes, and scales.
 #pragma once
 
-#include "decode.cuh"
 #include "launch.cuh"
 #include "matmul_wide_finish.cuh"
-#include "matmul_wide_panel.cuh"
-#include "wgmma.cuh"
+#include "matmul_wide_turns_room.cuh"
 
 namespace pyfmt {
 namespace cuda {
 namespace wide {
 namespace turns {
 
-// ---- codes ------------------------------------------------------------------------------------
-
-// Integers of kBits, in groups of a multiple of 4 kRun columns (matmul_wide_panel.cuh), to bfloat16
-// times 2^-kDown.
-template <int kBitsOfCode, int kRunOfLane>
-struct Integers {
-  static constexpr int kBits = kBitsOfCode, kRun = kRunOfLane, kDown = 6;
-  static_assert(kBits == 4 || kBits == 8, "integers have 4 or 8 bits");
-
-  // Below 2^-125 bfloat16 is evenly spaced: the lower byte of each half, with its sign turned into
-  // an offset, is a number of steps of 2^-133 as it stands. out: kBits == 4 ? 4 : 2 pairs.
-  PYFMT_DEVICE static void decode(uint32_t word, uint32_t* out) {
-    const uint32_t up = word >> 8;
-    if constexpr (kBits == 4) {
-      constexpr uint32_t kLow = both(0x7f00u), kHigh = both(0x7d00u), kOff = both(0xbe00u);
-      out[0] = fused_pairs((word & both(0x0fu)) ^ both(0x08u), kLow, kOff);
-      out[1] = fused_pairs((word & both(0xf0u)) ^ both(0x80u), kHigh, kOff);
-      out[2] = fused_pairs((up & both(0x0fu)) ^ both(0x08u), kLow, kOff);
-      out[3] = fused_pairs((up & both(0xf0u)) ^ both(0x80u), kHigh, kOff);
-    } else {
-      constexpr uint32_t kBy = both(0x7f00u), kOff = both(0xc000u);
-      out[0] = fused_pairs((word & both(0xffu)) ^ both(0x80u), kBy, kOff);
-      out[1] = fused_pairs((up & both(0xffu)) ^ both(0x80u), kBy, kOff);
-    }
-  }
-};
-
-// ---- shared memory ----------------------------------------------------------------------------
-
-constexpr int kThreadsHere = kConsumers + 128;
-
-template <class F, int kTokens>
-struct Room {
-  static constexpr int kParts = 32 / F::kRun;  // of a chunk, with sums of their own
-  static constexpr uint32_t kStages = kTokens == 64 ? 6 : 4;
-  static constexpr uint32_t kTile = kTokens * 128, kFactors = kParts * kRows * 4;
-  static constexpr uint32_t kStage = 2 * kTile;
-  static constexpr uint32_t kFactorsAt = kHeader + kStages * kStage;
-  // Codes come in rows of 128 bytes: of one chunk, or of two.
-  static constexpr uint32_t kSpan = 8 / F::kBits, kRowBytes = 128, kSlot = kRows * kRowBytes;
-  static constexpr uint32_t kCodesAt = (kFactorsAt + kStages * kFactors + 1023) / 1024 * 1024;
-  static constexpr uint32_t kDepth = kTokens == 64 ? 5 : 4;
-  static constexpr uint32_t kLoop = kCodesAt + kDepth * kSlot;
-  static constexpr uint32_t kEnd = kHeader + kTokens * kPitch * 4;
-  static constexpr uint32_t kBytes = kLoop > kEnd ? kLoop : kEnd;
-  static_assert(kBytes <= hopper::kMostShared, "the block's shared memory");
-};
-
-// Barriers of the header: of stages (full, empty), of slots of codes (full, empty), for sums
-// (sums_barrier), of turns.
-constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kCodesEmpty = 256, kTurns = 320;
-
-// A place of a ring, in turn.
-template <uint32_t kCount>
-struct Ring {
-  uint32_t place = 0, parity = 0;
-
-  PYFMT_DEVICE void next() {
-    if (++place == kCount) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-template <class F, int kTokens>
-PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
-  const uint32_t i = threadIdx.x;
-  if (i >= 48) return;
-  const uint32_t at = 8 * i;
-  const uint32_t arrivals = at < kEmpty         ? 3
-                            : at < kCodesFull   ? 8 * uint32_t(p.share)
-                            : at >= kTurns      ? 4
-                            : at >= kCodesEmpty ? 8
-                                                : 1;
-  hopper::barrier_init(base + at, arrivals);
-  hopper::barrier_init_fence();
-}
-
-// ---- what brings things -----------------------------------------------------------------------
-
-template <class F, int kTokens>
-struct Bringer {
-  using R = Room<F, kTokens>;
-  const Params& p;
-  const Place& at;
-  int steps;
-
-  // One thread. Parts of K take the halves of the tokens in different order (finish).
-  PYFMT_DEVICE void bring_x() const {
-    const uint32_t bytes = R::kTile >> (p.share_bits + p.split - 1),
-                   mine = uint32_t(at.sub) * bytes;
-    const uint32_t mask = ((1u << p.share) - 1) << (at.part << p.share_bits);
-    const int64_t pitch = int64_t(p.panel_rows) * 128;
-    const uint8_t* first = p.panel + int64_t(at.first) * 2 * pitch + int64_t(at.m0) * 128 + mine;
-    const uint8_t* second = first + (at.part ^ 1) * (R::kTile / 2);
-    first += at.part * (R::kTile / 2);
-    Ring<R::kStages> ring;
-    hopper::wait_for_previous();
-#pragma unroll 1
-    for (int i = 0; i < steps; ++i, ring.next()) {
-      const uint32_t full = at.base + kFull + 8 * ring.place;
-      uint32_t to = at.base + kHeader + ring.place * R::kStage + mine;
-      hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
-      hopper::barrier_expect(full, R::kStage);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        hopper::bulk_copy(to, first, bytes, full, mask, p.share > 1);
-        if (p.split > 1)
-          hopper::bulk_copy(to + R::kTile / 2, second, bytes, full, mask, p.share > 1);
-        first += pitch;
-        second += pitch;
-        to += R::kTile;
-      }
-    }
-  }
-
-  // One thread.
-  PYFMT_DEVICE void bring_codes() const {
-    Ring<R::kDepth> ring;
-#pragma unroll 1
-    for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {
-      const uint32_t full = at.base + kCodesFull + 8 * ring.place;
-      hopper::barrier_wait(at.base + kCodesEmpty + 8 * ring.place, ring.parity ^ 1);
-      hopper::barrier_expect(full, R::kSlot);
-      hopper::copy_box(at.base + R::kCodesAt + ring.place * R::kSlot, p.codes_map,
-                       (at.first + i) * (kChunk * F::kBits / 8), at.n0, full, 0, false);
-    }
-  }
-
-  PYFMT_DEVICE uint32_t read_scale(int64_t row, int group) const {
-    if (group >= p.blocks) return 0;
-    const int64_t i = row * p.blocks + group;
-    return p.scale == Scale::kFP32 ? reinterpret_cast<const uint32_t*>(p.scales)[i]
-                                   : reinterpret_cast<const uint16_t*>(p.scales)[i];
-  }
-  PYFMT_DEVICE float as_factor(uint32_t raw) const {
-    return p.scale == Scale::kFP32   ? as_float(raw)
-           : p.scale == Scale::kBF16 ? as_float(raw << 16)
-                                     : from_half(raw);
-  }
-
-  // Two warps, a lane two rows. The next chunk's scales are under way while one's are laid down.
-  PYFMT_DEVICE void bring_factors(int thread) const {
-    const int64_t row[2] = {min(at.n0 + thread, p.n - 1), min(at.n0 + thread + 64, p.n - 1)};
-    // Parts (of 4 kRun columns) of a group, the next part to load: its group, parts left of that.
-    const int size = p.group_runs / (F::kRun / 8);
-    int group = at.first * R::kParts / size, left = size - at.first * R::kParts % size;
-    uint32_t raw[R::kParts][2];
-    const auto load = [&] {
-#pragma unroll
-      for (int s = 0; s < R::kParts; ++s) {
-#pragma unroll
-        for (int r = 0; r < 2; ++r) raw[s][r] = read_scale(row[r], group);
-        if (--left == 0) {
-          left = size;
-          ++group;
-        }
-      }
-    };
-    load();
-    Ring<R::kStages> ring;
-#pragma unroll 1
-    for (int i = 0; i < steps; ++i, ring.next()) {
-      float factor[R::kParts][2];
-#pragma unroll
-      for (int s = 0; s < R::kParts; ++s) {
-        factor[s][0] = as_factor(raw[s][0]);
-        factor[s][1] = as_factor(raw[s][1]);
-      }
-      load();
-      const uint32_t to = at.base + R::kFactorsAt + ring.place * R::kFactors + 4 * uint32_t(thread);
-      hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
-#pragma unroll
-      for (int s = 0; s < R::kParts; ++s) {
-        hopper::store_shared(to + uint32_t(s * kRows * 4), as_uint(factor[s][0]));
-        hopper::store_shared(to + uint32_t(s * kRows * 4 + 256), as_uint(factor[s][1]));
-      }
-      hopper::warp_sync();
-      if (thread % 32 == 0) hopper::barrier_arrive_here(at.base + kFull + 8 * ring.place);
-    }
-  }
-
-  PYFMT_DEVICE void run() const {
-    const int warp = hopper::uniform(int(threadIdx.x) >> 5 & 3), lane = int(threadIdx.x) & 31;
-    if (warp >= 2) {
-      bring_factors(int(threadIdx.x) & 63);
-    } else if (lane == 0) {
-      warp ? bring_codes() : bring_x();
-    }
-  }
-};
-
 // ---- what multiplies --------------------------------------------------------------------------
 
 template <class F, int kTokens>
 struct Multiplier {
   using R = Room<F, kTokens>;
-  using Product = hopper::RegisterProduct<hopper::Bf16, kTokens>;
-  static constexpr int kCount = kTokens / 2, kParts = R::kParts, kSteps = 8 / kParts;
-  using Fragments = uint32_t[8][4];  // of the steps of a chunk
+  using Product = hopper::RegisterProduct<typename F::Type, kTokens>;
+  static constexpr int kCount = kTokens / 2, kParts = R::kParts;
+  static constexpr int kSteps = F::kOut / 2 / kParts;  // of a part
+  using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
   const Place& at;
   int lane, group, steps;
   uint32_t peer = 0;  // what turns an address of this block into that of another, for some lanes
-  uint32_t codes, factors;  // where this lane reads, but for turns
-  uint32_t turned = 0;      // which of the 16-byte pieces of its row
+  uint32_t codes, factors, places;  // where this lane reads, but for turns
+  uint32_t turned = 0;              // which of the 16-byte pieces of its row
   Ring<R::kStages> stage;
   Ring<R::kDepth> slot;
   uint32_t turn;
@@ -232,7 +39,7 @@ struct Multiplier {
   // Rows change places within eight, so that lanes which read together never share a bank.
   PYFMT_DEVICE static int row_of(int lane) {
     const int g = lane / 4;
-    if (F::kBits * F::kRun == 256) return g;                      // 32 bytes of a row
+    if (F::kBits * F::kRun > 128) return g;                       // 24 or 32 bytes of a row
     if (F::kBits * F::kRun == 128) return g >> 1 | (g & 1) << 2;  // 16
     return g >> 2 | (g & 3) << 1;                                 // 8 and 4
   }
@@ -250,23 +57,25 @@ struct Multiplier {
     turned = row & 7;
     codes = at.base + R::kCodesAt + row * R::kRowBytes;
     factors = at.base + R::kFactorsAt + row * 4;
+    places = at.base + R::kPlacesAt + row * 4 + uint32_t(lane % 4);
     turn = uint32_t(group) ^ 1;
     hopper::keep(codes);
-    hopper::keep(factors);
+    hopper::keep(F::kFolded ? places : factors);
   }
 
-  // Words kFrom to kFrom + kWords - 1 of this lane's 32 codes of a chunk, of row r of its two.
-  // half: where the chunk starts in the slot's rows.
-  template <int kFrom, int kWords>
+  // kCodes of this lane's 32 codes of a chunk, from code kFrom on, of row r of its two. half: where
+  // the chunk starts in the slot's rows.
+  template <int kFrom, int kCodes, int kWords>
   PYFMT_DEVICE void read(uint32_t half, int r, uint32_t (&words)[kWords]) const {
-    constexpr int kTogether = F::kBits * F::kRun / 32, kWide = kTogether < 4 ? kTogether : 4;
+    constexpr int kTogether = F::kBits * F::kRun / 32;
+    constexpr int kWide = kTogether % 4 == 0 ? 4 : kTogether % 2 == 0 ? 2 : 1;
     const uint32_t row = codes + slot.place * R::kSlot + uint32_t(r * 8) * R::kRowBytes;
     const uint32_t mine = half + uint32_t(lane % 4 * 4 * kTogether);
 #pragma unroll
     for (int i = 0; i < kWords; i += kWide) {
-      const int word = kFrom + i, block = word / kTogether;
+      const int word = kFrom * F::kBits / 32 + i, block = word / kTogether;
       const uint32_t byte = mine + uint32_t(block * 16 * kTogether + word % kTogether * 4);
-      const uint32_t there = row + (byte ^ turned << 4);
+      const uint32_t there = row + (R::kRowBytes == 128 ? byte ^ turned << 4 : byte);
       if constexpr (kWide == 4) {
         const uint4 v = hopper::load_shared16(there);
         words[i] = v.x;
@@ -283,39 +92,37 @@ struct Multiplier {
     }
   }
 
-  // kCodes of this lane's 32 codes of chunk i from code kFrom on, as fragments.
-  template <int kFrom, int kCodes>
+  // Those codes of chunk i as fragments.
+  template <int kFrom>
   PYFMT_DEVICE void decode(int i, Fragments& to) const {
-    constexpr int kWords = F::kBits * kCodes / 32, kPairs = 16 / F::kBits;  // of a word
-    const uint32_t half = R::kSpan == 2 ? uint32_t(i & 1) * 64 : 0;
-    uint32_t words[2][kWords];
+    constexpr int kWords = F::kBits * F::kPiece / 32, kOut = F::kOut * F::kPiece / 32;
+    const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
+    uint32_t words[2][kWords], place[2] = {0, 0};
 #pragma unroll
-    for (int r = 0; r < 2; ++r) read<kFrom * F::kBits / 32>(half, r, words[r]);
+    for (int r = 0; r < 2; ++r) {
+      read<kFrom, F::kPiece>(which * 64, r, words[r]);
+      if constexpr (F::kFolded) {
+        place[r] = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
+                                                which * (kRows * 4) + uint32_t(r * 32));
+      }
+    }
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
+    for (int r = 0; r < 2; ++r) {
+      uint32_t out[kOut];
+      F::decode(words[r], place[r], at.base + kTableAt, out);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        uint32_t pairs[kPairs];
-        F::decode(words[r][w], pairs);
-#pragma unroll
-        for (int j = 0; j < kPairs; ++j) {
-          const int pair = kFrom / 2 + w * kPairs + j;
-          to[pair / 2][r + 2 * (pair & 1)] = pairs[j];
-        }
+      for (int j = 0; j < kOut; ++j) {
+        const int word = F::kOut * kFrom / 32 + j;
+        to[word / 2][r + 2 * (word & 1)] = out[j];
       }
     }
   }
   // Part kPart of a chunk's decoding.
   template <int kPart>
   PYFMT_DEVICE void decode_part(int i, Fragments& to) const {
-    if constexpr (kParts == 1 && F::kBits == 4) {
-      decode<0, 32>(i, to);
-    } else if constexpr (kParts == 1) {
-      decode<0, 16>(i, to);
-      decode<16, 16>(i, to);
-    } else {
-      decode<32 / kParts * kPart, 32 / kParts>(i, to);
-    }
+    constexpr int kCodes = 32 / kParts, kFrom = kPart * kCodes;
+    decode<kFrom>(i, to);
+    if constexpr (kCodes > F::kPiece) decode<kFrom + F::kPiece>(i, to);
   }
 
   PYFMT_DEVICE void wait_codes() const {
@@ -372,16 +179,21 @@ struct Multiplier {
       decode_part<kPart>(i + 1, next);
       if constexpr (kLast) release_codes(i + 1);
     }
-    const uint32_t from = factors + stage.place * R::kFactors + uint32_t(kPart * kRows * 4);
-    const float factor[2] = {as_float(hopper::load_shared_small<4>(from)),
-                             as_float(hopper::load_shared_small<4>(from + 32))};
+    float factor[2] = {1.0f, 1.0f};
+    if constexpr (F::kGroups) {
+      const uint32_t from = factors + stage.place * R::kFactors + uint32_t(kPart * kRows * 4);
+      factor[0] = as_float(hopper::load_shared_small<4>(from));
+      factor[1] = as_float(hopper::load_shared_small<4>(from + 32));
+    }
     hopper::products_wait<0>();
     hopper::pin(fresh);
     if constexpr (kPart == kParts - 1) {
       release_stage();
     }
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) sums[j] = fused(factor[j >> 1 & 1], fresh[j], sums[j]);
+    for (int j = 0; j < kCount; ++j) {
+      sums[j] = F::kGroups ? fused(factor[j >> 1 & 1], fresh[j], sums[j]) : sums[j] + fresh[j];
+    }
   }
 
   PYFMT_DEVICE void chunk(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
@@ -419,9 +231,10 @@ template <class F, int kTokens>
 PYFMT_DEVICE void take_turns(const Params& p) {
   const Place at = Place::of<kTokens>(p);
   turns::init_barriers<F, kTokens>(p, at.base);
+  if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
   if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
   if (p.share > 1) hopper::cluster_meet();
-  if (p.share == 1) __syncthreads();
+  if (p.share == 1 || F::kFolded) __syncthreads();
   // Registers: 168 for each of 384 threads, shared out anew.
   if (threadIdx.x >= kConsumers) {
     hopper::fewer_registers<40>();
@@ -492,16 +305,20 @@ void launch_turns(Params& p, const WideCall& call, Stream stream) {
 #endif
 }
 
+template <class F>
+void launch_tokens(Params& p, const WideCall& call, Stream stream) {
+  if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
+  launch_turns<F, 64>(p, call, stream);
+}
+
 template <int kBits, int kRun>
 void launch_run(Params& p, const WideCall& call, Stream stream) {
   const int64_t units = int64_t(p.panel_rows / 8) * p.tiles, k = call.x.row_bytes / 2;
   const bool aligned = aligned16(call.x.data) && k % 8 == 0;
-  launch(write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps, kThreads, stream,
-         static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
-         p.panel_rows, p.tiles, aligned);
-  using F = Integers<kBits, kRun>;
-  if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
-  launch_turns<F, 64>(p, call, stream);
+  launch_after(launches_overlap(), write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps,
+               kThreads, stream, static_cast<const uint16_t*>(call.x.data),
+               const_cast<uint8_t*>(p.panel), p.m, k, p.panel_rows, p.tiles, aligned);
+  launch_tokens<Integers<kBits, kRun>>(p, call, stream);
 }
 
 // A lane takes as many codes that lie together as a group allows.
@@ -510,6 +327,15 @@ void launch_groups(Params& p, const WideCall& call, Stream stream) {
   if (p.group_runs % 4 == 0) return launch_run<kBits, 32>(p, call, stream);
   if (p.group_runs % 2 == 0) return launch_run<kBits, 16>(p, call, stream);
   launch_run<kBits, 8>(p, call, stream);
+}
+
+template <class W>
+void launch_fold(Params& p, const WideCall& call, Stream stream) {
+  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles;
+  launch_after(launches_overlap(), write_fp8_panel, (units + kWarps - 1) / kWarps, kThreads, stream,
+               static_cast<const uint8_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m,
+               call.x.row_bytes, p.panel_rows, p.tiles);
+  launch_tokens<Folding<W>>(p, call, stream);
 }
 
 }  // namespace turns

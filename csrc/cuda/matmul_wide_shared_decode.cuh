@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The warps of matmul_wide.cuh that decode: each takes the packed codes of its 32 rows from shared
-// memory, and writes their values where products read them. They have no part in copies: a fence
-// that shows their stores to the tensor cores would wait for the copies under way.
+// The warps of matmul_wide_shared.cuh that decode: each takes the packed codes of its 32 rows from
+// shared memory, and writes their values where products read them. They have no part in copies: a
+// fence that shows their stores to the tensor cores would wait for the copies under way.
 #pragma once
 
-#include "matmul_wide_tiles.cuh"
+#include "matmul_wide_shared_room.cuh"
 
 namespace pyfmt {
 namespace cuda {
 namespace wide {
+namespace shared {
 
 // A lane of a warp that decodes: half of the columns of one row of each pass.
 struct Lane {
@@ -24,23 +25,21 @@ struct Lane {
 
 // A warp's part of the tiles that its team decodes: of each batch of four, two. The codes and
 // scales of the next one are read before what was decoded is stored, so that nobody waits for them.
-template <class F, int kTokens>
+template <class F>
 struct Producer {
-  using S = Layout<F, kTokens>;
-  static constexpr int kPasses = S::kPasses, kSpan = int(S::kSpan), kTeams = S::kTeams;
-  static constexpr int kTurns = kBatch / kTeams;  // of the team in a batch
-  static constexpr int kRunBytes = F::kRun * F::kBits / 8;
-  static_assert(kSpan == 1 || kSpan == 2 || kSpan == 4, "turns");
+  using S = Layout<F>;
+  static constexpr int kPasses = S::kPasses, kTeams = S::kTeams;
+  static constexpr int kTurns = S::kTurns;  // of the team in a batch
+  static constexpr int kSpan = int(S::kSpan), kRunBytes = 4 * F::kBits;
 
   const Params& p;
   const Place& at;
   const Lane l;
-  Stage<F, kTokens> stage;
-  uint32_t slot = 0, parity = 0;        // of codes
+  Stage<F> stage;
+  uint32_t slot = 0, parity = 0;         // of codes
   uint32_t batch = 0, batch_parity = 0;  // of scales, by their slots
   // Where this lane writes in a stage, and where its codes and scales start, but for turns.
   uint32_t mine, codes, scales;
-  int offset[kPasses] = {};
   uint32_t words[kPasses][kRunBytes / 4], raw[kPasses];
 
   PYFMT_DEVICE Producer(const Params& p, const Place& at) : p(p), at(at) {
@@ -48,36 +47,29 @@ struct Producer {
     mine = S::kTileOfX + row * 128 + uint32_t((4 * l.half ^ (l.row & 7)) * 16);
     codes = at.base + S::kCodesAt + row * S::kRowBytes + uint32_t(l.half * kRunBytes) +
             uint32_t(l.team % kSpan) * S::kTileRow;
-    scales = at.base + S::kScalesAt + row * F::kScalePitch +
-             uint32_t((2 * l.team + l.half) * F::kEntry);
+    scales =
+        at.base + S::kScalesAt + row * S::kScalePitch + uint32_t((2 * l.team + l.half) * F::kEntry);
     hopper::keep(mine);
     hopper::keep(codes);
     hopper::keep(scales);
     stage.place = uint32_t(l.team);
     slot = uint32_t(l.team / kSpan);
-    if constexpr (F::kFolded) {
-#pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int n = at.n0 + int(row) + pass * kPass;
-        offset[pass] = F::offset_of(p.w_scale[n < p.n ? n : p.n - 1]);
-      }
-    }
   }
 
   // Codes and scales of the team's tile kTurn (0 or 1) of the batch are there.
   template <int kTurn>
   PYFMT_DEVICE void wait() const {
     if (kTurn == 0) hopper::barrier_wait(scales_barrier(at.base, batch), batch_parity);
-    if (kTurn == 0 || kSpan <= kTeams) hopper::barrier_wait(codes_barrier(at.base, slot), parity);
+    hopper::barrier_wait(codes_barrier(at.base, slot), parity);
   }
   template <int kTurn>
   PYFMT_DEVICE void read(int pass) {
-    uint32_t from = codes + slot * S::kSlot + kTurn * kTeams % kSpan * S::kTileRow;
+    uint32_t from = codes + slot * S::kSlot;
     constexpr int kWide = kRunBytes % 16 ? 8 : 16;
 #pragma unroll
     for (int b = 0; b < kRunBytes; b += kWide) {
-      const uint32_t there = hopper::turned<S::kRowBytes>(from + uint32_t(b)) +
-                             uint32_t(pass * kPass) * S::kRowBytes;
+      const uint32_t there =
+          hopper::turned<S::kRowBytes>(from + uint32_t(b)) + uint32_t(pass * kPass) * S::kRowBytes;
       uint32_t* to = words[pass] + b / 4;
       if constexpr (kWide == 16) {
         const uint4 v = hopper::load_shared16(there);
@@ -89,26 +81,23 @@ struct Producer {
     }
     raw[pass] = hopper::load_shared_small<F::kEntry>(
         scales + batch * S::kScaleSlot +
-        uint32_t(pass * kPass * F::kScalePitch + 2 * kTeams * kTurn * F::kEntry));
+        uint32_t(pass * kPass * S::kScalePitch + 2 * kTeams * kTurn * F::kEntry));
   }
   // By one lane: the warp has read that tile, and slots with it.
   template <int kTurn>
   PYFMT_DEVICE void release() const {
-    constexpr bool kLast = kTurn + 1 == kTurns;
-    if (kLast || kSpan <= kTeams) hopper::barrier_arrive_here(read_barrier(at.base, slot));
-    if (kLast) hopper::barrier_arrive_here(scales_read_barrier(at.base, batch));
+    hopper::barrier_arrive_here(read_barrier(at.base, slot));
+    if (kTurn + 1 == kTurns) hopper::barrier_arrive_here(scales_read_barrier(at.base, batch));
   }
   // From the team's tile kTurn to the next.
   template <int kTurn>
   PYFMT_DEVICE void turn() {
-    constexpr bool kLast = kTurn + 1 == kTurns;
-    constexpr uint32_t kBy = kSpan <= kTeams ? kTeams / kSpan : kLast ? 1 : 0;
-    slot += kBy;
-    if (kBy > 0 && slot >= S::kDepth) {
+    slot += kTeams / kSpan;
+    if (slot >= S::kDepth) {
       slot -= S::kDepth;
       parity ^= 1;
     }
-    if (kLast && ++batch == S::kScaleDepth) {
+    if (kTurn + 1 == kTurns && ++batch == S::kScaleDepth) {
       batch = 0;
       batch_parity ^= 1;
     }
@@ -122,18 +111,9 @@ struct Producer {
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       uint32_t out[16];
-      if constexpr (F::kFolded) {
-        F::decode(words[pass], raw[pass], offset[pass], at.base + kTableAt, out);
-      } else {
-        F::template decode<kAll>(words[pass], raw[pass], out);
-      }
-      if (pass == 0) hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
-      if constexpr (F::kGroups) {
-        const uint32_t row = uint32_t(S::kWarpRows * l.warp + kPass * pass + l.row);
-        hopper::store_shared(stage.factors(at.base) + (uint32_t(l.half) * kRows + row) * 4,
-                             raw[pass]);
-      }
+      F::template decode<kAll>(words[pass], raw[pass], out);
       if (pass == 0) {
+        hopper::barrier_wait(stage.empty(at.base), stage.parity ^ 1);
         turn<kTurn>();
         if (more) wait<kNext>();
       }
@@ -180,13 +160,13 @@ struct Producer {
 #pragma unroll 1
     for (int i = l.team; i < steps; i += kBatch) {
       tile<0>(i + kTeams < steps);
-      if (kTurns == 1) continue;
       if (i + kTeams >= steps) break;
-      tile<kTurns - 1>(i + kBatch < steps);
+      tile<1>(i + kBatch < steps);
     }
   }
 };
 
+}  // namespace shared
 }  // namespace wide
 }  // namespace cuda
 }  // namespace pyfmt
