@@ -119,9 +119,23 @@ def test_every_tile(ops: Any, tile: int) -> None:
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
 
 
+@pytest.mark.parametrize("name", [n for n in SERVED if get_format(n).scale in ("e8m0", "e4m3")])
+def test_one_tile_of_256(ops: Any, name: str) -> None:
+    for m, n, k in ((5, 40, 128), (70, 17, 1000)):
+        w = Weights(name, n, k)
+        check_single_columns(ops, w, m, plan=(256, 1, 1))
+        check_sums(ops, w, m, plan=(256, 1, 2))
+
+
 @pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_clusters(ops: Any, share: int, split: int) -> None:
-    for name, tile in (("mxfp4", 64), ("int4", 64), ("nvfp4", 128), ("mxint8", 128)):
+    for name, tile in (
+        ("mxfp4", 64),
+        ("int4", 64),
+        ("nvfp4", 128),
+        ("mxint8", 128),
+        ("mxfp4", 256),
+    ):
         check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
 
 
@@ -131,8 +145,9 @@ def test_output_dtypes(ops: Any, dtype: str) -> None:
         check_sums(ops, Weights("mxfp4", n, 96), 4, dtype)
 
 
+@pytest.mark.parametrize("tile", [64, 128, 256])
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
-def test_every_scale_and_code(ops: Any, name: str) -> None:
+def test_every_scale_and_code(ops: Any, name: str, tile: int) -> None:
     fmt: Format = FORMATS[name]
     bits = fmt.element.bits
     w = Weights(name, 256, 256)
@@ -144,7 +159,7 @@ def test_every_scale_and_code(ops: Any, name: str) -> None:
     w.scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 8)).copy()
     # A bfloat16 holds what a float32 does, but for the smallest magnitudes and NaN.
     want = w.decoded.T.astype(np.float32).astype(BF16).astype(np.float32)
-    got = w.times(ops, np.eye(256, dtype=np.float32))
+    got = w.times(ops, np.eye(256, dtype=np.float32), plan=(tile, 1, 1))
     # NaN or infinity times zero is NaN: only rows of w without any can be compared.
     finite = np.isfinite(want).all(0)
     assert finite.sum() > 230
@@ -161,7 +176,9 @@ def test_codes_that_are_no_numbers(ops: Any, name: str) -> None:
     x[0, 40] = 1
     want = w.decoded[:, 40].astype(np.float32)
     assert np.isnan(want).any()
-    assert np.array_equal(w.times(ops, x)[0], want, equal_nan=True)
+    for tile in (64, 128, 256):
+        got = w.times(ops, x, plan=(tile, 1, 1))[0]
+        assert np.array_equal(got, want, equal_nan=True)
 
 
 def test_a_poisoned_block_spoils_its_row(ops: Any) -> None:
@@ -214,5 +231,6 @@ def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     for tile in (64, 128) if name == "int4" else (64, 128, 256):
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2)):
             plan = (tile, share, split)
-            check_single_columns(device_ops, w, 200, plan=plan, device="cuda")
-            check_sums(device_ops, w, 200, "bf16", plan=plan, device="cuda")
+            for m in (200, 300) if tile == 256 else (200,):
+                check_single_columns(device_ops, w, m, plan=plan, device="cuda")
+                check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")

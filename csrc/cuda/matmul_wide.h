@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x w^T for middle-sized M on Hopper: some warps decode packed weights into shared memory,
-// others multiply them by tiles of activations.
+// y = x w^T for middle-sized M on Hopper: packed weights are decoded beside the products, into
+// registers (matmul_wide_blocks.cuh, matmul_wide_turns.cuh) or shared memory
+// (matmul_wide_shared.cuh), and multiplied by tiles of activations.
 //
 // y[m, n] = RNE(tensor_scale * sum_k x[m, k] * element[n, k] * scale[n, k / block] + bias[n])
 //

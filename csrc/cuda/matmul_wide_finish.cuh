@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the sums of matmul_wide.cuh become rows of y. Once a block, so the code is small: what runs
+// How the sums of matmul_wide.h become rows of y. Once a block, so the code is small: what runs
 // once costs what it takes to bring it.
 #pragma once
 
