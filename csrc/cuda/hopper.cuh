@@ -151,14 +151,6 @@ PYFMT_DEVICE void store_shared16(uint32_t at, uint32_t a, uint32_t b, uint32_t c
 #endif
 }
 
-PYFMT_DEVICE void store_shared_byte(uint32_t at, uint32_t v) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.shared.u8 [%0], %1;" ::"r"(at), "r"(v) : "memory");
-#else
-  *emulated_at(at) = char(v);
-#endif
-}
-
 // kWords (1 or 2) words of global memory; their neighbours are soon to be read.
 template <int kWords>
 PYFMT_DEVICE void load_words(const uint8_t* from, uint32_t* words) {
@@ -285,23 +277,6 @@ PYFMT_DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
   } while (!done);
 #else
   while (emulated_barrier(bar).phase == parity) emulated_yield();
-#endif
-}
-
-// Whether it is over.
-PYFMT_DEVICE bool barrier_test(uint32_t bar, uint32_t parity) {
-#if defined(__CUDA_ARCH__)
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done != 0;
-#else
-  return emulated_barrier(bar).phase != parity;
 #endif
 }
 
