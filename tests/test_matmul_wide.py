@@ -106,7 +106,10 @@ def test_every_format(ops: Any, name: str) -> None:
         check_sums(ops, w, m)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4"])
+RAGGED = ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4", "int8-b64-fp16", "int4-b32-bf16"]
+
+
+@pytest.mark.parametrize("name", RAGGED)
 def test_ragged_shapes(ops: Any, name: str) -> None:
     for m, n, k in ((1, 1, 1), (3, 5, 33), (9, 131, 200), (65, 2, 1000), (2, 64, 2100)):
         check_sums(ops, Weights(name, n, k), m)
@@ -137,6 +140,25 @@ def test_clusters(ops: Any, share: int, split: int) -> None:
         ("mxfp4", 256),
     ):
         check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
+def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
+    w = Weights(name, 140, 900)
+    for plan in ((64, 1, 1), (128, 1, 2), (128, 2, 1)):
+        check_single_columns(ops, w, 131, plan=plan)
+        check_sums(ops, w, 131, "bf16", plan=plan)
+
+
+def test_every_code_of_a_group(ops: Any) -> None:
+    for name, count in (("int4-b32-bf16", 16), ("int8-b64-bf16", 256)):
+        w = Weights(name, 2, 512)
+        codes = np.arange(1024).reshape(2, 512) % count
+        if count == 16:
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        w.codes = np.ascontiguousarray(codes.astype(np.uint8))
+        x = np.eye(512, dtype=np.float32)
+        assert np.array_equal(w.times(ops, x), w.decoded.T.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,10 +247,12 @@ def test_on_the_device(device_ops: Any, name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxint8", "int4"])
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "nvfp4", "mxint8", "int4", "int8", "int4-b64-fp16", "int8-b32-fp32"]
+)
 def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     w = Weights(name, 700, 2048)
-    for tile in (64, 128) if name == "int4" else (64, 128, 256):
+    for tile in (64, 128) if name.startswith("int") else (64, 128, 256):
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2)):
             plan = (tile, share, split)
             for m in (200, 300) if tile == 256 else (200,):

@@ -30,28 +30,8 @@ const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 }
 
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a) {
-  using namespace wide;
-  WidePlan best = a.plan;
-  if (best.tokens) return best;
-  const int sms = multiprocessors(), chunks = chunks_of(a);
-  const int64_t n_tiles = (a.n + kRows - 1) / kRows;
-  double least = 0;
-  for (int tokens : {64, 128}) {
-    for (int split : {1, 2}) {
-      if (split > chunks) break;
-      const int64_t blocks = n_tiles * ((a.a.rows + tokens - 1) / tokens) * split;
-      const int64_t waves = (blocks + sms - 1) / sms;
-      // Cycles of a chunk on an H200, measured.
-      const double chunk = tokens == 64 ? 640 : 850;
-      const double cost = double(waves) * (double(chunks) / split * chunk + 6000 + 2000 * split);
-      if (!best.tokens || cost < least) {
-        least = cost;
-        best.tokens = tokens;
-        best.split = split;
-      }
-    }
-  }
-  return best;
+  return a.plan.tokens ? a.plan
+                       : wide::cheapest_plan(a.a.rows, a.n, a.a.columns, 740.0, 1000.0, 0.0);
 }
 
 int64_t matmul_fold_workspace(const MatmulFoldArgs& a) {

@@ -49,6 +49,16 @@ bool scales_aligned(const MatmulWideArgs& a, const Params& p) {
   return reinterpret_cast<uintptr_t>(a.scales) % uintptr_t(bytes) == 0 && p.blocks % bytes == 0;
 }
 
+// What a chunk takes. Of groups by the sums that are kept apart for it.
+WidePlan plan_of(const MatmulWideArgs& a) {
+  if (!has_groups(a.format, a.format.element)) {
+    return cheapest_plan(a.m, a.n, a.k, 1000.0, 1600.0, 2600.0);
+  }
+  const int columns = int(a.format.block_columns);
+  const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
+  return cheapest_plan(a.m, a.n, a.k, 910.0 + 220 * (parts - 1), 1280.0 + 260 * (parts - 1), 0.0);
+}
+
 }  // namespace
 }  // namespace wide
 
@@ -71,36 +81,7 @@ const char* matmul_wide_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 }
 
 WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
-  using namespace wide;
-  WidePlan best = a.plan;
-#if !defined(__CUDACC__)
-  if (!best.tokens) best.tokens = a.m > 64 ? 128 : 64;
-  return best;
-#else
-  if (best.tokens) return best;
-  const int sms = multiprocessors();
-  const int n_tiles = int((a.n + kRows - 1) / kRows);
-  const int64_t chunks = (a.k + kChunk - 1) / kChunk;
-  const bool groups = has_groups(a.format, a.format.element);
-  double least = 0;
-  for (int tokens : {64, 128, 256}) {
-    if (tokens > 128 && groups) break;
-    for (int split : {1, 2}) {
-      if (split > chunks) break;
-      const int64_t blocks = n_tiles * ((a.m + tokens - 1) / tokens) * split;
-      const int64_t waves = (blocks + sms - 1) / sms;
-      // Cycles of a chunk on an H200, measured; those of the start and the end of a block.
-      const double chunk = tokens == 64 ? 1000 : tokens == 128 ? 1600 : 2600;
-      const double cost = double(waves) * (double(chunks) / split * chunk + 10000);
-      if (!best.tokens || cost < least) {
-        least = cost;
-        best.tokens = tokens;
-        best.split = split;
-      }
-    }
-  }
-  return best;
-#endif
+  return a.plan.tokens ? a.plan : wide::plan_of(a);
 }
 
 int64_t matmul_wide_workspace(const MatmulWideArgs& a) {

@@ -315,9 +315,9 @@ template <int kBits, int kRun>
 void launch_run(Params& p, const WideCall& call, Stream stream) {
   const int64_t units = int64_t(p.panel_rows / 8) * p.tiles, k = call.x.row_bytes / 2;
   const bool aligned = aligned16(call.x.data) && k % 8 == 0;
-  launch_after(launches_overlap(), write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps,
-               kThreads, stream, static_cast<const uint16_t*>(call.x.data),
-               const_cast<uint8_t*>(p.panel), p.m, k, p.panel_rows, p.tiles, aligned);
+  launch(write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps, kThreads, stream,
+         static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
+         p.panel_rows, p.tiles, aligned);
   launch_tokens<Integers<kBits, kRun>>(p, call, stream);
 }
 
@@ -332,9 +332,9 @@ void launch_groups(Params& p, const WideCall& call, Stream stream) {
 template <class W>
 void launch_fold(Params& p, const WideCall& call, Stream stream) {
   const int64_t units = int64_t(p.panel_rows / 8) * p.tiles;
-  launch_after(launches_overlap(), write_fp8_panel, (units + kWarps - 1) / kWarps, kThreads, stream,
-               static_cast<const uint8_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m,
-               call.x.row_bytes, p.panel_rows, p.tiles);
+  launch(write_fp8_panel, (units + kWarps - 1) / kWarps, kThreads, stream,
+         static_cast<const uint8_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m,
+         call.x.row_bytes, p.panel_rows, p.tiles);
   launch_tokens<Folding<W>>(p, call, stream);
 }
 
