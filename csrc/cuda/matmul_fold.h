@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = a w^T by fp8 tensor cores on Hopper, w straight from its packed codes: the kernel of
-// matmul_wide.cuh with fp8 tiles.
+// matmul_wide_turns.cuh with fp8 tiles.
 //
 // y[m, n] = RNE(a_scale[m] * w_scale[n] * sum_k a8[m, k] * w8[n, k] + bias[n])
 //

@@ -7,7 +7,7 @@
 // warpgroup has the copy engine bring x and codes, and scales.
 #pragma once
 
-#include "launch.cuh"
+#include "matmul_wide.cuh"
 #include "matmul_wide_finish.cuh"
 #include "matmul_wide_turns_room.cuh"
 
@@ -256,14 +256,8 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   }
 }
 
-#if defined(PYFMT_SM90A)
-#define PYFMT_TURNS_THREADS kThreadsHere
-#else
-#define PYFMT_TURNS_THREADS 32  // tells the host that there is nothing to launch
-#endif
-
 template <class F, int kTokens>
-__global__ void __launch_bounds__(PYFMT_TURNS_THREADS, 1)
+__global__ void __launch_bounds__(PYFMT_WIDE_THREADS(kThreadsHere), 1)
     matmul_turns_kernel(const __grid_constant__ Params p) {
 #if defined(PYFMT_SM90A)
   take_turns<F, kTokens>(p);
@@ -278,31 +272,7 @@ void launch_turns(Params& p, const WideCall& call, Stream stream) {
   codes.box_rows = kRows;
   p.codes_map = hopper::encode(codes);
   p.up = L::as_float(power_of_two_bits(F::kDown));
-  const int cluster = p.share * p.split;
-  const int blocks = int(p.n_clusters) * ((p.m + kTokens - 1) / kTokens) * cluster;
-  const auto kernel = matmul_turns_kernel<F, kTokens>;
-#if defined(__CUDACC__)
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::kBytes),
-        "shared memory");
-  cudaLaunchAttribute attributes[2];
-  // Starts beside the kernel that writes the panel, and waits for it before reading anything.
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = unsigned(cluster);
-  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(kThreadsHere);
-  config.dynamicSmemBytes = R::kBytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, p), "launch");
-#else
-  (void)stream;
-  emulation::launch_clusters(kernel, blocks, kThreadsHere, cluster, p);
-#endif
+  launch_wide(matmul_turns_kernel<F, kTokens>, p, kTokens, kThreadsHere, R::kBytes, stream);
 }
 
 template <class F>
