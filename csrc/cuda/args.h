@@ -90,9 +90,11 @@ struct Across {
   float* tensor_scale_out = nullptr;
   float* partials = nullptr;
 };
+// What a rotation does to the rows: the same as to the columns, nothing, or there are no rows.
+enum class DualRows { kAlike, kPlain, kNone };
 // Whether one kernel serves both directions; where not, quantize a transposed copy.
-bool dual_serves(const QuantizeArgs&);
-void quantize_dual(const QuantizeArgs&, const Across&, Stream);
+bool dual_serves(const QuantizeArgs&, DualRows = DualRows::kAlike);
+void quantize_dual(const QuantizeArgs&, const Across&, DualRows, Stream);
 // fake_quantize along the columns, where dual_serves says so.
 void fake_quantize_across(const QuantizeArgs&, Stream);
 

@@ -27,8 +27,10 @@ struct DualParams {
   RandomKeys keys;          // of stochastic rounding
 };
 
-// kTwoLevel: as kPlain, for blocks of 16 whose E4M3 scales come by `product_scale`.
-enum class Way { kPlain, kRotated, kStochastic, kTwoLevel };
+// kTwoLevel: as kPlain, for blocks of 16 whose E4M3 scales come by `product_scale`. kTurned: rows as
+// they are, columns rotated; kTurnedStochastic: the same, both rounded stochastically.
+enum class Way { kPlain, kRotated, kStochastic, kTwoLevel, kTurned, kTurnedStochastic };
+constexpr int kWays = 6;
 
 // A tile has 256 bytes a row.
 constexpr int kTileRows = 128, kTileBytes = 256, kStrips = kTileRows / kUnit;
@@ -86,7 +88,7 @@ PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t u
 // Blocks an SM: what the registers allow without spills.
 template <class E, bool kPow2, DType kIn, Way kWay>
 constexpr int dual_blocks =
-    kWay == Way::kRotated                             ? 2
+    kWay == Way::kRotated || kWay == Way::kTurned || kWay == Way::kTurnedStochastic ? 2
     : kWay == Way::kStochastic && kIn == DType::kFP32 ? 3
     : kWay == Way::kStochastic  ? (E::spec.bits() == 4 && kIn == DType::kBF16 ? 3 : 2)
     : kTwoAtOnce<E, kPow2, kIn> ? 5
@@ -103,7 +105,9 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   // over the banks; scales behind.
   constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kPitch = kStrips * kBytes + kChunk;
   constexpr int kScalesAt = kColumns * kPitch;
-  constexpr bool kRotate = kWay == Way::kRotated, kStochastic = kWay == Way::kStochastic;
+  constexpr bool kRotateRows = kWay == Way::kRotated;
+  constexpr bool kRotate = kRotateRows || kWay == Way::kTurned || kWay == Way::kTurnedStochastic;
+  constexpr bool kStochastic = kWay == Way::kStochastic || kWay == Way::kTurnedStochastic;
   constexpr bool kTwoLevel = kWay == Way::kTwoLevel;
   constexpr bool kPairs = kSize == 2 && !kRotate;
   constexpr int kSides = kSize == 2 ? 2 : 1;
@@ -177,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
       }
       uint32_t amax[2], codes[kWords] = {};
       BlockScale b[2];
-      if constexpr (kRotate) {
+      if constexpr (kRotateRows) {
         float v[kUnit];
         uint32_t scales[2];
 #pragma unroll
@@ -311,9 +315,27 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
           v[i] = half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
         }
       }
-      if constexpr (kRotate) {
+      if constexpr (kRotate) butterflies(v, p.rotation, first_row + strip * kUnit);
+      if constexpr (kRotate && kStochastic) {
+        multiply(v, p.rotation.factor);
+        maxima(v, amax[s]);
+        find_scales(r_t, amax[s], b[s], known_t);
+        const int64_t index =
+            (matrix * p.columns + first_column + column_of(place_of(s))) * p.rows + first_row +
+            strip * kUnit;
+        float multiplier = b[s][0].multiplier;
+#pragma unroll 1
+        for (int h = 0; h < 2; ++h) {
+          append_stochastic<E, false>(
+              p, [&](int i) { return v[i]; }, multiplier, index + 16 * h, codes[s]);
+#pragma unroll
+          for (int i = 0; i < 16; ++i) v[i] = v[16 + i];
+          multiplier = b[s][1].multiplier;
+        }
+        clear_poisoned<E>(b[s], codes[s]);
+        continue;
+      } else if constexpr (kRotate) {
         uint32_t scales[2];
-        butterflies(v, p.rotation, first_row + strip * kUnit);
         quantize_rotated_unit<E, kPow2>(p, r_t, v, codes[s], scales);
         b[s][0] = {scales[0], 0.0f, false};
         b[s][1] = {scales[1], 0.0f, false};

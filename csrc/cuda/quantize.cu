@@ -277,15 +277,28 @@ void quantize(const QuantizeArgs& a, Stream stream) {
   }
 }
 
-bool dual_serves(const QuantizeArgs& a) {
+namespace {
+
+Way dual_way(const QuantizeArgs& a, DualRows rows) {
+  if (!a.rotation.size) return a.stochastic ? Way::kStochastic : Way::kPlain;
+  if (a.stochastic) return Way::kTurnedStochastic;
+  return rows == DualRows::kPlain ? Way::kTurned : Way::kRotated;
+}
+
+}  // namespace
+
+bool dual_serves(const QuantizeArgs& a, DualRows rows) {
   const FormatSpec& f = a.format;
   const int64_t block = f.block_columns, unit = block > kUnit ? block : kUnit;
   const bool blocks = f.block_rows == 1 && power_of_two(block) && block >= 16 &&
                       block <= (a.dtype == DType::kFP32 ? 64 : 128);
   const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && block <= kUnit);
-  const bool rounding = !a.stochastic || (!a.rotation.size && !a.out);
+  const bool rounding =
+      !a.stochastic || (!a.out && (!a.rotation.size || rows != DualRows::kAlike));
+  const QuantizeKernels* k = find_kernels(f);
   return blocks && a.view.columns % unit == 0 && a.matrix_rows % unit == 0 && rotation &&
-         rounding && find_kernels(f) && a.view.count() && a.view.flat() && aligned16(a.x);
+         rounding && k && k->dual[int(a.dtype)][int(dual_way(a, rows))] && a.view.count() &&
+         a.view.flat() && aligned16(a.x);
 }
 
 namespace {
@@ -318,10 +331,12 @@ int64_t tiles_of(const QuantizeArgs& a, const DualParams& p) {
 
 }  // namespace
 
-void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
+void quantize_dual(const QuantizeArgs& a, const Across& across, DualRows rows, Stream stream) {
   // Rotated columns have a largest number of their own.
   const bool turned = a.rotation.size && across.partials;
-  DualParams p = dual_params(a, a.codes || !turned ? start_amax(a, stream) : 0);
+  QuantizeArgs of_rows = a;
+  if (rows == DualRows::kPlain) of_rows.rotation = {};
+  DualParams p = dual_params(a, a.codes || !turned ? start_amax(of_rows, stream) : 0);
   p.codes_t = across.codes;
   p.scales_t = across.scales;
   p.scale_t.tensor_scale_out = across.tensor_scale_out;
@@ -338,7 +353,7 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
     if (!a.codes) p.scale = p.scale_t;
   }
   const auto& kernels = find_kernels(a.format)->dual[int(a.dtype)];
-  Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
+  Way way = dual_way(a, rows);
   const bool products = a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao;
   if (way == Way::kPlain && products && a.format.block_columns == 16 &&
       kernels[int(Way::kTwoLevel)]) {

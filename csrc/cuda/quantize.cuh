@@ -376,7 +376,7 @@ struct QuantizeKernels {
   Kernel flat[3][3];               // by dtype and task
   Kernel stochastic[3];            // by dtype
   Kernel rows[2];                  // nearest, stochastic
-  void (*dual[3][4])(DualParams);  // by dtype and way; kTwoLevel of some elements alone
+  void (*dual[3][kWays])(DualParams);  // by dtype and way; from kTwoLevel on of some alone
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
   void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
@@ -394,6 +394,12 @@ void fill_flat(QuantizeKernels* k) {
   k->dual[int(kIn)][int(Way::kStochastic)] = quantize_dual<E, kPow2, kIn, Way::kStochastic>;
   if constexpr (!kPow2 && E::spec.bits() == 4) {
     k->dual[int(kIn)][int(Way::kTwoLevel)] = quantize_dual<E, kPow2, kIn, Way::kTwoLevel>;
+  }
+  // What gradients are trained with.
+  if constexpr (E::spec.bits() == 4 && kIn == DType::kBF16) {
+    k->dual[int(kIn)][int(Way::kTurned)] = quantize_dual<E, kPow2, kIn, Way::kTurned>;
+    k->dual[int(kIn)][int(Way::kTurnedStochastic)] =
+        quantize_dual<E, kPow2, kIn, Way::kTurnedStochastic>;
   }
   k->fake_across[int(kIn)] = fake_quantize_across<E, kPow2, kIn>;
   k->square[int(kIn)] = quantize_square<E, kPow2, kIn>;
