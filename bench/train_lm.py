@@ -52,7 +52,7 @@ class Settings:
     """What makes two runs comparable."""
 
     shape: Shape = field(default_factory=Shape)
-    steps: int = 600
+    steps: int = 500
     batch: int = 64
     rate: float = 1e-3
     warmup: int = 60

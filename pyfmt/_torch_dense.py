@@ -429,6 +429,12 @@ def _number(value: float, device: torch.device) -> Tensor:
     return number
 
 
+def _spread(row: Tensor, rows: int) -> Tensor:
+    """A matrix of equal rows, by copies of many bytes; expanding writes them one by one."""
+    some = row.expand(min(rows, 64), row.shape[0]).contiguous()
+    return torch.cat([some] * (rows // 64) + [some[: rows % 64]]) if rows > 64 else some
+
+
 def _bf16_gemm(
     a: Tensor,
     w: Tensor,
@@ -457,7 +463,7 @@ def _bf16_gemm(
             zero = _number(0.0, a.device)
             y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, zero, dtype)
             return y
-        y = bias.expand(a.shape[0], w.shape[0]).contiguous()
+        y = _spread(bias, a.shape[0])
         Parts.ops._scaled_gemm_add.default(y, a.contiguous(), w, whole, _number(1.0, a.device))
         return y
     if a.is_cuda:

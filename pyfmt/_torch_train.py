@@ -140,12 +140,9 @@ def _weight(
         n, k = w.shape if axis == -1 else (w.shape[1], w.shape[0])
         whole = 2 * w.numel() <= _torch_dense.PANEL_BYTES
         if whole and _is_exact(w.device, a_key, q.format, m, n, k):
-            codes, scales, stored = _OPS.quantize.default(
-                w, q.format, -1, *_options(q, seed, signs)
-            )
-            values = _OPS.dequantize.default(
-                codes, scales, None, q.format, w.shape, -1, torch.bfloat16
-            )
+            codes, scales, stored = _one(w, q, -1, seed, signs)
+            key = rows_format(q.format).key
+            values = _OPS.dequantize.default(codes, scales, None, key, w.shape, -1, torch.bfloat16)
             return Values(values if axis == -1 else values.t(), stored)
     return _one(w, q, axis, seed, signs)
 

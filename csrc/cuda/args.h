@@ -125,9 +125,10 @@ struct AmaxArgs {
   View view;
   int64_t block = 0;  // 0: the whole tensor, finite elements only
   float* out = nullptr;
-  float* partials = nullptr;  // for block 0
-  Rotation rotation;          // for `amax_partials`, flat views
-  int64_t matrix_rows = 1;    // for `amax_partials_across`
+  float* partials = nullptr;       // for block 0
+  Rotation rotation;               // for `amax_partials`, flat views
+  int64_t matrix_rows = 1;         // for `amax_partials_across`
+  float* rows_partials = nullptr;  // for it, too: kPartials of the rows as they are, or null
 };
 void amax(const AmaxArgs&, Stream);
 // Only the first step of the whole tensor's: returns how many partial maxima there are.

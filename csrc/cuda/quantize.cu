@@ -230,8 +230,12 @@ void launch_square(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.halves = common.halves;
   p.block_rows = int(a.format.block_rows);
   p.strips = (p.rows + p.block_rows - 1) / p.block_rows;
-  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
-  launch_scaled(p.scale, find_kernels(a.format)->square[int(a.dtype)], tiles, kThreads, stream, p);
+  p.tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+  // Blocks that stay work out the recipe's constants once.
+  const int64_t stay = int64_t(kSquareBlocks) * multiprocessors();
+  const bool once = a.format.scale == Scale::kE4M3 && p.tiles > stay;
+  launch_scaled(p.scale, find_kernels(a.format)->square[int(a.dtype)], once ? stay : p.tiles,
+                kThreads, stream, p);
 }
 
 }  // namespace
@@ -279,8 +283,19 @@ void quantize(const QuantizeArgs& a, Stream stream) {
 
 namespace {
 
+// Scales that `product_scale` finds.
+bool by_products(const QuantizeArgs& a) {
+  return a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao &&
+         a.format.block_columns == 16;
+}
+
 Way dual_way(const QuantizeArgs& a, DualRows rows) {
-  if (!a.rotation.size) return a.stochastic ? Way::kStochastic : Way::kPlain;
+  if (!a.rotation.size) {
+    if (a.stochastic) return Way::kStochastic;
+    return by_products(a) && find_kernels(a.format)->dual[int(a.dtype)][int(Way::kTwoLevel)]
+               ? Way::kTwoLevel
+               : Way::kPlain;
+  }
   if (a.stochastic) return Way::kTurnedStochastic;
   return rows == DualRows::kPlain ? Way::kTurned : Way::kRotated;
 }
@@ -293,12 +308,14 @@ bool dual_serves(const QuantizeArgs& a, DualRows rows) {
   const bool blocks = f.block_rows == 1 && power_of_two(block) && block >= 16 &&
                       block <= (a.dtype == DType::kFP32 ? 64 : 128);
   const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && block <= kUnit);
-  const bool rounding =
-      !a.stochastic || (!a.out && (!a.rotation.size || rows != DualRows::kAlike));
+  const bool rounding = !a.stochastic || (!a.out && (!a.rotation.size || rows != DualRows::kAlike));
   const QuantizeKernels* k = find_kernels(f);
-  return blocks && a.view.columns % unit == 0 && a.matrix_rows % unit == 0 && rotation &&
-         rounding && k && k->dual[int(a.dtype)][int(dual_way(a, rows))] && a.view.count() &&
-         a.view.flat() && aligned16(a.x);
+  if (!k || !blocks || !rotation || !rounding) return false;
+  const Way way = dual_way(a, rows);
+  const bool turned = way == Way::kTurned || way == Way::kTurnedStochastic;
+  const bool scales = !turned || f.scale == Scale::kE8M0 || by_products(a);
+  return scales && k->dual[int(a.dtype)][int(way)] && a.view.columns % unit == 0 &&
+         a.matrix_rows % unit == 0 && a.view.count() && a.view.flat() && aligned16(a.x);
 }
 
 namespace {
@@ -332,11 +349,10 @@ int64_t tiles_of(const QuantizeArgs& a, const DualParams& p) {
 }  // namespace
 
 void quantize_dual(const QuantizeArgs& a, const Across& across, DualRows rows, Stream stream) {
-  // Rotated columns have a largest number of their own.
-  const bool turned = a.rotation.size && across.partials;
-  QuantizeArgs of_rows = a;
-  if (rows == DualRows::kPlain) of_rows.rotation = {};
-  DualParams p = dual_params(a, a.codes || !turned ? start_amax(of_rows, stream) : 0);
+  // Rotated columns have a largest number of their own; rows as they are have theirs from the same
+  // read.
+  const bool turned = a.rotation.size && across.partials, plain = rows == DualRows::kPlain;
+  DualParams p = dual_params(a, turned && (plain || !a.codes) ? 0 : start_amax(a, stream));
   p.codes_t = across.codes;
   p.scales_t = across.scales;
   p.scale_t.tensor_scale_out = across.tensor_scale_out;
@@ -348,18 +364,17 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, DualRows rows, S
     amax.matrix_rows = a.matrix_rows;
     amax.partials = across.partials;
     amax.rotation = a.rotation;
+    amax.rows_partials = plain ? a.partials : nullptr;
     p.scale_t.partials = across.partials;
     p.scale_t.partial_count = amax_partials_across(amax, stream);
+    if (plain) {
+      p.scale.partials = a.partials;
+      p.scale.partial_count = p.scale_t.partial_count;
+    }
     if (!a.codes) p.scale = p.scale_t;
   }
   const auto& kernels = find_kernels(a.format)->dual[int(a.dtype)];
-  Way way = dual_way(a, rows);
-  const bool products = a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao;
-  if (way == Way::kPlain && products && a.format.block_columns == 16 &&
-      kernels[int(Way::kTwoLevel)]) {
-    way = Way::kTwoLevel;
-  }
-  launch_scaled(p.scale, kernels[int(way)], tiles_of(a, p), kThreads, stream, p);
+  launch_scaled(p.scale, kernels[int(dual_way(a, rows))], tiles_of(a, p), kThreads, stream, p);
 }
 
 void fake_quantize_across(const QuantizeArgs& a, Stream stream) {

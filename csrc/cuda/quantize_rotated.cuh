@@ -34,7 +34,8 @@ inline uint32_t first_multiplier(int size) {
 // One rotated unit, without the factor, to codes and one or two scales.
 template <class E, bool kPow2, class Params>
 PYFMT_DEVICE void quantize_rotated_unit(const Params& p, const codec::RecipeConstants& r,
-                                        const float* v, uint32_t* codes, uint32_t (&scales)[2]) {
+                                        const float* v, uint32_t* codes, uint32_t (&scales)[2],
+                                        Multipliers known = {nullptr}) {
   using C = Coder<E>;
   const float factor = p.rotation.factor;
   uint32_t amax[2];
@@ -74,9 +75,9 @@ PYFMT_DEVICE void quantize_rotated_unit(const Params& p, const codec::RecipeCons
     }
   } else {
     BlockScale b[2];
-    b[0] = block_scale<kPow2>(p.scale, r, amax[0]);
+    b[0] = block_scale<kPow2>(p.scale, r, amax[0], known);
     b[1] = b[0];
-    if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
+    if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1], known);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       scales[h] = b[h].code;
