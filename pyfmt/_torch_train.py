@@ -98,7 +98,7 @@ def _both(
         if along == across:
             six = _OPS.quantize_dual.default(t, along.format, *_options(along, seed, signs))
             return _repeated(six[:3], fmt), _repeated(six[3:], fmt)
-        if t.is_cuda and _rotates_second(along, across) and _has_turned():
+        if t.is_cuda and t.numel() and _rotates_second(along, across) and _has_turned():
             rule, recipe, rounding, given, clip, _, size, bits = _options(across, seed, turned)
             six = _OPS._quantize_turned.default(
                 t, along.format, rule, recipe, rounding, given, clip, size, bits
