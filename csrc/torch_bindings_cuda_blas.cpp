@@ -141,17 +141,16 @@ const Plan& plan_of(int32_t device, const std::array<int64_t, 5>& key, Handle* h
   return c.plans[key] = make_plan(c.handle, key[0], key[1], key[2], ScalarType(key[3]), key[4]);
 }
 
-// y = factor * (a w^T) + beta * y; factor, beta: one float32 number each. w: (n, k), its rows or its
-// columns contiguous.
+// y = factor * (a w^T) + beta * y; factor, beta: one float32 number each. w: (n, k), its rows or
+// its columns contiguous.
 void multiply_into(const Device& device, const Tensor& y, const Tensor& a, const Tensor& w,
                    const Tensor& factor, const Tensor& beta) {
   for (const Tensor* t : {&y, &w, &factor, &beta}) device.expect_here("operand", *t);
   const bool turned = w.dim() == 2 && !w.is_contiguous();
-  const bool matrices = a.dim() == 2 && w.dim() == 2 && a.size(1) == w.size(1) &&
-                        a.is_contiguous() &&
-                        (!turned || (w.stride(0) == 1 && w.stride(1) == w.size(0))) &&
-                        a.scalar_type() == ScalarType::BFloat16 &&
-                        w.scalar_type() == ScalarType::BFloat16;
+  const bool matrices =
+      a.dim() == 2 && w.dim() == 2 && a.size(1) == w.size(1) && a.is_contiguous() &&
+      (!turned || (w.stride(0) == 1 && w.stride(1) == w.size(0))) &&
+      a.scalar_type() == ScalarType::BFloat16 && w.scalar_type() == ScalarType::BFloat16;
   options::expect(matrices, "a: expected contiguous bfloat16 matrices with rows of one length");
   options::expect(factor.numel() == 1 && factor.scalar_type() == ScalarType::Float &&
                       beta.numel() == 1 && beta.scalar_type() == ScalarType::Float,
@@ -195,8 +194,7 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def(
       "_scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, "
       "ScalarType dtype) -> Tensor");
-  m.def(
-      "_scaled_gemm_add(Tensor(a!) y, Tensor a, Tensor w, Tensor factor, Tensor one) -> ()");
+  m.def("_scaled_gemm_add(Tensor(a!) y, Tensor a, Tensor w, Tensor factor, Tensor one) -> ()");
   m.def("_has_scaled_gemm() -> bool");
 }
 

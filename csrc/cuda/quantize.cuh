@@ -373,9 +373,9 @@ inline int rotated_index(int size) {
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
-  Kernel flat[3][3];               // by dtype and task
-  Kernel stochastic[3];            // by dtype
-  Kernel rows[2];                  // nearest, stochastic
+  Kernel flat[3][3];                   // by dtype and task
+  Kernel stochastic[3];                // by dtype
+  Kernel rows[2];                      // nearest, stochastic
   void (*dual[3][kWays])(DualParams);  // by dtype and way; from kTwoLevel on of some alone
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
