@@ -165,7 +165,13 @@ void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeP
   p.rotation = common.rotation;
   p.halves = common.halves;
   p.first = first_multiplier(a.rotation.size);
-  const RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  const auto whole = find_kernels(a.format)->rotated_whole;
+  if (whole && a.rotation.size == 128 && a.format.block_columns == kUnit &&
+      reinterpret_cast<uintptr_t>(a.scales) % 4 == 0) {
+    kernel = whole;
+    shape = {WholeTile::kUnits, kWholeWarps, kWholeBlocks, kWholeRounds};
+  }
   const int64_t of_block = 32 * shape.units * shape.warps;
   const int64_t blocks = (p.units + of_block - 1) / of_block;
   const int64_t at_once = int64_t(multiprocessors()) * shape.blocks;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "across.cuh"
-#include "quantize_rotated.cuh"
+#include "quantize_rotated_whole.cuh"
 #include "square.cuh"
 
 namespace pyfmt {
@@ -380,6 +380,7 @@ struct QuantizeKernels {
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
   void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
+  void (*rotated_whole)(RotatedParams);
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -412,6 +413,7 @@ QuantizeKernels quantize_kernels() {
     k.rotated[2] = quantize_rotated<E, kPow2, 64>;
     k.rotated[3] = quantize_rotated<E, kPow2, 128>;
   }
+  if constexpr (kPow2 && Coder<E>::kE2M1) k.rotated_whole = quantize_rotated_whole<E>;
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;
