@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small calls of every GPU kernel of the products: what compute-sanitizer has the time for.
 
-    compute-sanitizer --tool racecheck python -m pytest tests -m gpu -k sanitizers
+    compute-sanitizer --tool memcheck python -m pytest tests -m gpu -k sanitizers
 
-takes these and those of the codecs. The library's GEMMs are left out: their kernels are not ours.
+takes these and those of the codecs; racecheck with -k "sanitizers and not clusters". It follows a
+block's barriers, but in a launch by clusters it reports the stores of the last tile against what is
+written over it behind the very barriers that it accepts elsewhere. The library's GEMMs are left
+out: their kernels are not ours.
 """
 
 from __future__ import annotations
@@ -52,17 +55,29 @@ def test_few_tokens_for_the_sanitizers(few: skinny.Skinny, name: str) -> None:
         skinny.exact_integers(few, name, m, n, k)
     for dtype in (torch.float16, torch.float32):
         skinny.within_bound(few, name, 5, 19, 100, dtype)
-    skinny.exact_integers(few, name, 3, 100, 768, plan=[2, 1])
+    if name != "mxfp8_e5m2":  # whose sums of 768 do not stay exact
+        skinny.exact_integers(few, name, 3, 100, 768, plan=[2, 1])
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_middle_sizes_for_the_sanitizers(ops: Any, name: str) -> None:
-    for m, n, k in ((5, 40, 264), (100, 130, 128), (200, 40, 129)):
-        wide.check_single_columns(ops, wide.Weights(name, n, k), m, device="cuda")
-    if name in ("mxfp4", "nvfp4", "mxint8"):
-        w = wide.Weights(name, 200, 512)
-        for plan in ((64, 2, 2), (128, 2, 1), (256, 1, 2)):
-            wide.check_sums(ops, w, 70, "bf16", plan=plan, device="cuda")
+    shapes = {64: (5, 40, 264), 128: (100, 130, 128), 256: (200, 40, 129)}
+    if get_format(name).scale not in ("e8m0", "e4m3"):
+        del shapes[256]
+    for tile, (m, n, k) in shapes.items():
+        w = wide.Weights(name, n, k)
+        wide.check_single_columns(ops, w, m, plan=(tile, 1, 1), device="cuda")
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxint8"])
+def test_clusters_for_the_sanitizers(ops: Any, name: str) -> None:
+    w = wide.Weights(name, 200, 512)
+    for plan in ((64, 2, 2), (128, 2, 1), (256, 1, 2)):
+        wide.check_sums(ops, w, 70, "bf16", plan=plan, device="cuda")
+    if name == "mxfp4":
+        a, b = fold.noise(name, 70, 256, 1), fold.noise(name, 200, 256, 2)
+        for plan in ((128, 1, 2), (64, 2, 1)):
+            fold.check(ops, a, b, fold.FP8_STEP, device="cuda", plan=plan)
 
 
 @pytest.mark.parametrize("name", fold.FOLDING)
@@ -72,15 +87,15 @@ def test_packed_fp8_for_the_sanitizers(ops: Any, name: str) -> None:
     w[7, :32] *= np.float32(2.0**40)
     left, right = fold.Operand(a, "mxfp4"), fold.Operand(w, name)
     bias = torch.linspace(-1, 1, 40)
-    for plan in ((64, 1, 1), (128, 1, 2), (64, 2, 1)):
+    for plan in ((64, 1, 1), (128, 1, 1)):
         fold.check(ops, left, right, fold.FP8_STEP, device="cuda", plan=plan, bias=bias)
     parts = right.parts("cuda")
-    kept = ops._fold(*parts, False, False, None)[1:3]
-    fold.check(ops, left, right, fold.FP8_STEP, device="cuda", kept=kept)
+    kept, plan = ops._fold(*parts, False, False, None)[1:3], (64, 1, 1)
+    fold.check(ops, left, right, fold.FP8_STEP, device="cuda", kept=kept, plan=plan)
     x = torch.from_numpy(a).bfloat16().cuda()
     how = (None, "symmetric", 32, None, True)
     y = ops._matmul_fold(
-        x, None, None, "mxfp4", *how, *parts, None, None, None, torch.bfloat16, None
+        x, None, None, "mxfp4", *how, *parts, None, None, None, torch.bfloat16, None, *plan
     )
     assert y.shape == (70, 40)
 

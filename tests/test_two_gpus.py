@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ def calls(x: Any) -> dict[str, Callable[[], Any]]:
     """Every verb of the codec on x's device, as functions without arguments that return tensors."""
     ops: Any = torch.ops.pyfmt
     given = torch.tensor(0.01, device=x.device)
-    signs = torch.randn(128, device=x.device).sign()
+    signs = torch.where(torch.arange(128) % 3 == 0, -1.0, 1.0).to(x.device)
     found: dict[str, Callable[[], Any]] = {}
     for name in [*FORMATS, "e2m1-b16x16-e8m0", "int8-brow-bf16", "e3m2-b8-fp32"]:
         found[f"quantize {name}"] = lambda f=name: ops.quantize(x, f)
@@ -78,6 +79,9 @@ def calls(x: Any) -> dict[str, Callable[[], Any]]:
 
 def same(what: str, got: Any, want: Any) -> None:
     for g, w in zip(got, want, strict=True):
+        if w is None:
+            assert g is None, what
+            continue
         assert g.device == torch.device(FAR), f"{what}: on {g.device}"
         assert torch.equal(g.cpu(), w.cpu()), what
 
@@ -135,7 +139,7 @@ def test_layers_on_the_other_device() -> None:
     linear = torch.nn.Linear(256, 128, device=FAR, dtype=torch.bfloat16)
     for options in ({}, {"activation": "mxfp4", "rotation": 32}):
         layer = pyfmt.nn.QuantLinear.from_linear(linear, weight="mxfp4", **options)
-        near = pyfmt.nn.QuantLinear.from_linear(linear, weight="mxfp4", **options).to("cuda:0")
+        near = copy.deepcopy(layer).to("cuda:0")  # layers share the bias of what they are made of
         for rows in (1, 40, 300):
             x = torch.randn(rows, 256, device=FAR, dtype=torch.bfloat16)
             with torch.no_grad():
