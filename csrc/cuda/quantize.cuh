@@ -379,8 +379,8 @@ struct QuantizeKernels {
   void (*dual[3][4])(DualParams);  // by dtype and way; kTwoLevel of some elements alone
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
-  void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
-  void (*rotated_whole)(RotatedParams);
+  void (*rotated[4])(RotatedParams);      // of bf16, by rotated_index
+  void (*rotated_whole[2])(WholeParams);  // without signs, with them
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -413,7 +413,10 @@ QuantizeKernels quantize_kernels() {
     k.rotated[2] = quantize_rotated<E, kPow2, 64>;
     k.rotated[3] = quantize_rotated<E, kPow2, 128>;
   }
-  if constexpr (kPow2 && Coder<E>::kE2M1) k.rotated_whole = quantize_rotated_whole<E>;
+  if constexpr (kPow2 && Coder<E>::kE2M1) {
+    k.rotated_whole[0] = quantize_rotated_whole<E, false>;
+    k.rotated_whole[1] = quantize_rotated_whole<E, true>;
+  }
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
   return k;

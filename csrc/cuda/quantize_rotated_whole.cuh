@@ -61,17 +61,29 @@ struct WholeTile {
   }
 };
 
+struct NoSigns {
+  PYFMT_DEVICE NoSigns(const RotationParams&, uint8_t*, int64_t, int, int) {}
+};
+
 constexpr int kWholeWarps = 4, kWholeBlocks = 3, kWholeRounds = 3;
 
-// Blocks of 32; p.scales at a multiple of four bytes.
-template <class E>
+struct WholeParams : RotatedParams {
+  // Known to the host alone: see Moves. 2^16 brings the first of two bfloat16 to its place.
+  uint32_t up = 1u << 16;
+  Coder<e2m1_element>::Moves moves;
+};
+
+// Blocks of 32; p.scales at a multiple of four bytes. kSigned: p.rotation has signs; a kernel that
+// asks as it goes unpacks only when the last word is there.
+template <class E, bool kSigned>
 __global__ void __launch_bounds__(32 * kWholeWarps, kWholeBlocks)
-    quantize_rotated_whole(const __grid_constant__ RotatedParams p) {
+    quantize_rotated_whole(const __grid_constant__ WholeParams p) {
   using C = Coder<E>;
   using T = WholeTile;
   using S = Signs<T::kUnits, false>;
   constexpr int kStep = kWholeWarps * T::kUnitCount;
-  __shared__ __align__(16) uint8_t shared[kWholeWarps * T::kBytes + S::kBytes];
+  constexpr int kTiles = kWholeWarps * T::kBytes;
+  __shared__ __align__(16) uint8_t shared[kTiles + (kSigned ? S::kBytes : 0)];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int rounds = p.rounds;
   int64_t first = int64_t(blockIdx.x) * rounds * kStep + warp * T::kUnitCount;
@@ -80,7 +92,7 @@ __global__ void __launch_bounds__(32 * kWholeWarps, kWholeBlocks)
     T::fetch(mine + T::copy_place(lane), p.x + unit * 64 + lane * 16, p.units - unit, lane);
   };
   if (first < p.units) fetch(first);
-  S signs(p.rotation, shared + kWholeWarps * T::kBytes, first, kStep, lane);
+  std::conditional_t<kSigned, S, NoSigns> signs(p.rotation, shared + kTiles, first, kStep, lane);
   if (first >= p.units) return;
   for (;;) {
     uint32_t words[64];
@@ -91,7 +103,15 @@ __global__ void __launch_bounds__(32 * kWholeWarps, kWholeBlocks)
     const bool more = first + kStep < p.units && --rounds > 0;
     if (more) fetch(first + kStep);
     float v[T::kUnits * kUnit];
-    signs.unpack(p.rotation, lane, words, v);
+    if constexpr (kSigned) {
+      signs.unpack(p.rotation, lane, words, v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        v[2 * i] = as_float(words[i] * p.up);
+        v[2 * i + 1] = half_at<DType::kBF16>(words[i], 1);
+      }
+    }
     rotate_tile<128, T::kUnits>(v, 128);
 
     uint32_t amax[T::kUnits], scales[T::kUnits];
@@ -117,7 +137,7 @@ __global__ void __launch_bounds__(32 * kWholeWarps, kWholeBlocks)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           C::encode_covered([&](int j) { return v[h * kUnit + 16 * i + j]; }, multiplier,
-                            codes + i * C::kWords);
+                            codes + i * C::kWords, p.moves);
         }
         put(h, codes);
       }
