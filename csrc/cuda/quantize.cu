@@ -155,7 +155,7 @@ RotatedKernel find_rotated(const QuantizeArgs& a) {
 
 void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeParams& common,
                     Stream stream) {
-  RotatedParams p;
+  WholeParams p;
   p.x = static_cast<const uint8_t*>(common.x);
   p.units = common.units;
   p.codes = common.codes;
@@ -165,15 +165,20 @@ void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeP
   p.rotation = common.rotation;
   p.halves = common.halves;
   p.first = first_multiplier(a.rotation.size);
-  const RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  const auto whole = find_kernels(a.format)->rotated_whole[a.rotation.signs != nullptr];
+  const bool wholes = whole && a.rotation.size == 128 && a.format.block_columns == kUnit &&
+                      reinterpret_cast<uintptr_t>(a.scales) % 4 == 0;
+  RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  if (wholes) shape = {WholeTile::kUnits, kWholeWarps, kWholeBlocks, kWholeRounds};
   const int64_t of_block = 32 * shape.units * shape.warps;
   const int64_t blocks = (p.units + of_block - 1) / of_block;
   const int64_t at_once = int64_t(multiprocessors()) * shape.blocks;
   // Tensors of a few blocks spread over all multiprocessors instead.
   p.rounds = int(std::min<int64_t>(shape.rounds, std::max<int64_t>(1, blocks / at_once)));
-  launch_scaled(p.scale, kernel,
-                std::max<int64_t>((blocks + p.rounds - 1) / p.rounds, a.tensor_scale_out ? 1 : 0),
-                32 * shape.warps, stream, p);
+  const int64_t grid = (blocks + p.rounds - 1) / p.rounds;
+  if (wholes) return launch(whole, grid, 32 * shape.warps, stream, p);
+  launch_scaled(p.scale, kernel, std::max<int64_t>(grid, a.tensor_scale_out ? 1 : 0),
+                32 * shape.warps, stream, RotatedParams(p));
 }
 
 void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {

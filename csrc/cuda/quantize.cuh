@@ -7,7 +7,7 @@
 #pragma once
 
 #include "across.cuh"
-#include "quantize_rotated.cuh"
+#include "quantize_rotated_whole.cuh"
 #include "square.cuh"
 
 namespace pyfmt {
@@ -379,7 +379,8 @@ struct QuantizeKernels {
   void (*dual[3][kWays])(DualParams);  // by dtype and way; from kTwoLevel on of some alone
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
-  void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
+  void (*rotated[4])(RotatedParams);      // of bf16, by rotated_index
+  void (*rotated_whole[2])(WholeParams);  // without signs, with them
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -417,6 +418,10 @@ QuantizeKernels quantize_kernels() {
     k.rotated[1] = quantize_rotated<E, kPow2, 32>;
     k.rotated[2] = quantize_rotated<E, kPow2, 64>;
     k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  }
+  if constexpr (kPow2 && Coder<E>::kE2M1) {
+    k.rotated_whole[0] = quantize_rotated_whole<E, false>;
+    k.rotated_whole[1] = quantize_rotated_whole<E, true>;
   }
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;
