@@ -589,7 +589,7 @@ def test_every_path_for_the_sanitizers(room: Room, name: str) -> None:
         module._ops().quantize_dual(tiles, fmt.key, **options)
     module._ops().fake_quantize(tiles, fmt.key, -2)
     same_quantized([room], grids.noise(64, 96, BF16), fmt, axis=0)
-    for size in (2, 32, 64, 256):
+    for size in (2, 32, 64, 128, 256):
         same_quantized([room], grids.noise(3, 512, BF16), fmt, rotation=size)
         room.hadamard(grids.noise(3, 512, BF16), size)
     if fmt.bits < 8:

@@ -174,7 +174,7 @@ def test_rotated_blocks_of_every_size_of_number(room: Room, rule: str) -> None:
         ]
     )
     x[5, :32], x[6, 40] = -0.0, np.nan
-    for size in (4, 16, 32, 64):
+    for size in (4, 16, 32, 64, 128):
         for dtype in DTYPES.values():
             with np.errstate(over="ignore"):
                 narrow = x.astype(np.float32).astype(dtype)
