@@ -25,6 +25,7 @@ from tests.cuda_rooms import (  # noqa: E402
     poison_device,
     random_bytes_decode_like_the_reference,
     squares_equal_reference,
+    turned_equals_two_calls,
 )
 from tests.grids import BF16, DTYPES  # noqa: E402
 from tests.rooms import Room, same_quantized, to_numpy, to_torch  # noqa: E402
@@ -316,6 +317,12 @@ def test_strides_and_offsets(ops: Any, name: str, view: str) -> None:
 def test_dual_is_both_directions(ops: Any, name: str, dtype: str) -> None:
     poison_device()
     dual_equals_two_calls(ops, lambda x: to_torch(x).cuda(), name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvint4", "mxint8"])
+def test_turned(ops: Any, name: str) -> None:
+    poison_device()
+    turned_equals_two_calls(ops, lambda x: to_torch(x).cuda(), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,6 +26,7 @@ from tests.cuda_rooms import (
     fake_across_equals_reference,
     random_bytes_decode_like_the_reference,
     squares_equal_reference,
+    turned_equals_two_calls,
 )
 from tests.grids import BF16, DTYPES
 from tests.rooms import Room, same_everywhere, same_quantized, to_numpy, to_torch
@@ -125,6 +126,11 @@ DUAL = ["mxfp4", "mxfp6_e2m3", "mxfp8_e5m2", "mxint8", "nvfp4", "nvint4", "int4-
 @pytest.mark.parametrize("name", [*DUAL, "int4", "e2m1-b16x16-e4m3"])
 def test_dual_is_both_directions(name: str, dtype: str) -> None:
     dual_equals_two_calls(emulated_ops(), to_torch, name, DTYPES[dtype])
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvint4", "mxint8"])
+def test_turned(name: str) -> None:
+    turned_equals_two_calls(emulated_ops(), to_torch, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
