@@ -125,11 +125,16 @@ struct FoldWeights {
     for (int block = 0; block < 2; ++block) {
       const int scale = int(raw >> (8 * block) & 0xffu);
       const int place = max(0, min(scale + offset, kExponents - 1));
-      if constexpr (kLookup) {
-        lookup(words + kBits * block, table + uint32_t(place) * kEntryBytes, out + 8 * block);
-      } else {
-        multiply(words + kBits * block, place, out + 8 * block);
-      }
+      decode_block(words + kBits * block, uint32_t(place), table, out + 8 * block);
+    }
+  }
+  // One block; place: its exponent's in the table.
+  PYFMT_DEVICE static void decode_block(const uint32_t* words, uint32_t place, uint32_t table,
+                                        uint32_t* out) {
+    if constexpr (kLookup) {
+      lookup(words, table + place * kEntryBytes, out);
+    } else {
+      multiply(words, int(place), out);
     }
   }
 
