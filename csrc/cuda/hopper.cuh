@@ -233,6 +233,13 @@ PYFMT_DEVICE void barrier_arrive_here(uint32_t bar) {
 #endif
 }
 
+// The address of a barrier, once `words` that this warp has read from shared memory are there: an
+// arrival does not wait for reads under way, and what they read may be written over after it.
+// nothing: a zero that the compiler does not know.
+PYFMT_DEVICE uint32_t after_reading(uint32_t bar, uint32_t words, uint32_t nothing) {
+  return bar + (words & nothing);
+}
+
 // Arrives at a barrier of the cluster, by its cluster_address.
 PYFMT_DEVICE void barrier_arrive(uint32_t there) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)

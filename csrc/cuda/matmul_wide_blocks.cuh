@@ -24,7 +24,8 @@ struct Multiplier {
   using R = Room<F, kTokens>;
   using Product = hopper::RegisterProduct<hopper::Bf16, kTokens>;
   static constexpr int kCount = kTokens / 2, kPhases = R::kPhases;
-  using Fragments = uint32_t[8][4];  // of the steps of a chunk
+  static constexpr int kTogether = F::kBits == 6 ? 2 : 4;  // words of a load
+  using Fragments = uint32_t[8][4];                        // of the steps of a chunk
 
   const Params& p;
   const Place& at;
@@ -69,11 +70,10 @@ struct Multiplier {
   PYFMT_DEVICE void read(uint32_t half, int r, uint32_t (&words)[F::kBits]) const {
     const uint32_t row = codes + slot.place * R::kSlot + uint32_t(r * 8) * R::kRowBytes;
     const uint32_t mine = half * R::kHalf + uint32_t(lane % 4 * 4 * F::kBits);
-    constexpr int kWide = F::kBits == 6 ? 2 : 4;
 #pragma unroll
-    for (int i = 0; i < F::kBits; i += kWide) {
+    for (int i = 0; i < F::kBits; i += kTogether) {
       const uint32_t there = row + ((mine + uint32_t(4 * i)) ^ turned);
-      if constexpr (kWide == 4) {
+      if constexpr (kTogether == 4) {
         const uint4 v = hopper::load_shared16(there);
         words[i] = v.x, words[i + 1] = v.y, words[i + 2] = v.z, words[i + 3] = v.w;
       } else {
@@ -100,16 +100,21 @@ struct Multiplier {
   PYFMT_DEVICE void load(int i, Packed& c) {
     const uint32_t half = R::kSpan == 2 ? uint32_t(i & 1) : 0;
     hopper::barrier_wait(at.base + kCodesFull + 8 * slot.place, slot.parity);
+    uint32_t seen = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       c.raw[r] = hopper::load_shared_small<F::kEntry>(scales + slot.place * R::kScales +
                                                       uint32_t(r * 8) * R::kRowScales +
                                                       half * (4 * F::kEntry));
       read(half, r, c.words[r]);
+      seen |= c.raw[r];
+#pragma unroll
+      for (int i = 0; i < F::kBits; i += kTogether) seen |= c.words[r][i];
     }
     if (R::kSpan == 2 && kPhases == 1 && !(i & 1)) return;
     hopper::warp_sync();
-    if (lane == 0) hopper::barrier_arrive_here(at.base + kCodesEmpty + 8 * slot.place);
+    const uint32_t empty = at.base + kCodesEmpty + 8 * slot.place;
+    if (lane == 0) hopper::barrier_arrive_here(hopper::after_reading(empty, seen, p.nothing));
     slot.next();
     if (R::kSpan == 1 && kPhases == 2) slot.next();
   }

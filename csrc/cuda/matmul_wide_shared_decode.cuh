@@ -86,8 +86,19 @@ struct Producer {
   // By one lane: the warp has read that tile, and slots with it.
   template <int kTurn>
   PYFMT_DEVICE void release() const {
-    hopper::barrier_arrive_here(read_barrier(at.base, slot));
-    if (kTurn + 1 == kTurns) hopper::barrier_arrive_here(scales_read_barrier(at.base, batch));
+    uint32_t seen = 0;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      seen |= raw[pass];
+#pragma unroll
+      for (int b = 0; b < kRunBytes / 4; b += 2) seen |= words[pass][b];
+    }
+    hopper::barrier_arrive_here(
+        hopper::after_reading(read_barrier(at.base, slot), seen, p.nothing));
+    if (kTurn + 1 == kTurns) {
+      hopper::barrier_arrive_here(
+          hopper::after_reading(scales_read_barrier(at.base, batch), seen, p.nothing));
+    }
   }
   // From the team's tile kTurn to the next.
   template <int kTurn>

@@ -35,6 +35,7 @@ struct Params {
   unsigned n_clusters = 1;
   int share = 1, split = 1, share_bits = 0;  // split: 1 or 2
   float up = 1.0f;                           // what the decoder leaves out
+  uint32_t nothing = 0;                      // of hopper::after_reading
 };
 
 // How the host asks for a launch: matrices without their boxes.

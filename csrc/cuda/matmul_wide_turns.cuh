@@ -34,7 +34,7 @@ struct Multiplier {
   uint32_t turned = 0;              // which of the 16-byte pieces of its row
   Ring<R::kStages> stage;
   Ring<R::kDepth> slot;
-  uint32_t turn;
+  uint32_t turn, seen = 0;  // seen: what was read of a slot, for after_reading
 
   // Rows change places within eight, so that lanes which read together never share a bank.
   PYFMT_DEVICE static int row_of(int lane) {
@@ -66,7 +66,7 @@ struct Multiplier {
   // kCodes of this lane's 32 codes of a chunk, from code kFrom on, of row r of its two. half: where
   // the chunk starts in the slot's rows.
   template <int kFrom, int kCodes, int kWords>
-  PYFMT_DEVICE void read(uint32_t half, int r, uint32_t (&words)[kWords]) const {
+  PYFMT_DEVICE void read(uint32_t half, int r, uint32_t (&words)[kWords]) {
     constexpr int kTogether = F::kBits * F::kRun / 32;
     constexpr int kWide = kTogether % 4 == 0 ? 4 : kTogether % 2 == 0 ? 2 : 1;
     const uint32_t row = codes + slot.place * R::kSlot + uint32_t(r * 8) * R::kRowBytes;
@@ -89,12 +89,13 @@ struct Multiplier {
       } else {
         words[i] = hopper::load_shared_small<4>(there);
       }
+      seen |= words[i];
     }
   }
 
   // Those codes of chunk i as fragments.
   template <int kFrom>
-  PYFMT_DEVICE void decode(int i, Fragments& to) const {
+  PYFMT_DEVICE void decode(int i, Fragments& to) {
     constexpr int kWords = F::kBits * F::kPiece / 32, kOut = F::kOut * F::kPiece / 32;
     const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
     uint32_t words[2][kWords], place[2] = {0, 0};
@@ -104,6 +105,7 @@ struct Multiplier {
       if constexpr (F::kFolded) {
         place[r] = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
                                                 which * (kRows * 4) + uint32_t(r * 32));
+        seen |= place[r];
       }
     }
 #pragma unroll
@@ -119,7 +121,7 @@ struct Multiplier {
   }
   // Part kPart of a chunk's decoding.
   template <int kPart>
-  PYFMT_DEVICE void decode_part(int i, Fragments& to) const {
+  PYFMT_DEVICE void decode_part(int i, Fragments& to) {
     constexpr int kCodes = 32 / kParts, kFrom = kPart * kCodes;
     decode<kFrom>(i, to);
     if constexpr (kCodes > F::kPiece) decode<kFrom + F::kPiece>(i, to);
@@ -132,7 +134,9 @@ struct Multiplier {
   PYFMT_DEVICE void release_codes(int i) {
     if ((i + 1) % int(R::kSpan) && i + 1 < steps) return;
     hopper::warp_sync();
-    if (lane == 0) hopper::barrier_arrive_here(at.base + kCodesEmpty + 8 * slot.place);
+    const uint32_t empty = at.base + kCodesEmpty + 8 * slot.place;
+    if (lane == 0) hopper::barrier_arrive_here(hopper::after_reading(empty, seen, p.nothing));
+    seen = 0;
     slot.next();
   }
 
@@ -144,9 +148,13 @@ struct Multiplier {
     if (lane == 0) hopper::barrier_arrive_here(at.base + kTurns + 8 * uint32_t(group ^ 1));
   }
 
-  // The warp has no more use for a stage.
-  PYFMT_DEVICE void release_stage() {
-    const uint32_t empty = at.base + kEmpty + 8 * stage.place;
+  // The warp has no more use for a stage, of which it read these factors.
+  PYFMT_DEVICE void release_stage(const float (&factor)[2]) {
+    uint32_t empty = at.base + kEmpty + 8 * stage.place;
+    if constexpr (F::kGroups) {
+      hopper::warp_sync();
+      empty = hopper::after_reading(empty, as_uint(factor[0]) | as_uint(factor[1]), p.nothing);
+    }
     if (p.share > 1) {
       if (lane < p.share) hopper::barrier_arrive(empty + peer);
     } else if (lane == 0) {
@@ -188,7 +196,7 @@ struct Multiplier {
     hopper::products_wait<0>();
     hopper::pin(fresh);
     if constexpr (kPart == kParts - 1) {
-      release_stage();
+      release_stage(factor);
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
