@@ -212,7 +212,7 @@ class Quantizer {
                                     : paired(tile) ? encode_row_.paired
                                                    : encode_row_.staged;
         encode_row(a_.element, a_.full, from_source ? source(tile, r) : x, tile.padded, m,
-                   nibbles(tile), bytes);
+                   stored_bits(tile), bytes);
       } else {
         encode_scaled(tile, r, phase, encode, bytes);
       }
@@ -309,20 +309,23 @@ class Quantizer {
       return;
     }
     const uint32_t one = 0x3f800000u;
-    encode_row_.staged(a_.element, a_.full, x, n, Multipliers{&one, 63}, false, codes);
+    encode_row_.staged(a_.element, a_.full, x, n, Multipliers{&one, 63}, 8, codes);
   }
 
-  // Nibbles of whole pairs are packed as they are encoded.
-  bool nibbles(const Tile& tile) const {
-    return by_group_ && a_.element.bits() == 4 && tile.padded % kPairs == 0 &&
-           (a_.codes ||
-            (tile.padded == tile.width && decoder_.takes_nibbles(tile.width, decode_, 0)));
+  // The bits that a code takes as it is encoded: codes of whole pairs are packed on the way.
+  int stored_bits(const Tile& tile) const {
+    const int bits = a_.element.bits();
+    if (!by_group_ || tile.padded % kPairs) return 8;
+    if (bits == 6) return kPacksSix && a_.codes ? 6 : 8;
+    const bool taken = a_.codes || (tile.padded == tile.width &&
+                                    decoder_.packed_bits(tile.width, decode_, 0, 0) == 4);
+    return bits == 4 && taken ? 4 : 8;
   }
 
   // Packed codes go straight to the output where whole groups do not run over its end.
   uint8_t* codes_out(const Tile& tile, int64_t r) {
     const int bits = a_.element.bits();
-    const bool straight = nibbles(tile) || (bits == 8 && tile.padded % kGroup == 0);
+    const bool straight = stored_bits(tile) == bits && tile.padded % kGroup == 0;
     if (!a_.codes || !straight) return codes_;
     return a_.codes + (tile.row + r) * a_.row_bytes + tile.column * bits / 8;
   }
@@ -342,7 +345,7 @@ class Quantizer {
     }
     DecodeRow d;
     d.codes = codes;
-    d.nibbles = nibbles(tile);
+    d.bits = stored_bits(tile);
     d.n = tile.width;
     d.out = at(a_.out, a_.out_dtype, row * t_.columns + tile.column);
     d.has_tensor_scale = a_.has_tensor_scale;

@@ -46,6 +46,13 @@ class Scratch {
   char* next_;
 };
 
+// How far ahead of its reading a loop asks for its input: the encoding of a tile hides the wait for
+// the next ones. Addresses past the end do no harm.
+constexpr int64_t kAheadBytes = 8192;
+PYFMT_INLINE void fetch_ahead(const void* p) {
+  __builtin_prefetch((const char*)p + kAheadBytes);
+}
+
 // Sixteen elements of a dtype as float32 bits.
 template <DType kDType>
 PYFMT_INLINE Group load_as(const void* p, int64_t i) {
