@@ -29,15 +29,37 @@ struct ScaleConstants {
         recipe(q.recipe) {}
 };
 
+#if PYFMT_AVX512
+// codec::e4m3_from_amax without torchao's recipe: what rounds to the code gives its value too.
+PYFMT_INLINE U e4m3_by_table(const codec::RecipeConstants& r, U amax, U* encode) {
+  constexpr codec::FloatCodec c = codec::e4m3_codec();
+  constexpr TableFloat table{c};
+  U s = min_u((U)((F)amax * (F)broadcast(r.amax_factor)), broadcast(c.max_bits));
+  s = amax == 0u ? U{} : s;
+  const U bounded = max_u(s, broadcast(c.emin_bits - (1u << 23)));
+  const F base =
+      (F)_mm512_permutexvar_epi32((__m512i)(bounded >> 23), _mm512_load_si512(table.base));
+  const F sum = (F)s + base;
+  const U code = (U)sum & c.magnitude_mask;
+  *encode = codec::reciprocal<U>((sum - base) * (F)broadcast(r.tensor_scale), code);
+  return code;
+}
+#endif
+
 // kLanes blocks: scale codes, multipliers for encoding, and scales as float32.
 template <Scale kScale>
-PYFMT_INLINE U scales_of(const ScaleConstants& c, U amax, U* encode, U* decode) {
+PYFMT_INLINE U scales_of(const ScaleConstants& c, U amax, U* encode) {
   U code;
   if constexpr (kScale == Scale::kE8M0) {
     code = codec::e8m0_from_amax<U>(amax, c.addend, c.emax);
     *encode = codec::e8m0_encode_multiplier<U>(code);
   } else if constexpr (kScale == Scale::kE4M3) {
+#if PYFMT_AVX512
+    code = c.recipe.torchao ? codec::e4m3_from_amax<U>(c.recipe, amax, encode)
+                            : e4m3_by_table(c.recipe, amax, encode);
+#else
     code = codec::e4m3_from_amax<U>(c.recipe, amax, encode);
+#endif
   } else {
     code = codec::round_scale<U>(kScale, (U)((F)amax / c.qmax));
     *encode = codec::reciprocal<U>((F)codec::decode_scale<U>(kScale, code), code);
@@ -46,7 +68,6 @@ PYFMT_INLINE U scales_of(const ScaleConstants& c, U amax, U* encode, U* decode) 
   const auto poisoned = (I)amax >= int32_t(kFloatInf);
   code = poisoned ? broadcast(codec::scale_nan(kScale)) : code;
   *encode = poisoned ? broadcast(kFloatNaN) : *encode;
-  *decode = codec::decode_scale<U>(kScale, code);
   return code;
 }
 
@@ -66,21 +87,22 @@ PYFMT_INLINE bool scale_blocks_as(const ScaleArgs& a) {
   const ScaleConstants c(*a.quantize);
   char* const scales = (char*)a.scales;
   uint32_t *const encodes = a.encode, *const decodes = a.decode;
-  U largest{}, encode, decode;
+  U largest{}, encode;
   int64_t i = 0;
   for (; i + kLanes <= a.count; i += kLanes) {
     const U amax = load<U>(a.amax + i);
-    const U code = scales_of<kScale>(c, amax, &encode, &decode);
+    const U code = scales_of<kScale>(c, amax, &encode);
     largest = max_u(largest, amax);
     store<U>(encodes + i, encode);
-    if (decodes) store<U>(decodes + i, decode);
+    if (decodes) store<U>(decodes + i, codec::decode_scale<U>(kScale, code));
     if (scales) store_codes<kBytes>(scales + i * kBytes, code);
   }
   if (i < a.count) {
     const size_t rest = size_t(a.count - i);
     U amax{};
     memcpy(&amax, a.amax + i, rest * 4);
-    const U code = scales_of<kScale>(c, amax, &encode, &decode);
+    const U code = scales_of<kScale>(c, amax, &encode);
+    const U decode = codec::decode_scale<U>(kScale, code);
     largest = max_u(largest, amax);
     memcpy(encodes + i, &encode, rest * 4);
     if (decodes) memcpy(decodes + i, &decode, rest * 4);
