@@ -33,6 +33,7 @@ PYFMT_INLINE void encode_pairs(const Codec& c, const void* x, int64_t n, Multipl
   for (int64_t i = 0; i < n; i += kPairs) {
     const Group multiplier = pair_multipliers<kMixed>(values, shift, i / kGroup);
     From::ahead(x, i);
+    if (i % 128 == 0) fetch_output(codes + i * kBits / 8 + 1024, 16 * kBits);
     const Pairs p = From::pairs(x, i);
     Group joined;
     for (int k = 0; k < kVectors; ++k) {

@@ -84,7 +84,6 @@ PYFMT_INLINE void load_groups(const char* x, int64_t stride, __m512i* v) {
 #pragma GCC unroll 16
   for (int row = 0; row < 16; ++row) {
     v[row] = _mm512_loadu_si512(x + row * stride);
-    fetch_ahead(x + row * stride);
   }
   turn_pieces(v);
 }
@@ -169,10 +168,14 @@ static RotateLanesFn lanes_rotator_of(bool has_signs) {
 }
 
 // Codes of a block of `kSize` vectors, one element of each group in each, to words of each group.
+// What lies ahead of `in` is fetched meanwhile, `bytes` for each element, in an order that the
+// hardware's own prefetching follows.
 template <class Element, class Codec, int kBits, int kSize>
-PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplier, U* words) {
+PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplier, const char* in,
+                                     int bytes, U* words) {
   constexpr int kCodes = kBits == 6 ? 16 : 32 / kBits, kWords = kCodes * kBits / 32;
   for (int i = 0; i < kSize; i += kCodes, words += kWords) {
+    for (int at = 0; at < kCodes * bytes; at += 64) fetch_ahead(in + i * bytes + at);
     U w[kWords] = {};
 #pragma GCC unroll 16
     for (int k = 0; k < kCodes; ++k) {
@@ -188,12 +191,13 @@ PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplie
 
 template <class Element, int kBits, int kBlocks>
 PYFMT_INLINE void encode_lanes(const ElementSpec& spec, bool full, const float* x,
-                               const U multipliers[kBlocks], U* words) {
+                               const U* multipliers, const void* in, int bytes, U* words) {
   constexpr int kSize = kLaneGroup / kBlocks;
   const auto c = Element::make(spec, full);
   using C = decltype(Element::make(spec, full));
   for (int b = 0; b < kBlocks; ++b) {
     encode_lanes_block<Element, C, kBits, kSize>(c, x + b * kSize * kLanes, (F)multipliers[b],
+                                                 (const char*)in + b * kSize * bytes, bytes,
                                                  words + b * kSize * kBits / 32);
   }
 }
@@ -220,7 +224,7 @@ static void leave_lanes(const U* words, int bits, uint8_t* codes) {
 }
 
 using EncodeLanesFn = void (*)(const ElementSpec&, bool full, const float* x, const U* multipliers,
-                               U* words);
+                               const void* in, int bytes, U* words);
 
 template <class Element>
 static EncodeLanesFn lanes_encoder_of(int bits, int blocks) {
@@ -266,11 +270,13 @@ class LaneQuantizer {
   // One tile; false where its numbers are too large or too small for the shortcuts taken here:
   // then nothing has been written but `x`.
   PYFMT_HD bool run(const void* in, float* x, void* scales, uint8_t* codes) const {
+    fetch_output(codes, kLaneTile / 8 * a_.element.bits());
     U multipliers[8], words[32];
     const bool fine = a_.scale == Scale::kE8M0 ? rotate<Scale::kE8M0>(in, x, multipliers, scales)
                                                : rotate<Scale::kE4M3>(in, x, multipliers, scales);
     if (!fine) return false;
-    encode_(a_.element, a_.full, x, multipliers, words);
+    const int bytes = kLanes * int(dtype_bytes(a_.dtype));
+    encode_(a_.element, a_.full, x, multipliers, in, bytes, words);
     leave_lanes(words, a_.element.bits(), codes);
     return true;
   }

@@ -53,6 +53,12 @@ PYFMT_INLINE void fetch_ahead(const void* p) {
   __builtin_prefetch((const char*)p + kAheadBytes);
 }
 
+// Ask for output that is written some hundred cycles later: a store that waits for its line holds
+// up all stores behind it.
+PYFMT_INLINE void fetch_output(void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((char*)p + at, 1);
+}
+
 // Sixteen elements of a dtype as float32 bits.
 template <DType kDType>
 PYFMT_INLINE Group load_as(const void* p, int64_t i) {
