@@ -256,7 +256,7 @@ class LaneQuantizer {
     const int bits = a.element.bits();
     const bool served = a.codes && a.scales && !a.stochastic && !a.given && t.block_rows == 1 &&
                         (t.block_columns == 16 || t.block_columns == 32) &&
-                        t.tile_columns == kLaneTile && r.size > 1 && r.size <= kLaneGroup &&
+                        t.tile_columns % kLaneTile == 0 && r.size > 1 && r.size <= kLaneGroup &&
                         (!r.signs || kLaneGroup % r.signs_length == 0) &&
                         (a.dtype == DType::kBF16 || a.dtype == DType::kFP32) &&
                         (a.scale == Scale::kE8M0 || a.scale == Scale::kE4M3) &&
@@ -265,11 +265,20 @@ class LaneQuantizer {
     factor_ = rotation_factor(r.size > 1 ? r.size : 1);
   }
 
-  bool serves(const Tile& tile) const { return encode_ && tile.width == kLaneTile; }
+  bool serves(const Tile& tile) const { return encode_ && tile.width % kLaneTile == 0; }
 
-  // One tile; false where its numbers are too large or too small for the shortcuts taken here:
-  // then nothing has been written but `x`.
-  PYFMT_HD bool run(const void* in, float* x, void* scales, uint8_t* codes) const {
+  // A tile of n elements; false where its numbers are too large or too small for the shortcuts
+  // taken here: the caller starts over then.
+  PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) const {
+    for (int64_t i = 0; i < n; i += kLaneTile) {
+      void* const some = (char*)scales + i / a_.tiling.block_columns;
+      if (!run_one(at(in, a_.dtype, i), x, some, codes + i / 8 * a_.element.bits())) return false;
+    }
+    return true;
+  }
+
+ private:
+  PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) const {
     fetch_output(codes, kLaneTile / 8 * a_.element.bits());
     U multipliers[8], words[32];
     const bool fine = a_.scale == Scale::kE8M0 ? rotate<Scale::kE8M0>(in, x, multipliers, scales)
@@ -281,7 +290,6 @@ class LaneQuantizer {
     return true;
   }
 
- private:
   // A power of two commutes with rounding: the rotation's factor is left to the multipliers of
   // E8M0 blocks. That holds while values are normal numbers or round to zero anyhow.
   template <Scale kScale>
@@ -336,7 +344,7 @@ class LaneQuantizer {
 struct LaneQuantizer {
   PYFMT_HD explicit LaneQuantizer(const QuantizeArgs&) {}
   bool serves(const Tile&) const { return false; }
-  bool run(const void*, float*, void*, uint8_t*) const { return false; }
+  bool run(const void*, int64_t, float*, void*, uint8_t*) const { return false; }
 };
 #endif
 

@@ -88,7 +88,7 @@ class Quantizer {
     const Tile tile = tile_at(t_, item);
     const int64_t blocks = tile.padded / t_.block_columns;
     if (lanes_.serves(tile) &&
-        lanes_.run(source(tile, 0), (float*)x_, scales_out(tile), codes_out(tile, 0))) {
+        lanes_.run(source(tile, 0), tile.width, (float*)x_, scales_out(tile), codes_out(tile, 0))) {
       return;
     }
     const bool direct =

@@ -28,7 +28,7 @@ struct ScaleConstants {
 // codec::e4m3_from_amax without torchao's recipe: what rounds to the code gives its value too.
 PYFMT_INLINE U e4m3_by_table(const codec::RecipeConstants& r, U amax, U* encode) {
   constexpr codec::FloatCodec c = codec::e4m3_codec();
-  constexpr TableFloat table{c};
+  constexpr TableFloat table(c, false);
   U s = min_u((U)((F)amax * (F)broadcast(r.amax_factor)), broadcast(c.max_bits));
   s = amax == 0u ? U{} : s;
   const U bounded = max_u(s, broadcast(c.emin_bits - (1u << 23)));

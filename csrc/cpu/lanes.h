@@ -38,7 +38,7 @@ class Scratch {
     return p;
   }
   // What `take` of each of these counts of bytes needs.
-  static constexpr int64_t kStack = 32 * 1024;
+  static constexpr int64_t kStack = 48 * 1024;
 
  private:
   alignas(64) char stack_[kStack + 64];
