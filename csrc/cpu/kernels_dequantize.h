@@ -200,8 +200,9 @@ class Decoder {
       }
       const bool pairs = decode_.pairs && d.n % kPairs == 0 && tame(scales, blocks);
       if (!pairs) return decode_.groups(element_, d, m);
-      d.exact = exact_;
-      for (int64_t b = 0; b < blocks; ++b) d.exact &= scales[b] >= exact_from_;
+      uint32_t least = exact_ ? ~0u : 0u;
+      for (int64_t b = 0; exact_ && b < blocks; ++b) least = scales[b] < least ? scales[b] : least;
+      d.exact = least >= exact_from_;
       return decode_.pairs(element_, d, m);
     }
     for (int64_t i = 0; i < d.n; ++scales) {

@@ -5,6 +5,7 @@
 
 #include "kernels_amax.h"
 #include "kernels_dequantize.h"
+#include "kernels_e2m1.h"
 #include "kernels_encode.h"
 #include "kernels_lanes.h"
 #include "kernels_scale.h"
@@ -77,6 +78,8 @@ class Quantizer {
         by_group_(t_.block_columns % kGroup == 0 && !a.stochastic && !a.given),
         encode_row_(find_encoders(a.element, a.full, a.dtype)),
         lanes_(a),
+        quarters_(a.element == elements::e2m1 && a.scale == Scale::kE8M0 &&
+                  a.dtype == DType::kBF16),
         tensor_scale_(codec::Lane<uint32_t>::as_float(a.recipe.tensor_scale)),
         decoder_(a.element, a.scale, a.out_dtype, t_.block_columns,
                  a.has_tensor_scale ? &tensor_scale_ : nullptr) {}
@@ -112,6 +115,12 @@ class Quantizer {
       if (by_group_) {
         const Multipliers m = group_multipliers(encode_, 0, t_.block_columns, tile.padded, random_);
         const bool from_source = direct && !poisoned;
+        if (quarters_ && from_source && m.shift && stored_bits(tile) == 4 &&
+            by_quarters(encode_, amax_, blocks)) {
+          encode_quarters((const uint16_t*)source(tile, r), tile.padded, m, bytes);
+          finish(tile, r, bytes);
+          continue;
+        }
         const EncodeFn encode_row = from_source    ? encode_row_.source
                                     : paired(tile) ? encode_row_.paired
                                                    : encode_row_.staged;
@@ -274,6 +283,7 @@ class Quantizer {
   bool by_group_;
   Encoders encode_row_;
   LaneQuantizer lanes_;
+  bool quarters_;
   float tensor_scale_;
   Decoder decoder_;
 };

@@ -36,9 +36,13 @@ class WordTable {
 
   // Whether these scales (float32 bits) are all such that every value is normal.
   PYFMT_HD bool takes(const uint32_t* scales, int64_t blocks) const {
-    bool all = serves_;
-    for (int64_t b = 0; b < blocks; ++b) all &= scales[b] - from_ <= range_;
-    return all;
+    if (!serves_) return false;
+    uint32_t most = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint32_t above = scales[b] - from_;
+      most = above > most ? above : most;
+    }
+    return most <= range_;
   }
 
   // n elements, a multiple of 32, from bytes or six bits packed; one scale for 2^shift groups of
