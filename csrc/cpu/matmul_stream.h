@@ -4,12 +4,12 @@
 // scale: one float32 multiply-add an element and one a scale.
 #pragma once
 
-#include "matmul_lanes.h"
+#include "matmul_rows.h"
+#include "matmul_stream_int8.h"
+#include "matmul_stream_pairs.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
-
-using cpu::StreamArgs;
 
 // Four-bit codes where a lookup serves: a vector holds 8 * kLanes of them, lane i the elements
 // 8 i to 8 i + 7, and each shift by four bits brings up the next one. a is permuted likewise.
@@ -60,6 +60,7 @@ static int64_t stream_columns(const FormatSpec& f, int64_t k) {
 static void stream_prepare(const StreamArgs& s) {
   const FormatSpec& f = s.right.format;
   const int64_t columns = stream_columns(f, s.k);
+  if (by_pairs(f, s.a_dtype, s.k)) return prepare_pairs(s, columns);
   const bool nibbles = by_nibbles(f), pairs = by_tables(f, s.k), turned = nibbles || pairs;
   Scratch scratch(turned ? columns * 4 : 0);
   uint32_t* const row = turned ? scratch.take<uint32_t>(columns) : nullptr;
@@ -73,33 +74,6 @@ static void stream_prepare(const StreamArgs& s) {
         for (int lane = 0; lane < kLanes; ++lane)
           out[i + j * kLanes + lane] = row[i + lane * 8 + j];
       }
-    }
-  }
-}
-
-// Towards the next rows, perhaps beyond the last one: fetching never faults.
-PYFMT_INLINE void prefetch(const uint8_t* p) {
-  __builtin_prefetch(p, 0, 3);
-}
-
-// The scales of the `rows` rows after these.
-PYFMT_INLINE void prefetch_scales(const StreamArgs& s, int64_t row, int rows) {
-  const FormatSpec& f = s.right.format;
-  const int64_t bytes = f.blocks(s.k) * scale_bytes(f.scale);
-  if (f.block_rows != 1 || row + rows > s.n) return;
-  const uint8_t* const first = (const uint8_t*)s.right.scales + row * bytes;
-  for (int64_t i = 0; i < rows * bytes; i += 64) prefetch(first + i);
-}
-
-// y, bias and rounding for R rows of b from `row`.
-template <int R, int M>
-PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) {
-      float y = sum_lanes(sum[r][m]);
-      if (s.right.has_tensor_scale) y *= s.right.tensor_scale;
-      if (s.bias) y += float_at(s.bias, s.bias_dtype, row + r);
-      store_at(s.out, s.out_dtype, m * s.n + row + r, y);
     }
   }
 }
@@ -237,21 +211,32 @@ static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, ui
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t most = columns - b * block, width = block < most ? block : most;
     F part[R][M] = {};
-    for (int64_t i = b * block; i < b * block + (kBlock ? kBlock : width); i += kGroup) {
-      F w[R][kVectors];
-      if (!unpacked && i % 64 == 0) {
+    if (!unpacked) {
+      for (int64_t i = round_up(b * block, 64); i < b * block + width; i += 64) {
+        PYFMT_UNROLL
         for (int r = 0; r < R; ++r) prefetch(codes[r] + R * bytes + i);
       }
-      for (int r = 0; r < R; ++r) values.decode(codes[r] + i, w[r]);
+    }
+    PYFMT_UNROLL
+    for (int64_t i = 0; i < (kBlock ? kBlock : width); i += kGroup) {
+      const int64_t at = b * block + i;
+      F w[R][kVectors];
+      PYFMT_UNROLL
+      for (int r = 0; r < R; ++r) values.decode(codes[r] + at, w[r]);
+      PYFMT_UNROLL
       for (int v = 0; v < kVectors; ++v) {
+        PYFMT_UNROLL
         for (int m = 0; m < M; ++m) {
-          const F left = load<F>(s.prepared + m * columns + i + v * kLanes);
+          const F left = load<F>(s.prepared + m * columns + at + v * kLanes);
+          PYFMT_UNROLL
           for (int r = 0; r < R; ++r) part[r][m] = multiply_add(w[r][v], left, part[r][m]);
         }
       }
     }
+    PYFMT_UNROLL
     for (int r = 0; r < R; ++r) {
       const F scale = (F)broadcast(scales[r * room + b]);
+      PYFMT_UNROLL
       for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
     }
   }
@@ -383,6 +368,7 @@ static void stream_tables(const StreamArgs& s, int64_t begin, int64_t end) {
 template <int R, int M>
 static void stream_rows(const StreamArgs& s, int64_t begin, int64_t end) {
   const ElementSpec& e = s.right.format.element;
+  if (by_pairs(s.right.format, s.a_dtype, s.k)) return stream_pairs<R, M>(s, begin, end);
   if (by_nibbles(s.right.format)) return stream_nibbles<R, M>(s, begin, end);
 #if PYFMT_VNNI
   if (by_tables(s.right.format, s.k)) {
@@ -390,6 +376,7 @@ static void stream_rows(const StreamArgs& s, int64_t begin, int64_t end) {
                          : stream_tables<8, R, M>(s, begin, end);
   }
 #endif
+  if (by_int8(s.right.format, s.k)) return stream_int8<R, M>(s, begin, end);
   if (e.is_int()) {
     return e.is_signed && e.bits() == 8 ? stream_bytes<Steps<true>, R, M>(s, begin, end)
                                         : stream_bytes<Steps<false>, R, M>(s, begin, end);
