@@ -132,6 +132,29 @@ PYFMT_INLINE void pair_step(__m512i codes, const PairTables& t, const PairScales
   }
 }
 
+// 64 bytes of R rows, or `have` of them.
+template <int R, int M, bool kHalves, bool kPartial>
+PYFMT_INLINE void pair_columns(const uint16_t* a, int64_t columns, const uint8_t* codes,
+                               int64_t bytes, int64_t have, const PairTables& tables,
+                               const PairScales& places, const uint32_t* scales, int64_t room,
+                               __m512 (&sum)[R][M]) {
+  __m512i left[M][4];
+  PYFMT_UNROLL
+  for (int m = 0; m < M; ++m) {
+    PYFMT_UNROLL
+    for (int q = 0; q < 4; ++q) left[m][q] = _mm512_loadu_si512(a + m * columns + 32 * q);
+  }
+  const __mmask64 present = kPartial ? (__mmask64(1) << have) - 1 : ~__mmask64(0);
+  PYFMT_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const uint8_t* const p = codes + r * bytes;
+    // The rows after these: a row is too short for the hardware to foresee the next ones.
+    prefetch(p + R * bytes);
+    const __m512i some = kPartial ? _mm512_maskz_loadu_epi8(present, p) : _mm512_loadu_si512(p);
+    pair_step<M, kHalves>(some, tables, places, scales + r * room, left, sum[r]);
+  }
+}
+
 template <int R, int M, bool kHalves>
 static void pair_rows(const StreamArgs& s, int64_t row, const PairTables& tables,
                       const PairScales& places, uint32_t* scales) {
@@ -148,25 +171,14 @@ static void pair_rows(const StreamArgs& s, int64_t row, const PairTables& tables
     PYFMT_UNROLL
     for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < bytes; i += 64) {
-    __m512i left[M][4];
-    PYFMT_UNROLL
-    for (int m = 0; m < M; ++m) {
-      PYFMT_UNROLL
-      for (int q = 0; q < 4; ++q) {
-        left[m][q] = _mm512_loadu_si512(a + m * columns + 2 * i + 32 * q);
-      }
-    }
-    const int64_t have = bytes - i;
-    const __mmask64 present = have >= 64 ? ~__mmask64(0) : (__mmask64(1) << have) - 1;
-    PYFMT_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const uint8_t* const p = codes + r * bytes + i;
-      // The rows after these: a row is too short for the hardware to foresee the next ones.
-      prefetch(p + R * bytes);
-      pair_step<M, kHalves>(_mm512_maskz_loadu_epi8(present, p), tables, places,
-                            places.at(scales + r * room, i / 64), left, sum[r]);
-    }
+  int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) {
+    pair_columns<R, M, kHalves, false>(a + 2 * i, columns, codes + i, bytes, 64, tables, places,
+                                       places.at(scales, i / 64), room, sum);
+  }
+  if (i < bytes) {
+    pair_columns<R, M, kHalves, true>(a + 2 * i, columns, codes + i, bytes, bytes - i, tables,
+                                      places, places.at(scales, i / 64), room, sum);
   }
   F sums[R][M];
   for (int r = 0; r < R; ++r) {
