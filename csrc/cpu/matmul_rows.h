@@ -23,6 +23,13 @@ PYFMT_INLINE void prefetch_scales(const StreamArgs& s, int64_t row, int rows) {
   for (int64_t i = 0; i < rows * bytes; i += 64) prefetch(first + i);
 }
 
+#if PYFMT_BF16
+// sum += values times left, in pairs. By name, so that GCC keeps the sum where it is.
+PYFMT_INLINE void pair_product(__m512i left, __m512i values, __m512& sum) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(left));
+}
+#endif
+
 // y, bias and rounding for R rows of b from `row`.
 template <int R, int M>
 PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {

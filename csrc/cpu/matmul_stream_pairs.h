@@ -93,10 +93,6 @@ struct PairTables {
   }
 };
 
-PYFMT_INLINE void pair_product(__m512i left, __m512i values, __m512& sum) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(values), "v"(left));
-}
-
 // 64 bytes of a row of codes: products with each row of a, times their scales.
 template <int M, bool kHalves>
 PYFMT_INLINE void pair_step(__m512i codes, const PairTables& t, const PairScales& places,
