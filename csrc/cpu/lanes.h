@@ -48,7 +48,7 @@ class Scratch {
 
 // How far ahead of its reading a loop asks for its input: the encoding of a tile hides the wait for
 // the next ones. Addresses past the end do no harm.
-constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kAheadBytes = 16384;
 PYFMT_INLINE void fetch_ahead(const void* p) {
   __builtin_prefetch((const char*)p + kAheadBytes);
 }
