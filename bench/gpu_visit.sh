@@ -30,9 +30,16 @@ for part in $PARTS; do
       ;;
     sanitize)
       for tool in memcheck racecheck initcheck; do
+        # Racecheck loses its way in clusters: see tests/test_matmul_sanitize.py.
+        which="sanitizers" && [ $tool = racecheck ] && which="sanitizers and not clusters"
         timeout 150 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \
-          $PYTEST tests/test_cuda.py -m gpu -k "sanitize" >"$OUT/$tool.log" 2>&1
-        echo "$tool: exit $? $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log" | tail -n 1)" \
+          $PYTEST tests/test_cuda.py tests/test_matmul_sanitize.py -m gpu -k "$which" \
+          >"$OUT/$tool.log" 2>&1 || touch "$OUT/$tool.failed" &
+      done
+      wait
+      for tool in memcheck racecheck initcheck; do
+        [ -e "$OUT/$tool.failed" ] && status=1
+        echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$tool.log" | tail -n 1)" \
           "$(grep -E '[0-9]+ (passed|failed)' "$OUT/$tool.log" | tail -n 1)"
       done
       ;;

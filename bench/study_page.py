@@ -3,7 +3,7 @@
 
 `--check` only compares and exits 1 where the page is stale; `--figures` draws docs/study_*.png too.
 The template's places, {win[weight 0 mxint8 mxfp8_e4m3]}, name functions below and their arguments:
-every number comes from bench/results/study.json, or from pyfmt/study/paper.py.
+every number comes from bench/results/study.json and train_lm.json, or from pyfmt/study/paper.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pyfmt.formats import Format, get_format
@@ -24,6 +25,7 @@ from pyfmt.study.tables import Sheet, number
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "bench" / "results" / "study.json"
+TRAINING = SOURCE.with_name("train_lm.json")
 TEMPLATE = ROOT / "bench" / "study_page.template.md"
 PAGE = ROOT / "docs" / "int-vs-fp.md"
 
@@ -171,6 +173,67 @@ def losers(facts: Facts, kind: str) -> str:
     return listed(f"`{format.name}` ({gain:+.2f} dB)" for gain, format in found)
 
 
+def training_table(record: Facts) -> Sheet:
+    sheet = Sheet(
+        "", ["recipe", "seeds", "held-out loss", "spread", "over bf16, %", "lowest .. highest"]
+    )
+    for name, row in record["summary"].items():
+        low, high = row["percent_range"]
+        over = ["", ""]
+        if name != "bf16":
+            over = [f"{row['percent_over_bf16']:+.3f}", f"{low:+.3f} .. {high:+.3f}"]
+        figures = f"{row['held_out']:.4f}", f"{row['spread']:.4f}"
+        sheet.rows.append([f"`{name}`", str(len(row["seeds"])), *figures, *over])
+    return sheet
+
+
+def over(one: float, other: float) -> float:
+    """By how many percent one number is larger than another."""
+    return 100 * (one / other - 1)
+
+
+def training(record: Facts) -> dict[str, Any]:
+    """Return what the places in the section on training stand for."""
+    rows, settings = record["summary"], record["settings"]
+    losses = {(run["recipe"], run["seed"]): run["held_out"] for run in record["runs"]}
+
+    def pairs(name: str, other: str) -> list[float]:
+        """Distances of two recipes seed by seed, in percent of the second."""
+        seeds = sorted(set(rows[name]["seeds"]) & set(rows[other]["seeds"]))
+        return [over(losses[name, s], losses[other, s]) for s in seeds]
+
+    def between(name: str, other: str) -> str:
+        return f"{min(pairs(name, other)):+.2f} to {max(pairs(name, other)):+.2f}"
+
+    def verdict(name: str, other: str) -> str:
+        """Whether the first is lower: on every seed, on none, or on some."""
+        lower = sum(x < 0 for x in pairs(name, other))
+        every = len(pairs(name, other))
+        if lower == every:
+            return "lower on every seed"
+        return f"lower on {lower} of {every} seeds" if lower else "higher on every seed"
+
+    bf16 = rows["bf16"]
+    apart = [pairs(name, "bf16") for name in rows if name != "bf16"]
+    return {
+        "training_table": training_table(record).markdown(),
+        "parameters": record["parameters"] / 1e6,
+        "trained": settings["steps"] * settings["batch"] * settings["shape"]["context"] / 1e6,
+        "steps": settings["steps"],
+        "text": record["text"]["train_bytes"] / 1e6,
+        "seeds": len(bf16["seeds"]),
+        "seed_spread": 100 * bf16["spread"] / bf16["held_out"],
+        "dense": bf16["held_out"],
+        "trained_on": record["machine"]["gpu"],
+        "scatter": fmean(max(x) - min(x) for x in apart),
+        "apart": Lookup(lambda *names: fmean(pairs(*names))),
+        "printed_over": Lookup(lambda name: over(paper.TRAINING[name], paper.TRAINING["bf16"])),
+        "printed_clip": over(paper.CLIPPING["symmetric"], paper.CLIPPING["full"]),
+        "range": Lookup(between),
+        "verdict": Lookup(verdict),
+    }
+
+
 def places(facts: Facts) -> dict[str, Any]:
     """Return what the template's places stand for."""
     settings = facts["settings"]
@@ -236,7 +299,8 @@ def places(facts: Facts) -> dict[str, Any]:
 
 def page(facts: Facts) -> str:
     """Return the whole page."""
-    return TEMPLATE.read_text(encoding="utf-8").format_map(places(facts))
+    record = json.loads(TRAINING.read_text(encoding="utf-8"))
+    return TEMPLATE.read_text(encoding="utf-8").format_map(places(facts) | training(record))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -207,11 +207,31 @@ def decode_table(record: dict[str, Any]) -> str:
     )
 
 
+def train_table(record: dict[str, Any]) -> str:
+    """Return the Markdown table: recipes down."""
+    rows = [
+        f"| `{name}` | {1e3 * line['seconds']:.2f} | {line['speed']:.2f} | {line['of_bf16']:.2f} |"
+        for name, line in record["lines"].items()
+    ]
+    return "\n".join(
+        [
+            f"Forward and backward of one layer, {record['in']} to {record['out']} over "
+            f"{record['tokens']} tokens, {record['machine']['gpu']}, "
+            f"torch {record['machine']['versions']['torch']}:",
+            "",
+            "| recipe | ms | of bfloat16's speed | of its bytes kept for backward |",
+            "|---|--:|--:|--:|",
+            *rows,
+        ]
+    )
+
+
 TABLES = {
     "speed": ("cpu_quantize.json", cpu_table),
     "speed on a GPU": ("h200_quantize.json", gpu_table),
     "matmul on a GPU": ("h200_matmul.json", matmul_table),
     "a model on a GPU": ("h200_decode.json", decode_table),
+    "training on a GPU": ("h200_train_layer.json", train_table),
 }
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train one small language model by every recipe: same seed, same data, same order.
 
-    python bench/train_lm.py [--recipes bf16 mxint8 ...] [--seeds 3] [--steps 1200]
-        [--seconds 80] [--json PATH] [--checkpoints FOLDER] [--figure PATH] [--draw]
+    python bench/train_lm.py [--recipes bf16 mxint8 ...] [--seeds 3] [--steps 400]
+        [--device cuda:0 cuda:1] [--seconds 80] [--json PATH] [--checkpoints FOLDER]
+        [--figure PATH] [--draw]
 
 A Llama-shaped decoder of 50M parameters learns the bytes of the Python standard library's sources
 and documentation (bench/lm.py). float32 master weights, bfloat16 autocast, AdamW; a recipe
@@ -11,194 +12,37 @@ quantizes all linear layers but the last, bf16 none.
 Every finished run is written to the JSON at once; runs that are there are not repeated, those of
 other settings are refused. --seconds ends a visit: the run under way leaves a checkpoint and goes
 on from it next time, on the same curve (bit for bit where the device's own kernels are
-deterministic). Seeds go round by round, so that all recipes have the first one early.
+deterministic). Seeds go round by round, so that all recipes have the first one early. A process for
+each device that is named takes the next run as it gets free; one device may be named twice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
+import queue
 import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lm
 import torch
 from harness import machine
-from lm import Corpus, Decoder, Shape, corpus, windows
-from torch import Tensor
-from torch.nn import functional
+from lm import Corpus, Decoder, corpus
+from torch import multiprocessing
+from train_lm_chart import chart
+from train_lm_run import TINY, Run, Settings
 
-from pyfmt import _atomic, _chart
-from pyfmt.nn import RECIPES, prepare_for_training
+from pyfmt import _atomic
+from pyfmt.nn import RECIPES
 
 NAMES = ("bf16", *RECIPES)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What makes two runs comparable."""
-
-    shape: Shape = field(default_factory=Shape)
-    steps: int = 1200
-    batch: int = 64
-    rate: float = 1e-3
-    warmup: int = 60
-    decay: float = 0.1
-    log: int = 20
-    held_out: int = 8  # batches of validation
-
-    def record(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self)))
-
-    def rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine to a tenth."""
-        if step < self.warmup:
-            return self.rate * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.rate * (0.55 + 0.45 * math.cos(math.pi * done))
-
-
-TINY = Settings(Shape(64, 2, 2, 96, 32), steps=8, batch=4, warmup=2, log=2, held_out=2)
-
-
-class Run:
-    """One training run, from the start or from its checkpoint."""
-
-    def __init__(self, recipe: str, seed: int, settings: Settings, text: Corpus, device: str):
-        self.recipe, self.seed, self.settings, self.text = recipe, seed, settings, text
-        self.device = device
-        torch.manual_seed(seed)
-        self.model = Decoder(settings.shape).to(device)
-        if recipe != "bf16":
-            replaced = prepare_for_training(self.model, recipe).replaced
-            assert len(replaced) == 4 * settings.shape.layers, replaced
-        matrices = [p for p in self.model.parameters() if p.dim() == 2]
-        vectors = [p for p in self.model.parameters() if p.dim() != 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": settings.decay}, {"params": vectors}],
-            weight_decay=0.0, betas=(0.9, 0.95), fused=device == "cuda",
-        )  # fmt: skip
-        self.step = 0
-        self.seconds = 0.0
-        self.losses: list[list[float]] = []
-        self.pending: list[Tensor] = []
-
-    @property
-    def name(self) -> str:
-        return f"{self.recipe}-{self.seed}"
-
-    def loss(self, text: Tensor, starts: Tensor) -> Tensor:
-        ids, targets = windows(text, starts, self.settings.shape.context)
-        with torch.autocast(self.device, dtype=torch.bfloat16):
-            logits = self.model(ids)
-        return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-    def starts(self, text: Tensor, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        most = len(text) - self.settings.shape.context - 1
-        return torch.randint(most, (self.settings.batch,), generator=generator)
-
-    def advance(self) -> None:
-        """One step. All that is drawn depends on the seed and the number of the step alone."""
-        torch.manual_seed(self.seed << 32 | self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate_at(self.step)
-        loss = self.loss(self.text.train, self.starts(self.text.train, self.seed << 32 | self.step))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.pending.append(loss.detach())
-        self.step += 1
-        if self.step % self.settings.log == 0 or self.step == self.settings.steps:
-            self.losses.append([self.step, torch.stack(self.pending).mean().item()])
-            self.pending.clear()
-
-    def validate(self) -> float:
-        """The loss on held-out text, the same windows for every run, in nats a byte."""
-        with torch.no_grad():
-            parts = [
-                self.loss(self.text.held_out, self.starts(self.text.held_out, i))
-                for i in range(self.settings.held_out)
-            ]
-        return torch.stack(parts).mean().item()
-
-    def train(self, stop: Callable[[Run], bool]) -> bool:
-        """Train until the end (True) or until `stop` says so after a step (False)."""
-        began = time.perf_counter()
-        try:
-            while self.step < self.settings.steps:
-                self.advance()
-                if self.step < self.settings.steps and stop(self):
-                    return False
-            return True
-        finally:
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - began
-
-    def result(self) -> dict[str, Any]:
-        tokens = self.step * self.settings.batch * self.settings.shape.context
-        return {
-            "recipe": self.recipe,
-            "seed": self.seed,
-            "held_out": self.validate(),
-            "losses": self.losses,
-            "tokens": tokens,
-            "tokens_per_s": tokens / self.seconds,
-        }
-
-    def identity(self) -> dict[str, Any]:
-        facts = {"recipe": self.recipe, "seed": self.seed, "text": self.text.facts["sha256"]}
-        return facts | {"settings": self.settings.record()}
-
-    def save(self, folder: Path) -> None:
-        """Write the checkpoint under its name whole or not at all."""
-        state = {
-            "identity": json.dumps(self.identity(), sort_keys=True),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "losses": self.losses,
-            "pending": self.pending,
-        }
-        target = self.path(folder)
-        temporary = _atomic.temporary_name(target)
-        try:
-            with open(temporary, "xb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load(self, folder: Path) -> bool:
-        """Go on from a checkpoint, if there is one; SystemExit where it is of another run."""
-        if not self.path(folder).exists():
-            return False
-        state = torch.load(self.path(folder), map_location=self.device, weights_only=True)
-        if state["identity"] != json.dumps(self.identity(), sort_keys=True):
-            sys.exit(
-                f"{self.path(folder)} is of other settings or another text; remove it, or pass "
-                "another --checkpoints folder"
-            )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.losses, self.pending = state["losses"], state["pending"]
-        return True
-
-    def path(self, folder: Path) -> Path:
-        return folder / f"{self.name}.pt"
 
 
 # The record of finished runs.
@@ -261,82 +105,132 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-# The figure.
-
-# The shared look's colours: integers blue-green, floats orange; lines tell recipes of a kind apart.
-STYLE = {
-    "bf16": (_chart.INK, "-"),
-    "mxint8": (_chart.COLOURS["int"], "-"),
-    "mxint8_full": (_chart.COLOURS["int"], ":"),
-    "nvint4": (_chart.COLOURS["int"], "--"),
-    "mxfp8": (_chart.COLOURS["float"], "-"),
-    "nvfp4": (_chart.COLOURS["float"], "--"),
-    "mxfp4": (_chart.COLOURS["float"], "-."),
-}
-
-
-def chart(record: dict[str, Any]) -> bytes:
-    """Loss curves of the first seed, and the distance of every run from bf16 on its seed."""
-    with _chart.look():
-        figure, (curves, ends) = _chart.panels(2, 4.6)
-        shape, text = record["settings"]["shape"], record["text"]
-        _chart.words(
-            figure,
-            "Training in low bits: loss by recipe",
-            f"{record['parameters'] / 1e6:.0f}M parameters, Llama-shaped; "
-            f"{text['train_bytes'] / 1e6:.0f} MB of text ({text['source']}), a byte a token; "
-            f"{record['settings']['steps']} steps of {record['settings']['batch']} x "
-            f"{shape['context']} tokens; same seed and data order",
-        )
-        runs = {(run["recipe"], run["seed"]): run for run in record["runs"]}
-        _draw_curves(curves, runs)
-        _draw_ends(ends, runs)
-        names = [n for n in STYLE if any(recipe == n for recipe, _ in runs)]
-        handles = [_chart.line(STYLE[n][0], n, linestyle=STYLE[n][1]) for n in names]
-        _chart.legend(figure, handles, handlelength=2.4)
-        return _chart.png(figure)
-
-
-def _draw_curves(panel: Any, runs: dict[tuple[str, int], dict[str, Any]]) -> None:
-    first = min((seed for _, seed in runs), default=0)
-    for name, (colour, style) in STYLE.items():
-        if (name, first) in runs:
-            steps, losses = zip(*runs[name, first]["losses"], strict=True)
-            panel.plot(steps, losses, color=colour, ls=style, lw=1.6)
-    _chart.bare(panel, grid="y", keep=("bottom", "left"))
-    _chart.title(panel, "Training loss, nats a byte")
-    panel.set_xlabel("step", color=_chart.GREY)
-    panel.set_yscale("log")
-    panel.yaxis.set_major_formatter("{x:g}")
-    panel.yaxis.set_minor_formatter("{x:g}")
-
-
-def _draw_ends(panel: Any, runs: dict[tuple[str, int], dict[str, Any]]) -> None:
-    names = [n for n in STYLE if n != "bf16" and any(recipe == n for recipe, _ in runs)]
-    for at, name in enumerate(names):
-        apart = [
-            100 * (run["held_out"] / runs["bf16", seed]["held_out"] - 1)
-            for (recipe, seed), run in runs.items()
-            if recipe == name and ("bf16", seed) in runs
-        ]
-        colour = STYLE[name][0]
-        panel.plot(apart, [at] * len(apart), "o", color=colour, ms=6, alpha=0.75, mec="white")
-        if apart:
-            panel.plot([statistics.mean(apart)] * 2, [at - 0.3, at + 0.3], color=colour, lw=2.2)
-    panel.axvline(0, color=_chart.INK, lw=1)
-    panel.set_yticks(range(len(names)), names)
-    panel.set_ylim(len(names) - 0.4, -0.6)
-    _chart.bare(panel, grid="x")
-    panel.tick_params(axis="y", length=0)
-    _chart.title(panel, "Held-out loss over bf16's, % (a point a seed)")
-
-
 # The visit.
 
+Job = tuple[str, int]  # recipe, seed
+Result = tuple[str, int, Any]  # and what Worker.work returned
 
-def plan(recipes: list[str], seeds: int, record: dict[str, Any]) -> list[tuple[str, int]]:
+
+def plan(recipes: list[str], seeds: int, record: dict[str, Any]) -> list[Job]:
     done = {(run["recipe"], run["seed"]) for run in record["runs"]}
     return [(r, s) for s in range(seeds) for r in recipes if (r, s) not in done]
+
+
+@dataclass
+class Worker:
+    """Trains what it is given on one device, in a process of its own or in this one."""
+
+    settings: Settings
+    text: Corpus
+    device: str
+    compiled: bool
+    checkpoints: Path
+    every: int
+    stop_at: int | None
+    ends: float | None  # by time.time()
+    asked: Callable[[], bool]  # whether a signal wants the visit to end
+
+    def start(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.set_device(self.device)
+        self.text = self.text.to(self.device)
+        if self.compiled:
+            lm.compile_pieces()
+            warm = Run("bf16", 0, self.settings, self.text, self.device)
+            warm.loss(self.text.train, warm.starts(self.text.train, 0)).backward()
+            warm.finish()
+
+    def over(self) -> bool:
+        return self.asked() or (self.ends is not None and time.time() > self.ends)
+
+    def stop(self, run: Run) -> bool:
+        if self.over() or run.step == self.stop_at:
+            return True
+        if run.step % self.every == 0:
+            run.save(self.checkpoints)
+        return False
+
+    def work(self, recipe: str, seed: int) -> dict[str, Any] | None:
+        """The result of a run; None where it was stopped before its end."""
+        run = Run(recipe, seed, self.settings, self.text, self.device)
+        run.load(self.checkpoints)
+        if not run.train(self.stop):
+            run.save(self.checkpoints)
+            print(f"{run.name}: stopped at step {run.step}, {run.seconds:.1f} s", flush=True)
+            return None
+        result = run.result()
+        print(f"{run.name}: {result['held_out']:.4f}, {run.seconds:.1f} s", flush=True)
+        return result
+
+
+def here(worker: Worker, jobs: Iterator[Job]) -> Iterator[Result]:
+    """Run after run in this process, until the visit is over."""
+    started = False
+    for recipe, seed in jobs:
+        if worker.over():
+            return
+        if not started:
+            worker.start()
+            started = True
+        result = worker.work(recipe, seed)
+        yield recipe, seed, result
+        if result is None:
+            return
+
+
+def _serve(worker: Worker, jobs: list[Job], taken: Any, results: Any, asked: Any) -> None:
+    for number in (2, 15):  # the first process is told, and tells
+        signal.signal(number, signal.SIG_IGN)
+    worker.asked = asked.is_set
+
+    def next_ones() -> Iterator[Job]:
+        while True:
+            with taken.get_lock():
+                at, taken.value = taken.value, taken.value + 1
+            if at >= len(jobs):
+                return
+            yield jobs[at]
+
+    try:
+        for result in here(worker, next_ones()):
+            results.put(result)
+    except BaseException:
+        results.put(traceback.format_exc())
+    results.put(None)
+
+
+def beside(worker: Worker, devices: list[str], jobs: list[Job]) -> Iterator[Result]:
+    """Runs by a process for each device, each taking the next one that is left."""
+    context = multiprocessing.get_context("spawn")
+    taken, results, told = context.Value("i", 0), context.Queue(), context.Event()
+    asked, worker.asked = worker.asked, bool
+    processes = []
+    try:
+        for device in devices:
+            worker.device = device
+            args = (worker, jobs, taken, results, told)
+            processes.append(context.Process(target=_serve, args=args))
+            processes[-1].start()
+        left = len(devices)
+        while left:
+            if asked():
+                told.set()
+            try:
+                result = results.get(timeout=0.5)
+            except queue.Empty:
+                if not any(process.is_alive() for process in processes):
+                    raise RuntimeError("a process ended without a word") from None
+                continue
+            if isinstance(result, str):
+                raise RuntimeError(f"a process failed:\n{result}")
+            left -= result is None
+            if result is not None:
+                yield result
+    finally:
+        told.set()
+        for process in processes:
+            process.join(60)
+            process.kill()
 
 
 def report(record: dict[str, Any], figure: Path | None) -> None:
@@ -365,52 +259,44 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--draw", action="store_true", help="only print and draw the JSON")
     parser.add_argument("--text", type=Path, nargs="+", help="files instead of Python's library")
     parser.add_argument("--tiny", action="store_true", help="a model to try this program out with")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", nargs="+", default=[device], help="a process for each")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not compile what is between the products"
+    )
     options = parser.parse_args(given)
     if options.draw:
         report(json.loads(options.json.read_text(encoding="utf-8")), options.figure)
         return 0
-    began = time.perf_counter()
+    ends = None if options.seconds is None else time.time() + options.seconds
     base = TINY if options.tiny else Settings()
     named = {"steps": options.steps, "batch": options.batch, "rate": options.rate}
     settings = Settings(**base.__dict__ | {k: v for k, v in named.items() if v is not None})
     for folder in (options.json.parent, options.checkpoints):
         folder.mkdir(parents=True, exist_ok=True)
-    text = corpus(options.text, 1 << 20 if options.tiny else 1 << 27).to(options.device)
+    text = corpus(options.text, 1 << 20 if options.tiny else 1 << 27)
     record = read_record(options.json, settings, text)
     asked: list[int] = []  # signals
     before = {s: signal.signal(s, lambda n, _: asked.append(n)) for s in (2, 15)}
-
-    def stop(run: Run) -> bool:
-        late = options.seconds is not None and time.perf_counter() - began > options.seconds
-        if late or asked or run.step == options.stop_at:
-            return True
-        if run.step % options.every == 0:
-            run.save(options.checkpoints)
-        return False
-
-    unfinished = False
+    first, *others = options.device
+    worker = Worker(
+        settings, text, first, first != "cpu" and not options.eager, options.checkpoints,
+        options.every, options.stop_at, ends, lambda: bool(asked),
+    )  # fmt: skip
+    left = plan(options.recipes, options.seeds, record)
     try:
-        for recipe, seed in plan(options.recipes, options.seeds, record):
-            if asked or (options.seconds and time.perf_counter() - began > options.seconds):
-                unfinished = True
-                break
-            run = Run(recipe, seed, settings, text, options.device)
-            run.load(options.checkpoints)
-            if not run.train(stop):
-                run.save(options.checkpoints)
-                print(f"{run.name}: stopped at step {run.step}, {run.seconds:.1f} s", flush=True)
-                unfinished = True
-                break
-            record["runs"].append(run.result())
+        for recipe, seed, result in (
+            beside(worker, options.device, left) if others else here(worker, iter(left))
+        ):
+            if result is None:
+                continue
+            record["runs"].append(result)
             write_record(options.json, record)
-            run.path(options.checkpoints).unlink(missing_ok=True)
-            print(
-                f"{run.name}: {record['runs'][-1]['held_out']:.4f}, {run.seconds:.1f} s", flush=True
-            )
+            (options.checkpoints / f"{recipe}-{seed}.pt").unlink(missing_ok=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    unfinished = bool(plan(options.recipes, options.seeds, record))
     if record["runs"]:
         report(record, options.figure)
     print("unfinished: call again" if unfinished else "all runs are finished")

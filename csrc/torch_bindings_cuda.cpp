@@ -166,7 +166,7 @@ struct Quantization {
     cuda::quantize(args, device.stream);
   }
   // The axis before the last as well, or alone; its tensor scale goes to `stored`.
-  void run_across(const Parts& parts, const Tensor& stored) {
+  void run_across(const Parts& parts, const Tensor& stored, cuda::DualRows of_rows) {
     start();
     cuda::Across across;
     across.codes = static_cast<uint8_t*>(parts.codes.mutable_data_ptr());
@@ -178,7 +178,7 @@ struct Quantization {
       partials_t = device.empty({cuda::kPartials}, ScalarType::Float);
       across.partials = static_cast<float*>(partials_t.mutable_data_ptr());
     }
-    cuda::quantize_dual(args, across, device.stream);
+    cuda::quantize_dual(args, across, of_rows, device.stream);
   }
   void run_fake_across() {
     start();
@@ -213,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor> quantize_by(const Tensor& x, const cpu::Optio
     if (rotation) {
       q.args.rotation = rotation_of(q.device, rotation, q.rows.matrix_rows(), signs, q.signs_words);
     }
-    if (cuda::dual_serves(q.args)) {
+    if (cuda::dual_serves(q.args, cuda::DualRows::kNone)) {
       const Parts across = q.parts(q.across_shape());
       const Tensor stored = q.one_number();
-      q.run_across(across, stored);
+      q.run_across(across, stored, cuda::DualRows::kNone);
       return {across.codes, across.scales, stored};
     }
   }
@@ -245,28 +245,48 @@ std::tuple<Tensor, Tensor, Tensor> quantize_planned(Tensor x, int64_t plan, int6
   return quantize_by(x, options::planned(plan), axis, tensor_scale, rotation, signs);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> quantize_dual(
-    Tensor x, std::string format, Text scale_rule, Text recipe, std::string rounding,
-    std::optional<int64_t> seed, std::string clip, std::optional<Tensor> tensor_scale,
-    int64_t rotation, std::optional<Tensor> signs) {
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// of_rows: whether the rotation is theirs too, or the columns' alone.
+Six quantize_both(Tensor x, const std::string& format, const Text& scale_rule, const Text& recipe,
+                  const std::string& rounding, std::optional<int64_t> seed, const std::string& clip,
+                  const std::optional<Tensor>& tensor_scale, int64_t rotation,
+                  const std::optional<Tensor>& signs, cuda::DualRows of_rows) {
   options::expect(x.dim() >= 2, "x: expected at least two dimensions, got ", x.dim());
   x = dense(x);
+  const bool alike = of_rows == cuda::DualRows::kAlike;
   const cpu::Options o = options::quantize(format, scale_rule, recipe, rounding, seed, clip);
   Quantization q(x, o, -1, tensor_scale);
   if (rotation) {
     expect_rotation(q.device, rotation, q.rows.matrix_rows(), signs);
-    q.args.rotation = rotation_of(q.device, rotation, q.rows.view.columns, signs, q.signs_words);
+    const int64_t length = alike ? q.rows.view.columns : q.rows.matrix_rows();
+    q.args.rotation = rotation_of(q.device, rotation, length, signs, q.signs_words);
   }
-  if (cuda::dual_serves(q.args)) {
+  if (cuda::dual_serves(q.args, of_rows)) {
     const Parts along = q.parts(q.rows.shape), across = q.parts(q.across_shape());
     q.write_to(along);
     const Tensor stored = q.store_tensor_scale(), stored_t = q.one_number();
-    q.run_across(across, stored_t);
+    q.run_across(across, stored_t, of_rows);
     return {along.codes, along.scales, stored, across.codes, across.scales, stored_t};
   }
-  auto [codes, scales, stored] = quantize_by(x, o, -1, tensor_scale, rotation, signs);
+  auto [codes, scales, stored] =
+      quantize_by(x, o, -1, tensor_scale, alike ? rotation : 0, alike ? signs : std::nullopt);
   auto [codes_t, scales_t, stored_t] = quantize_by(x, o, -2, tensor_scale, rotation, signs);
   return {codes, scales, stored, codes_t, scales_t, stored_t};
+}
+
+Six quantize_dual(Tensor x, std::string format, Text scale_rule, Text recipe, std::string rounding,
+                  std::optional<int64_t> seed, std::string clip, std::optional<Tensor> tensor_scale,
+                  int64_t rotation, std::optional<Tensor> signs) {
+  return quantize_both(x, format, scale_rule, recipe, rounding, seed, clip, tensor_scale, rotation,
+                       signs, cuda::DualRows::kAlike);
+}
+
+Six quantize_turned(Tensor x, std::string format, Text scale_rule, Text recipe,
+                    std::string rounding, std::optional<int64_t> seed, std::string clip,
+                    int64_t rotation, std::optional<Tensor> signs) {
+  return quantize_both(x, format, scale_rule, recipe, rounding, seed, clip, std::nullopt, rotation,
+                       signs, cuda::DualRows::kPlain);
 }
 
 Tensor fake_quantize_by(const Tensor& x, const cpu::Options& o, int64_t axis,
@@ -395,11 +415,19 @@ Tensor amax(Tensor x, std::optional<int64_t> block, int64_t axis) {
 }  // namespace
 }  // namespace pyfmt
 
+PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
+  m.def(
+      "_quantize_turned(Tensor x, str format, str? scale_rule, str? recipe, str rounding, "
+      "int? seed, str clip, int rotation, Tensor? signs) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
+}
+
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("quantize", TORCH_BOX(&pyfmt::quantize));
   m.impl("_quantize", TORCH_BOX(&pyfmt::quantize_planned));
   m.impl("_fake_quantize", TORCH_BOX(&pyfmt::fake_quantize_planned));
   m.impl("quantize_dual", TORCH_BOX(&pyfmt::quantize_dual));
+  m.impl("_quantize_turned", TORCH_BOX(&pyfmt::quantize_turned));
   m.impl("dequantize", TORCH_BOX(&pyfmt::dequantize));
   m.impl("fake_quantize", TORCH_BOX(&pyfmt::fake_quantize));
   m.impl("hadamard", TORCH_BOX(&pyfmt::hadamard));

@@ -2,7 +2,7 @@
 // torch.ops.pyfmt._scaled_gemm: RNE(factor * (a w^T)) with the factor on the device, which torch.mm
 // has no place for. The cuBLASLt that torch brought along does it; its functions are looked up when
 // first called, so that this library names no CUDA flavour. Its epilogue with a bias rounds twice,
-// so there is none here.
+// so _scaled_gemm_add adds to what is there: RNE(factor * (a w^T) + y).
 #include <map>
 #include <mutex>
 
@@ -92,14 +92,16 @@ void set(Handle desc, int attribute, T value) {
   must(library().desc_set(desc, attribute, &value, sizeof value), "an attribute");
 }
 
-// y^T (n, m) = w (n, k) a^T (k, m), all by columns.
-Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype) {
+// y^T (n, m) = w (n, k) a^T (k, m), all by columns; turned: w lies as (k, n).
+Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype, bool turned) {
   const Library& l = library();
   Plan p;
   must(l.desc_create(&p.desc, kCompute32F, kReal32F), "a description");
-  set(p.desc, kDescTransA, int32_t(kTransposed));
+  if (!turned) set(p.desc, kDescTransA, int32_t(kTransposed));
   set(p.desc, kDescPointerMode, int32_t(kPointersOnDevice));
-  must(l.layout_create(&p.a, kReal16BF, uint64_t(k), uint64_t(n), k), "a layout");
+  const int64_t across = turned ? n : k;
+  must(l.layout_create(&p.a, kReal16BF, uint64_t(across), uint64_t(turned ? k : n), across),
+       "a layout");
   must(l.layout_create(&p.b, kReal16BF, uint64_t(k), uint64_t(m), k), "a layout");
   must(l.layout_create(&p.d, type_code(dtype), uint64_t(n), uint64_t(m), n), "a layout");
   Handle preference = nullptr;
@@ -124,10 +126,10 @@ Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype)
 // A handle and the plans of one device.
 struct Context {
   Handle handle = nullptr;
-  std::map<std::array<int64_t, 4>, Plan> plans;
+  std::map<std::array<int64_t, 5>, Plan> plans;
 };
 
-const Plan& plan_of(int32_t device, const std::array<int64_t, 4>& key, Handle* handle) {
+const Plan& plan_of(int32_t device, const std::array<int64_t, 5>& key, Handle* handle) {
   static std::mutex mutex;
   static std::map<int32_t, Context> contexts;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -136,34 +138,49 @@ const Plan& plan_of(int32_t device, const std::array<int64_t, 4>& key, Handle* h
   *handle = c.handle;
   const auto found = c.plans.find(key);
   if (found != c.plans.end()) return found->second;
-  return c.plans[key] = make_plan(c.handle, key[0], key[1], key[2], ScalarType(key[3]));
+  return c.plans[key] = make_plan(c.handle, key[0], key[1], key[2], ScalarType(key[3]), key[4]);
 }
 
-// factor: one float32 number; zero: one that is 0.
-Tensor scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, ScalarType dtype) {
-  const Device device(a);
-  for (const Tensor* t : {&w, &factor, &zero}) device.expect_here("operand", *t);
-  const bool matrices = a.dim() == 2 && w.dim() == 2 && a.size(1) == w.size(1) &&
-                        a.is_contiguous() && w.is_contiguous() &&
-                        a.scalar_type() == ScalarType::BFloat16 &&
-                        w.scalar_type() == ScalarType::BFloat16;
+// y = factor * (a w^T) + beta * y; factor, beta: one float32 number each. w: (n, k), its rows or
+// its columns contiguous.
+void multiply_into(const Device& device, const Tensor& y, const Tensor& a, const Tensor& w,
+                   const Tensor& factor, const Tensor& beta) {
+  for (const Tensor* t : {&y, &w, &factor, &beta}) device.expect_here("operand", *t);
+  const bool turned = w.dim() == 2 && !w.is_contiguous();
+  const bool matrices =
+      a.dim() == 2 && w.dim() == 2 && a.size(1) == w.size(1) && a.is_contiguous() &&
+      (!turned || (w.stride(0) == 1 && w.stride(1) == w.size(0))) &&
+      a.scalar_type() == ScalarType::BFloat16 && w.scalar_type() == ScalarType::BFloat16;
   options::expect(matrices, "a: expected contiguous bfloat16 matrices with rows of one length");
   options::expect(factor.numel() == 1 && factor.scalar_type() == ScalarType::Float &&
-                      zero.numel() == 1 && zero.scalar_type() == ScalarType::Float,
+                      beta.numel() == 1 && beta.scalar_type() == ScalarType::Float,
                   "factor: expected one float32 number");
   const int64_t m = a.size(0), n = w.size(0), k = a.size(1);
-  Tensor y = device.empty({m, n}, dtype);
+  options::expect(y.dim() == 2 && y.size(0) == m && y.size(1) == n && y.is_contiguous(),
+                  "y: expected a contiguous matrix of ", m, " x ", n);
   Handle handle = nullptr;
-  const std::array<int64_t, 4> key{m, n, k, int64_t(dtype)};
+  const std::array<int64_t, 5> key{m, n, k, int64_t(y.scalar_type()), turned};
   const Plan& plan = plan_of(device.index, key, &handle);
   const Library& l = library();
   Tensor room = device.empty({int64_t(plan.workspace)}, ScalarType::Byte);
   const int status = l.matmul(
       handle, plan.desc, factor.const_data_ptr(), w.const_data_ptr(), plan.a, a.const_data_ptr(),
-      plan.b, zero.const_data_ptr(), y.const_data_ptr(), plan.d, y.mutable_data_ptr(), plan.d,
+      plan.b, beta.const_data_ptr(), y.const_data_ptr(), plan.d, y.mutable_data_ptr(), plan.d,
       &plan.algorithm, room.mutable_data_ptr(), plan.workspace, device.stream);
   must(status, "the product");
+}
+
+// zero: a float32 number that is 0.
+Tensor scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, ScalarType dtype) {
+  const Device device(a);
+  Tensor y = device.empty({a.size(0), w.size(0)}, dtype);
+  multiply_into(device, y, a, w, factor, zero);
   return y;
+}
+
+// one: a float32 number that is 1.
+void scaled_gemm_add(Tensor y, Tensor a, Tensor w, Tensor factor, Tensor one) {
+  multiply_into(Device(a), y, a, w, factor, one);
 }
 
 bool has_scaled_gemm() {
@@ -177,6 +194,7 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def(
       "_scaled_gemm(Tensor a, Tensor w, Tensor factor, Tensor zero, "
       "ScalarType dtype) -> Tensor");
+  m.def("_scaled_gemm_add(Tensor(a!) y, Tensor a, Tensor w, Tensor factor, Tensor one) -> ()");
   m.def("_has_scaled_gemm() -> bool");
 }
 
@@ -186,4 +204,5 @@ PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("_scaled_gemm", TORCH_BOX(&pyfmt::scaled_gemm));
+  m.impl("_scaled_gemm_add", TORCH_BOX(&pyfmt::scaled_gemm_add));
 }

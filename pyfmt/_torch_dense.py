@@ -416,17 +416,23 @@ def _has_scaled_gemm() -> bool:
     return bool(Parts.ops._has_scaled_gemm())
 
 
-_zeros: dict[torch.device, Tensor] = {}
+_numbers: dict[tuple[float, torch.device], Tensor] = {}
 
 
-def _zero(device: torch.device) -> Tensor:
-    """A float32 zero on a device; a graph that captures its first use has one of its own."""
-    zero = _zeros.get(device)
-    if zero is None:
-        zero = torch.zeros((), dtype=torch.float32, device=device)
+def _number(value: float, device: torch.device) -> Tensor:
+    """A float32 number on a device; a graph that captures its first use has one of its own."""
+    number = _numbers.get((value, device))
+    if number is None:
+        number = torch.full((), value, dtype=torch.float32, device=device)
         if not torch.cuda.is_current_stream_capturing():
-            _zeros[device] = zero
-    return zero
+            _numbers[value, device] = number
+    return number
+
+
+def _spread(row: Tensor, rows: int) -> Tensor:
+    """A matrix of equal rows, by copies of many bytes; expanding writes them one by one."""
+    some = row.expand(min(rows, 64), row.shape[0]).contiguous()
+    return torch.cat([some] * (rows // 64) + [some[: rows % 64]]) if rows > 64 else some
 
 
 def _bf16_gemm(
@@ -450,9 +456,15 @@ def _bf16_gemm(
                 _WholeReductions.leave()
     factors = [f for f in (factor, factor2) if f is not None]
     even = w.shape[0] % 8 == 0 and w.shape[1] % 8 == 0
-    if a.is_cuda and factors and bias is None and even and _has_scaled_gemm():
+    alike = bias is None or bias.dtype == dtype
+    if a.is_cuda and factors and alike and even and _has_scaled_gemm():
         whole = factors[0] if len(factors) == 1 else factors[0] * factors[1]
-        y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, _zero(a.device), dtype)
+        if bias is None:
+            zero = _number(0.0, a.device)
+            y: Tensor = Parts.ops._scaled_gemm.default(a.contiguous(), w, whole, zero, dtype)
+            return y
+        y = _spread(bias, a.shape[0])
+        Parts.ops._scaled_gemm_add.default(y, a.contiguous(), w, whole, _number(1.0, a.device))
         return y
     if a.is_cuda:
         y = torch.mm(a, w.t(), out_dtype=torch.float32)

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyfmt import _check, _torch_autograd
+from pyfmt import _check, _torch_autograd, _torch_dense, _torch_matmul
+from pyfmt import _matmul_paths as paths
 from pyfmt._torch_autograd import _below, _wanted
 from pyfmt._torch_matmul import _check_float, has_scale, raw, row_bytes, scales_shape
 from pyfmt.formats import SCALES, Format, get_format
@@ -42,6 +45,13 @@ SEEDS = 1 << 62
 _X, _W, _DY = range(3)
 
 Parts = tuple[Tensor, Tensor, Tensor]  # codes, scales, tensor scale (empty where there is none)
+
+
+class Values(NamedTuple):
+    """What the `exact` path makes of a weight: bfloat16 element * scale, and the tensor scale."""
+
+    values: Tensor
+    tensor_scale: Tensor
 
 
 def rows_format(key: str) -> Format:
@@ -82,17 +92,78 @@ def _both(
     t: Tensor, along: Quantizer, across: Quantizer, seed: int, signs: Tensor | None, turned: Any
 ) -> tuple[Parts, Parts]:
     """Quantize a matrix of tokens along its last axis and along the tokens; one read where the two
-    are alike (quantizers that are equal have the same signs)."""
-    if along == across and padded(t.shape[0], along.rotation) == t.shape[0]:
-        six = _OPS.quantize_dual.default(t, along.format, *_options(along, seed, signs))
-        fmt = get_format(along.format)
-        return _repeated(six[:3], fmt), _repeated(six[3:], fmt)
+    are alike (quantizers that are equal have the same signs) but for a rotation of the second."""
+    fmt = get_format(along.format)
+    if padded(t.shape[0], across.rotation) == t.shape[0]:
+        if along == across:
+            six = _OPS.quantize_dual.default(t, along.format, *_options(along, seed, signs))
+            return _repeated(six[:3], fmt), _repeated(six[3:], fmt)
+        if t.is_cuda and t.numel() and _rotates_second(along, across) and _has_turned():
+            rule, recipe, rounding, given, clip, _, size, bits = _options(across, seed, turned)
+            six = _OPS._quantize_turned.default(
+                t, along.format, rule, recipe, rounding, given, clip, size, bits
+            )
+            return _repeated(six[:3], fmt), _repeated(six[3:], fmt)
     return _one(t, along, -1, seed, signs), _one(t, across, -2, seed, turned)
 
 
+@lru_cache(maxsize=256)
+def _rotates_second(along: Quantizer, across: Quantizer) -> bool:
+    """Whether the second quantizer is the first and a rotation."""
+    return bool(across.rotation) and replace(across, rotation=None, signs=None) == along
+
+
+@lru_cache(maxsize=1)
+def _has_turned() -> bool:
+    return hasattr(_OPS, "_quantize_turned")
+
+
+@lru_cache(maxsize=1024)
+def _is_exact(device: torch.device, a_key: str, b_key: str, m: int, n: int, k: int) -> bool:
+    """Whether a product takes the `exact` path."""
+    formats = rows_format(a_key), rows_format(b_key)
+    call = paths.Call(formats[0], "", formats[1], m, n, k)
+    return bool(_torch_matmul._choose(call, device, None) == "exact")
+
+
+def _weight(
+    w: Tensor, q: Quantizer, axis: int, seed: int, signs: Tensor | None, a_key: str, m: int
+) -> Parts | Values:
+    """Quantize a weight along an axis, to be multiplied by m rows of a format.
+
+    Square blocks are the same along both axes, so that the values of W^T are those of W: no codes
+    are turned for them, the product reads W by columns.
+    """
+    fmt = get_format(q.format)
+    square = 1 < fmt.block_rows == fmt.block_columns(w.shape[-1])
+    if square and w.is_cuda and not q.stochastic and not q.rotation:
+        n, k = w.shape if axis == -1 else (w.shape[1], w.shape[0])
+        whole = 2 * w.numel() <= _torch_dense.PANEL_BYTES
+        if whole and _is_exact(w.device, a_key, q.format, m, n, k):
+            codes, scales, stored = _one(w, q, -1, seed, signs)
+            key = rows_format(q.format).key
+            values = _OPS.dequantize.default(codes, scales, None, key, w.shape, -1, torch.bfloat16)
+            return Values(values if axis == -1 else values.t(), stored)
+    return _one(w, q, axis, seed, signs)
+
+
 def _product(
-    a: Parts, a_key: str, b: Parts, b_key: str, k: int, bias: Tensor | None, dtype: torch.dtype
+    a: Parts,
+    a_key: str,
+    b: Parts | Values,
+    b_key: str,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
+    if isinstance(b, Values):
+        scale = a[2] if has_scale(a[2]) else None
+        rows = paths.facts(rows_format(a_key).key)
+        given = _torch_dense.Left(a[0].shape[0], k, rows, None, a[0], a[1], scale)
+        scale = b.tensor_scale if has_scale(b.tensor_scale) else None
+        facts, n = paths.facts(rows_format(b_key).key), b.values.shape[0]
+        kept = _torch_dense.Right(b.values, b.values, scale, facts, n, [b.values])
+        return _torch_dense.exact(given, kept, _torch_dense.Out(bias, dtype))
     left = (a[0], a[1], a[2] if has_scale(a[2]) else None, rows_format(a_key).key)
     right = (b[0], b[1], b[2] if has_scale(b[2]) else None, rows_format(b_key).key)
     y: Tensor = _OPS.matmul.default(*left, *right, k, bias, dtype)
@@ -145,7 +216,8 @@ def forward(
     else:
         along = _one(flat, recipe.x, -1, base + _X, signs_y)
         across = _nothing(x, recipe)
-    weight = _one(w, recipe.w, -1, base + _W, signs_y)
+    tokens = flat.shape[0]
+    weight = _weight(w, recipe.w, -1, base + _W, signs_y, recipe.x.format, tokens)
     y = _product(along, recipe.x.format, weight, recipe.w.format, k, bias, x.dtype)
     return (y.view(*x.shape[:-1], n), *across)
 
@@ -213,7 +285,8 @@ def backward(
     elif needs_w:
         across = _one(flat, recipe.dy_t, -2, base + _DY, signs_dw)
     if along is not None:
-        weight = _one(w, recipe.w_t, -2, base + _W, signs_dx)
+        rows = flat.shape[0]
+        weight = _weight(w, recipe.w_t, -2, base + _W, signs_dx, recipe.dy.format, rows)
         dx = _product(along, recipe.dy.format, weight, recipe.w_t.format, n, None, g.dtype)
         dx = dx.view(*g.shape[:-1], k)
     if across is not None:

@@ -24,6 +24,7 @@ from pyfmt import (
     _torch_autograd,
     _torch_dense,
     _torch_matmul,
+    _torch_packet,
     _torch_train,
     _torch_triton,
 )
@@ -317,6 +318,7 @@ def _define() -> None:
         library.impl(verb, torch.library.fallthrough_kernel, "Autograd")
     _torch_autograd.register(library)
     _torch_train.register(library)
+    _torch_packet.install()
     ops._library = library
 
 

@@ -106,6 +106,34 @@ def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) 
                 _same_parts(f"{name} {dtype} {shape} {options} {which}", part, want)
 
 
+def turned_equals_two_calls(ops: Any, to_device: Any, name: str) -> None:
+    """Rows as they are and rotated columns in one call, and the columns alone: the reference's."""
+    fmt, dtype = get_format(name), grids.BF16
+    plus = np.sign(0.5 - np.arange(32) % 3).astype(np.float32)
+    for shape in ((32, 32), (160, 224), (2, 64, 96), (40, 64), (128, 128), (256, 384)):
+        x = grids.noise(1, int(np.prod(shape)), dtype).reshape(shape)
+        x.flat[7], x.flat[-3] = np.nan, -np.inf
+        x[..., 5, 3] = ml_dtypes.finfo(dtype).max
+        for size, clip in ((16, "symmetric"), (32, "full"), (2, "symmetric")):
+            if shape[-2] % size:
+                continue
+            for rounding, seed in (("nearest", None), ("stochastic", 2**40 + 5)):
+                plain = {"rounding": rounding, "seed": seed, "clip": clip}
+                turn = plain | {"rotation": size, "signs": plus[:size]}
+                bits = to_device(plus[:size])
+                got = ops._quantize_turned(
+                    to_device(x), name, None, None, rounding, seed, clip, size, bits
+                )
+                alone = ops.quantize(to_device(x), name, -2, **plain, rotation=size, signs=bits)
+                across = reference.quantize(x, fmt, axis=-2, **turn)
+                for which, part, want in (
+                    ("along", got[:3], reference.quantize(x, fmt, **plain)),
+                    ("across", got[3:], across),
+                    ("across alone", alone, across),
+                ):
+                    _same_parts(f"{name} {shape} {size} {rounding} {which}", part, want)
+
+
 def fake_across_equals_reference(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
     """fake_quantize along the axis before the last, of whole and ragged matrices."""
     fmt = get_format(name)

@@ -203,3 +203,15 @@ def same_in_every_batch(op: Skinny, name: str, n: int, k: int, sizes: tuple[int,
     assert torch.equal(whole, op(x, *parts, fmt)), "two runs differ"
     for m in sizes:
         assert torch.equal(op(x[:m], *parts, fmt), whole[:m]), f"{name}: batch of {m} differs"
+
+
+def same_by_few_blocks(op: Skinny, name: str, n: int, k: int, sizes: tuple[int, ...]) -> None:
+    """Blocks with many rows, which another kernel may serve, give the same bits."""
+    fmt = get_format(name)
+    *parts, _ = weights(fmt, n, k)
+    x = tokens(max(sizes), k, torch.bfloat16)
+    whole = op(x, *parts, fmt, plan=[1 << 20, 0])
+    for m in sizes:
+        for blocks in (1, 2):
+            got = op(x[:m], *parts, fmt, plan=[blocks, 0])
+            assert torch.equal(got, whole[:m]), f"{name}: {m} tokens by {blocks} blocks differ"

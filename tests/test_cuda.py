@@ -25,6 +25,7 @@ from tests.cuda_rooms import (  # noqa: E402
     poison_device,
     random_bytes_decode_like_the_reference,
     squares_equal_reference,
+    turned_equals_two_calls,
 )
 from tests.grids import BF16, DTYPES  # noqa: E402
 from tests.rooms import Room, same_quantized, to_numpy, to_torch  # noqa: E402
@@ -318,6 +319,12 @@ def test_dual_is_both_directions(ops: Any, name: str, dtype: str) -> None:
     dual_equals_two_calls(ops, lambda x: to_torch(x).cuda(), name, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvint4", "mxint8"])
+def test_turned(ops: Any, name: str) -> None:
+    poison_device()
+    turned_equals_two_calls(ops, lambda x: to_torch(x).cuda(), name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*FORMATS, "int8-b64-fp16"])
 def test_fake_quantize_down_the_columns(ops: Any, name: str, dtype: str) -> None:
@@ -582,7 +589,7 @@ def test_every_path_for_the_sanitizers(room: Room, name: str) -> None:
         module._ops().quantize_dual(tiles, fmt.key, **options)
     module._ops().fake_quantize(tiles, fmt.key, -2)
     same_quantized([room], grids.noise(64, 96, BF16), fmt, axis=0)
-    for size in (2, 32, 64, 256):
+    for size in (2, 32, 64, 128, 256):
         same_quantized([room], grids.noise(3, 512, BF16), fmt, rotation=size)
         room.hadamard(grids.noise(3, 512, BF16), size)
     if fmt.bits < 8:

@@ -26,6 +26,7 @@ from tests.cuda_rooms import (
     fake_across_equals_reference,
     random_bytes_decode_like_the_reference,
     squares_equal_reference,
+    turned_equals_two_calls,
 )
 from tests.grids import BF16, DTYPES
 from tests.rooms import Room, same_everywhere, same_quantized, to_numpy, to_torch
@@ -127,6 +128,11 @@ def test_dual_is_both_directions(name: str, dtype: str) -> None:
     dual_equals_two_calls(emulated_ops(), to_torch, name, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvint4", "mxint8"])
+def test_turned(name: str) -> None:
+    turned_equals_two_calls(emulated_ops(), to_torch, name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "name", ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4", "int8-b64-fp16"]
@@ -168,7 +174,7 @@ def test_rotated_blocks_of_every_size_of_number(room: Room, rule: str) -> None:
         ]
     )
     x[5, :32], x[6, 40] = -0.0, np.nan
-    for size in (4, 16, 32, 64):
+    for size in (4, 16, 32, 64, 128):
         for dtype in DTYPES.values():
             with np.errstate(over="ignore"):
                 narrow = x.astype(np.float32).astype(dtype)

@@ -141,3 +141,78 @@ def test_wrong_arguments_get_the_same_exceptions(options: Any, monkeypatch: Any)
             pyfmt.quantize(x, "mxfp4", **options)
         said.append((caught.type, str(caught.value)))
     assert said[0] == said[1]
+
+
+# ---- torch.ops.pyfmt.quantize itself ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [*FORMATS, "e3m2-b32-bf16"])
+def test_the_operator_gives_what_its_overload_gives(name: str, device: str) -> None:
+    x = (torch.randn(64, 128, device=device) * 9).bfloat16()
+    for given in options_of(get_format(name)):
+        options = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        if isinstance(options.get("tensor_scale"), float):
+            continue
+        for more in ({}, {"rounding": "stochastic", "seed": 3}):
+            got = torch.ops.pyfmt.quantize(x, name, **options, **more)
+            want = torch.ops.pyfmt.quantize.default(x, name, **options, **more)
+            for a, b in zip(got, want, strict=True):
+                same(a, b)
+
+
+def test_the_operator_takes_the_short_way_unless_someone_looks_on() -> None:
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(f))
+            return f(*args, **(kwargs or {}))
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, f: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(f))
+            return f(*args, **(kwargs or {}))
+
+    op, x = torch.ops.pyfmt.quantize, torch.randn(4, 64)
+    assert isinstance(op, torch._ops.OpOverloadPacket) and str(op) == "pyfmt.quantize"
+    with torch.profiler.profile() as plain:
+        op(x, "mxfp4")
+    names = {event.key for event in plain.key_averages()}
+    assert "pyfmt::_quantize" in names and "pyfmt::quantize" not in names
+    for mode in (Functions(), Calls()):
+        seen.clear()
+        with mode:
+            op(x, "mxfp4")
+        assert any(name.startswith("pyfmt.quantize") for name in seen)
+        assert not any("_quantize" in name for name in seen)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="quantize has no gradient"):
+        op(x, "mxfp4")
+    with torch.no_grad():
+        op(x, "mxfp4")
+    traced = torch.compile(lambda x: op(x, "mxfp4"), backend="eager", fullgraph=True)
+    same(traced(x.detach())[0], op(x.detach(), "mxfp4")[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "options"),
+    [((), {}), (("mxfp5",), {}), (("mxfp4", 7), {}), (("mxfp4", "0"), {}), ((4,), {})]
+    + [(("mxfp4",), {"clip": "none"}), (("mxfp4",), {"rotation": 48}), (("mxfp4",), {"no": 1})]
+    + [(("mxfp4",), {"tensor_scale": torch.ones(())}), (("nvfp4",), {"tensor_scale": 1.0})],
+)
+def test_the_operator_refuses_in_its_own_words(args: Any, options: Any) -> None:
+    x = torch.randn(4, 64)
+    said = []
+    plain = torch._ops.OpOverloadPacket.__call__
+    for call in (
+        torch.ops.pyfmt.quantize,
+        lambda *a, **k: plain(torch.ops.pyfmt.quantize, *a, **k),
+    ):
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            call(x, *args, **options)
+        said.append((caught.type, str(caught.value)))
+    assert said[0] == said[1]

@@ -63,6 +63,13 @@ def test_every_way_to_share_the_work(op: Skinny, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_blocks_with_many_rows(op: Skinny, name: str) -> None:
+    skinny.same_by_few_blocks(op, name, 300, 2560, (1, 3, 8, 9))
+    skinny.same_by_few_blocks(op, name, 133, 96, (2,))
+    skinny.exact_integers(op, name, 3, 260, 256, plan=[1, 0])
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [1, 33, 100, 144])
 def test_any_length_of_row(op: Skinny, name: str, k: int) -> None:
     skinny.exact_integers(op, name, 2, 19, k)

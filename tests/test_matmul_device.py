@@ -134,6 +134,28 @@ def test_sums_that_are_exact_come_out_exact() -> None:
                 assert torch.equal(y, want.to(dtype)), path
 
 
+def test_scaled_products_of_columns_and_onto_a_matrix() -> None:
+    ops = torch.ops.pyfmt
+    if not ops._has_scaled_gemm():
+        pytest.skip("torch brought no cuBLASLt along")
+    g = torch.Generator("cuda").manual_seed(4)
+    a, w, y = (
+        torch.randint(-9, 10, shape, generator=g, device="cuda")
+        for shape in ((72, 96), (48, 96), (72, 48))
+    )
+    factor, zero, one = (torch.tensor(x, device="cuda") for x in (0.25, 0.0, 1.0))
+    want = 0.25 * (a.double() @ w.double().t())
+    a, w = a.bfloat16(), w.bfloat16()
+    for right in (w, w.t().contiguous().t()):
+        got = ops._scaled_gemm(a, right, factor, zero, torch.float32)
+        assert torch.equal(got.double(), want)
+        onto = y.float()
+        ops._scaled_gemm_add(onto, a, right, factor, one)
+        assert torch.equal(onto.double(), want + y)
+    with pytest.raises(RuntimeError, match="y: expected a contiguous matrix of 72 x 48"):
+        ops._scaled_gemm_add(y.float().t(), a, w, factor, one)
+
+
 def test_rows_that_do_not_fold_are_repaired_and_counted() -> None:
     a, w = both("gaussian", 200, 160, 512)
     a[3, 64:96] *= 2.0**-45

@@ -59,6 +59,14 @@ def test_an_interrupted_run_goes_on_to_the_same_curve(train_lm: Any, tmp_path: P
     assert not list(part.glob(".*"))
 
 
+def test_processes_beside_one_another_train_the_same(train_lm: Any, tmp_path: Path) -> None:
+    recipes = ["--recipes", "bf16", "mxint8", "mxfp4"]
+    one = visit(train_lm, tmp_path / "one", *recipes)
+    two = visit(train_lm, tmp_path / "two", *recipes, "--device", "cpu", "cpu")
+    assert curves(one) == curves(two)
+    assert one["summary"] == two["summary"]
+
+
 def test_runs_of_other_settings_are_refused(train_lm: Any, tmp_path: Path) -> None:
     visit(train_lm, tmp_path, "--recipes", "bf16")
     with pytest.raises(SystemExit, match="other settings"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ torch = pytest.importorskip("torch")
 
 import pyfmt  # noqa: E402
 import pyfmt.nn  # noqa: E402
+from pyfmt import _matmul_paths as paths  # noqa: E402
+from pyfmt import _torch_matmul, backends  # noqa: E402
 from pyfmt.backends import cuda  # noqa: E402
-from pyfmt.formats import FORMATS  # noqa: E402
+from pyfmt.formats import FORMATS, get_format  # noqa: E402
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,10 +37,10 @@ def first_device_current() -> Any:
 
 
 def calls(x: Any) -> dict[str, Callable[[], Any]]:
-    """Every verb of the codec on x's device, as functions of no arguments that return tensors."""
+    """Every verb of the codec on x's device, as functions without arguments that return tensors."""
     ops: Any = torch.ops.pyfmt
     given = torch.tensor(0.01, device=x.device)
-    signs = torch.randn(128, device=x.device).sign()
+    signs = torch.where(torch.arange(128) % 3 == 0, -1.0, 1.0).to(x.device)
     found: dict[str, Callable[[], Any]] = {}
     for name in [*FORMATS, "e2m1-b16x16-e8m0", "int8-brow-bf16", "e3m2-b8-fp32"]:
         found[f"quantize {name}"] = lambda f=name: ops.quantize(x, f)
@@ -76,6 +79,9 @@ def calls(x: Any) -> dict[str, Callable[[], Any]]:
 
 def same(what: str, got: Any, want: Any) -> None:
     for g, w in zip(got, want, strict=True):
+        if w is None:
+            assert g is None, what
+            continue
         assert g.device == torch.device(FAR), f"{what}: on {g.device}"
         assert torch.equal(g.cpu(), w.cpu()), what
 
@@ -106,10 +112,12 @@ def test_on_a_stream_of_the_other_device(both: tuple[Any, Any]) -> None:
             later.zero_()
             torch.cuda._sleep(2_000_000)
             later.copy_(far)
-            # Wrong unless the kernels queue behind the copy.
-            got = there[what]()
+            # The other device's stream is this one though its device is not current: wrong unless
+            # the kernels queue behind the copy.
+            with torch.cuda.device(0):
+                got = there[what]()
+                assert torch.cuda.current_device() == 0
         stream.synchronize()
-        torch.cuda.set_device(0)
         same(what, got, here[what]())
 
 
@@ -131,7 +139,7 @@ def test_layers_on_the_other_device() -> None:
     linear = torch.nn.Linear(256, 128, device=FAR, dtype=torch.bfloat16)
     for options in ({}, {"activation": "mxfp4", "rotation": 32}):
         layer = pyfmt.nn.QuantLinear.from_linear(linear, weight="mxfp4", **options)
-        near = pyfmt.nn.QuantLinear.from_linear(linear, weight="mxfp4", **options).to("cuda:0")
+        near = copy.deepcopy(layer).to("cuda:0")  # layers share the bias of what they are made of
         for rows in (1, 40, 300):
             x = torch.randn(rows, 256, device=FAR, dtype=torch.bfloat16)
             with torch.no_grad():
@@ -141,6 +149,70 @@ def test_layers_on_the_other_device() -> None:
             assert torch.equal(layer(x), y)
 
 
+PRODUCTS = [(None, "mxfp4"), (None, "nvfp4"), (None, "int4"), (None, "mxint8")]
+PRODUCTS += [("mxfp4", "mxfp4"), ("nvfp4", "nvfp4"), ("mxint8", "mxfp8_e4m3"), ("int8", "int8")]
+
+
+@pytest.mark.parametrize(("left", "right"), PRODUCTS)
+def test_every_path_of_matmul_on_the_other_device(left: str | None, right: str) -> None:
+    w = torch.randn(300, 512, device="cuda:0")
+    bias = torch.randn(300, device="cuda:0")
+    machine = _torch_matmul.machine_of(torch.device(FAR))
+    assert machine is not None
+    for rows in (1, 9, 70, 300):
+        x = torch.randn(rows, 512, device="cuda:0", dtype=torch.bfloat16)
+        fmt = None if left is None else get_format(left)
+        call = paths.Call(fmt, "bfloat16", get_format(right), rows, 300, 512)
+        for path in [p for p in paths.PATHS if paths.cannot(p, call, machine) is None]:
+            products = []
+            for device in ("cuda:0", FAR):
+                qw = pyfmt.quantize(w.to(device), right)
+                a = x.to(device) if left is None else pyfmt.quantize(x.to(device), left)
+                b = bias.to(device)
+                products.append(pyfmt.matmul(a, qw, b, dtype=torch.bfloat16, path=path))
+            same(f"{path}, {rows} rows", products[1:], products[:1])
+
+
+def test_training_on_the_other_device() -> None:
+    for name in ("mxfp4", "nvfp4", "mxint8"):
+        found = []
+        for device in ("cuda:0", FAR):
+            torch.manual_seed(4)
+            linear = torch.nn.Linear(256, 128).to(device, torch.bfloat16)
+            layer = pyfmt.nn.TrainLinear.from_linear(linear, pyfmt.nn.RECIPES[name])
+            x = torch.randn(64, 256).to(device, torch.bfloat16).requires_grad_()
+            y = layer(x)
+            y.float().square().sum().backward()
+            found.append([y.detach(), x.grad, layer.weight.grad, layer.bias.grad])
+        same(f"training by {name}", found[1], found[0])
+
+
+def test_the_triton_room_on_the_other_device(both: tuple[Any, Any]) -> None:
+    room: Any = backends.get("triton")
+    if (reason := room.available()) is not None:
+        pytest.skip(reason)
+    for name in ("mxfp4", "nvfp4"):
+        fmt = get_format(name)
+        near, far = (room.quantize(x, fmt, rotation=32) for x in both)
+        same(f"quantize {name}", far, near)
+        near, far = ([room.fake_quantize(x, fmt), room.hadamard(x, 64)] for x in both)
+        same(f"fake_quantize {name}", far, near)
+
+
+def test_cupy_arrays_of_the_other_device() -> None:
+    cupy = pytest.importorskip("cupy")
+    with cupy.cuda.Device(1):
+        x = cupy.random.standard_normal((64, 256), dtype=cupy.float32)
+    host = x.get()
+    q = pyfmt.quantize(x, "mxfp4", backend="cuda")
+    want = pyfmt.quantize(host, "mxfp4", backend="reference")
+    assert q.codes.device.id == q.scales.device.id == 1
+    assert (q.codes.get() == want.codes).all() and (q.scales.get() == want.scales).all()
+    back = q.dequantize("float32", backend="cuda")
+    assert back.device.id == 1
+    assert (back.get() == want.dequantize("float32", backend="reference")).all()
+
+
 def test_operands_on_two_devices_are_refused(both: tuple[Any, Any]) -> None:
     far = both[1]
     q, scale = pyfmt.quantize(far, "mxfp4"), torch.tensor(0.01, device="cuda:0")
@@ -148,3 +220,12 @@ def test_operands_on_two_devices_are_refused(both: tuple[Any, Any]) -> None:
         torch.ops.pyfmt.dequantize(q.codes, q.scales.to("cuda:0"), None, "mxfp4", far.shape)
     with pytest.raises(RuntimeError, match="on the device of the others"):
         torch.ops.pyfmt.quantize(far, "nvfp4", tensor_scale=scale)
+    for call in (
+        lambda: torch.ops.pyfmt.hadamard(far, 32, torch.ones(32, device="cuda:0")),
+        lambda: torch.ops.pyfmt.quantize(far, "mxfp4", rotation=32, signs=torch.ones(32)),
+        lambda: pyfmt.matmul(both[0], q),
+        lambda: pyfmt.matmul(far, q, torch.zeros(256, device="cuda:0")),
+        lambda: pyfmt.matmul(pyfmt.quantize(both[0], "mxfp4"), q),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match="device"):
+            call()

@@ -15,7 +15,7 @@ struct AmaxParams {
   bool aligned = false;
   RotationParams rotation;
   int64_t matrix_rows = 1;
-  float* out = nullptr;
+  float *out = nullptr, *rows_out = nullptr;
   int64_t block = 0, blocks = 0;
 };
 
@@ -27,23 +27,27 @@ PYFMT_DEVICE int32_t lifted(float x) {
   return int32_t((as_uint(x) & 0x7fffffffu) + kOne);
 }
 
+// Words of two numbers each: their largest, lifted.
+template <DType kIn, int kCount>
+PYFMT_DEVICE int32_t max_lifted_pairs(const uint32_t (&words)[kCount], int32_t largest) {
+  constexpr uint32_t one = kIn == DType::kBF16 ? 0x00800080u : 0x04000400u;
+  uint32_t m = one;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) m = __vmaxs2(m, (words[i] & 0x7fff7fffu) + one);
+  m -= one;
+  largest = max(largest, lifted(half_at<kIn>(m, 0)));
+  return max(largest, lifted(half_at<kIn>(m, 1)));
+}
+
 template <DType kIn>
 PYFMT_DEVICE int32_t max_lifted(const Raw<kIn>& raw, int32_t largest) {
   if constexpr (kIn == DType::kFP32) {
 #pragma unroll
     for (int i = 0; i < Raw<kIn>::kWords; ++i) largest = max(largest, lifted(as_float(raw.w[i])));
+    return largest;
   } else {
-    constexpr uint32_t one = kIn == DType::kBF16 ? 0x00800080u : 0x04000400u;
-    uint32_t m = one;
-#pragma unroll
-    for (int i = 0; i < Raw<kIn>::kWords; ++i) {
-      m = __vmaxs2(m, (raw.w[i] & 0x7fff7fffu) + one);
-    }
-    m -= one;
-    largest = max(largest, lifted(half_at<kIn>(m, 0)));
-    largest = max(largest, lifted(half_at<kIn>(m, 1)));
+    return max_lifted_pairs<kIn>(raw.w, largest);
   }
-  return largest;
 }
 
 // The block's threads together: the largest of them all, in thread 0.
@@ -127,25 +131,55 @@ __global__ void __launch_bounds__(kThreads, rotated_blocks(kIn))
   if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne)) * p.rotation.factor;
 }
 
-// Columns of 32 rows at a time, neighbouring columns by neighbouring threads.
-template <DType kIn>
-__global__ void __launch_bounds__(kThreads) amax_across(const __grid_constant__ AmaxParams p) {
-  const int64_t columns = p.view.columns, strips = p.count / columns / kUnit;
+// Rotated columns, 32 rows at a time, neighbouring columns (two of 16 bits) by neighbouring
+// threads; kRows: of all numbers as they are, too.
+template <DType kIn, bool kRows>
+__global__ void __launch_bounds__(kThreads, 2) amax_across(const __grid_constant__ AmaxParams p) {
+  constexpr int kSides = kIn == DType::kFP32 ? 1 : 2;
+  const int64_t step = p.view.columns / kSides, strips = p.count / p.view.columns / kUnit;
   const int64_t in_matrix = p.matrix_rows / kUnit;
-  const int64_t step = int64_t(gridDim.x) * kThreads;
-  int32_t largest = kOne;
+  const int64_t threads = int64_t(gridDim.x) * kThreads;
+  int32_t largest = kOne, of_rows = kOne;
   allow_next_launch();
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < strips * columns; i += step) {
-    const int64_t strip = i / columns, at = strip * kUnit * columns + i % columns;
-    float v[kUnit];
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < strips * step; i += threads) {
+    const int64_t strip = i / step;
+    const uint32_t* from = static_cast<const uint32_t*>(p.x) + strip * kUnit * step + i % step;
+    uint32_t x[kUnit];
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) v[k] = load_element(p.x, kIn, at + k * columns);
-    rotate(v, p.rotation, strip % in_matrix * kUnit);
+    for (int k = 0; k < kUnit; ++k, from += step) x[k] = *from;
+    if constexpr (kRows && kSides == 2) of_rows = max_lifted_pairs<kIn>(x, of_rows);
 #pragma unroll
-    for (int k = 0; k < kUnit; ++k) largest = max(largest, lifted(v[k]));
+    for (int s = 0; s < kSides; ++s) {
+      float v[kUnit];
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) {
+        if constexpr (kSides == 2) {
+          v[k] = half_at<kIn>(x[k], s);
+        } else {
+          v[k] = as_float(x[k]);
+          if constexpr (kRows) of_rows = max(of_rows, lifted(v[k]));
+        }
+      }
+      butterflies(v, p.rotation, strip % in_matrix * kUnit);
+#pragma unroll
+      for (int k = 0; k < kUnit; ++k) largest = max(largest, lifted(v[k]));
+    }
   }
   largest = max_of_threads(largest);
-  if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne));
+  if (threadIdx.x == 0) p.out[blockIdx.x] = as_float(uint32_t(largest - kOne)) * p.rotation.factor;
+  if constexpr (kRows) {
+    __syncthreads();
+    of_rows = max_of_threads(of_rows);
+    if (threadIdx.x == 0) p.rows_out[blockIdx.x] = as_float(uint32_t(of_rows - kOne));
+  }
+}
+
+template <bool kRows>
+void launch_across(const AmaxParams& p, int64_t blocks, Stream stream) {
+  launch(p.dtype == DType::kFP32   ? amax_across<DType::kFP32, kRows>
+         : p.dtype == DType::kFP16 ? amax_across<DType::kFP16, kRows>
+                                   : amax_across<DType::kBF16, kRows>,
+         blocks, kThreads, stream, p);
 }
 
 PYFMT_DEVICE int64_t place(const View& v, int64_t row, int64_t column) {
@@ -242,11 +276,9 @@ int amax_partials_across(const AmaxArgs& a, Stream stream) {
   AmaxParams p = params(a);
   p.out = a.partials;
   p.matrix_rows = a.matrix_rows;
-  const int64_t blocks = partials_for(p.count / kUnit);
-  launch(a.dtype == DType::kFP32   ? amax_across<DType::kFP32>
-         : a.dtype == DType::kFP16 ? amax_across<DType::kFP16>
-                                   : amax_across<DType::kBF16>,
-         blocks, kThreads, stream, p);
+  p.rows_out = a.rows_partials;
+  const int64_t blocks = partials_for(p.count / kUnit / (a.dtype == DType::kFP32 ? 1 : 2), 2);
+  p.rows_out ? launch_across<true>(p, blocks, stream) : launch_across<false>(p, blocks, stream);
   return int(blocks);
 }
 

@@ -90,9 +90,11 @@ struct Across {
   float* tensor_scale_out = nullptr;
   float* partials = nullptr;
 };
+// What a rotation does to the rows: the same as to the columns, nothing, or there are no rows.
+enum class DualRows { kAlike, kPlain, kNone };
 // Whether one kernel serves both directions; where not, quantize a transposed copy.
-bool dual_serves(const QuantizeArgs&);
-void quantize_dual(const QuantizeArgs&, const Across&, Stream);
+bool dual_serves(const QuantizeArgs&, DualRows = DualRows::kAlike);
+void quantize_dual(const QuantizeArgs&, const Across&, DualRows, Stream);
 // fake_quantize along the columns, where dual_serves says so.
 void fake_quantize_across(const QuantizeArgs&, Stream);
 
@@ -123,9 +125,10 @@ struct AmaxArgs {
   View view;
   int64_t block = 0;  // 0: the whole tensor, finite elements only
   float* out = nullptr;
-  float* partials = nullptr;  // for block 0
-  Rotation rotation;          // for `amax_partials`, flat views
-  int64_t matrix_rows = 1;    // for `amax_partials_across`
+  float* partials = nullptr;       // for block 0
+  Rotation rotation;               // for `amax_partials`, flat views
+  int64_t matrix_rows = 1;         // for `amax_partials_across`
+  float* rows_partials = nullptr;  // for it, too: kPartials of the rows as they are, or null
 };
 void amax(const AmaxArgs&, Stream);
 // Only the first step of the whole tensor's: returns how many partial maxima there are.

@@ -120,23 +120,34 @@ struct Coder {
   // searched for the pairs. The second ends where float32's own subnormals are spaced like
   // E2M1's, so that bits 24 to 22 hold the code, and the bits below them what is cut off.
   static constexpr uint32_t kSecond = 0x00842125u, kEven = 0x3f77ffcau, kOdd = 0x3f2f5ca5u;
+  // 2^6 and 2^2. Where they come from a kernel's parameters, codes are moved by multiplications
+  // rather than by shifts, which the busier pipe would take.
+  struct Moves {
+    uint32_t far = 64, near = 4;
+  };
   template <class Get>
-  PYFMT_DEVICE static void encode_covered(const Get& get, float multiplier, uint32_t* out) {
+  PYFMT_DEVICE static void encode_covered(const Get& get, float multiplier, uint32_t* out,
+                                          const Moves& by = {}) {
     static_assert(kE2M1, "for E2M1 alone");
-    // The upper halves of two.
+    // The upper halves of two: signs above, codes and what is cut off in bits 8 to 0 of either.
     const auto pair = [&](int i, int j) {
       const float a = multiply_down(get(i) * multiplier, as_float(kSecond));
       const float b = multiply_down(get(j) * multiplier, as_float(kSecond));
-      const uint32_t both = pick_bytes(as_uint(a), as_uint(b), 0x7632);
-      return select_bits(both, both * 64u + 0x08000800u, 0x80008000u);
+      return pick_bytes(as_uint(a), as_uint(b), 0x7632);
+    };
+    // Elements with odd numbers belong four bits above the even ones before them. Adding half of a
+    // step rounds; what the low one's sign adds to the high one's stays below that.
+    const auto four = [&](uint32_t odd, uint32_t even) {
+      return select_bits(odd * by.far + 0x08000800u, even * by.near + 0x00800080u, 0xf000f000u);
     };
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
-      const uint32_t a =
-          select_bits(pair(8 * w + 1, 8 * w + 3), pair(8 * w, 8 * w + 2) >> 4, 0xf000f000u);
-      const uint32_t b =
-          select_bits(pair(8 * w + 5, 8 * w + 7), pair(8 * w + 4, 8 * w + 6) >> 4, 0xf000f000u);
-      out[w] = pick_bytes(a, b, 0x7531);
+      const uint32_t odd[2] = {pair(8 * w + 1, 8 * w + 3), pair(8 * w + 5, 8 * w + 7)};
+      const uint32_t even[2] = {pair(8 * w, 8 * w + 2), pair(8 * w + 4, 8 * w + 6)};
+      const uint32_t codes = pick_bytes(four(odd[0], even[0]), four(odd[1], even[1]), 0x7531);
+      const uint32_t signs = select_bits(pick_signs(odd[0], odd[1], 0x7531),
+                                         pick_signs(even[0], even[1], 0x7531), 0xf0f0f0f0u);
+      out[w] = select_bits(codes, signs, 0x77777777u);
     }
   }
 

@@ -27,8 +27,11 @@ struct DualParams {
   RandomKeys keys;          // of stochastic rounding
 };
 
-// kTwoLevel: as kPlain, for blocks of 16 whose E4M3 scales come by `product_scale`.
-enum class Way { kPlain, kRotated, kStochastic, kTwoLevel };
+// kTwoLevel: as kPlain, for blocks of 16 whose E4M3 scales come by `product_scale`. kTurned: rows
+// as they are, columns rotated; kTurnedStochastic: the same, both rounded stochastically; where
+// scales are no powers of two, they are those of kTwoLevel.
+enum class Way { kPlain, kRotated, kStochastic, kTwoLevel, kTurned, kTurnedStochastic };
+constexpr int kWays = 6;
 
 // A tile has 256 bytes a row.
 constexpr int kTileRows = 128, kTileBytes = 256, kStrips = kTileRows / kUnit;
@@ -67,10 +70,10 @@ PYFMT_DEVICE void append_stochastic(const DualParams& p, const Get& get, float m
                                       codes + kTotal - kWords);
 }
 
-template <Way kWay>
+template <bool kTwoLevel>
 PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t unit, uint32_t first,
                                     uint32_t second) {
-  if constexpr (kWay == Way::kTwoLevel) {
+  if constexpr (kTwoLevel) {
     static_cast<uint16_t*>(scales)[unit] = uint16_t(first | second << 8);
     return;
   }
@@ -86,8 +89,9 @@ PYFMT_DEVICE void store_unit_scales(const DualParams& p, void* scales, int64_t u
 // Blocks an SM: what the registers allow without spills.
 template <class E, bool kPow2, DType kIn, Way kWay>
 constexpr int dual_blocks =
-    kWay == Way::kRotated                             ? 2
-    : kWay == Way::kStochastic && kIn == DType::kFP32 ? 3
+    kWay == Way::kRotated                                    ? 2
+    : kWay == Way::kTurned || kWay == Way::kTurnedStochastic ? 3
+    : kWay == Way::kStochastic && kIn == DType::kFP32        ? 3
     : kWay == Way::kStochastic  ? (E::spec.bits() == 4 && kIn == DType::kBF16 ? 3 : 2)
     : kTwoAtOnce<E, kPow2, kIn> ? 5
     : kWay == Way::kTwoLevel || kPow2 || kIn == DType::kFP32 ? 4
@@ -103,8 +107,12 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   // over the banks; scales behind.
   constexpr int kChunk = kBytes % 16 == 0 ? 16 : 8, kPitch = kStrips * kBytes + kChunk;
   constexpr int kScalesAt = kColumns * kPitch;
-  constexpr bool kRotate = kWay == Way::kRotated, kStochastic = kWay == Way::kStochastic;
-  constexpr bool kTwoLevel = kWay == Way::kTwoLevel;
+  constexpr bool kRotateRows = kWay == Way::kRotated;
+  constexpr bool kRotate = kRotateRows || kWay == Way::kTurned || kWay == Way::kTurnedStochastic;
+  constexpr bool kStochastic = kWay == Way::kStochastic || kWay == Way::kTurnedStochastic;
+  constexpr bool kTwoLevel = kWay == Way::kTwoLevel || (!kPow2 && kRotate && !kRotateRows);
+  // Scales that cover their blocks by a rule stay as they are.
+  constexpr bool kNeverCut = kWay == Way::kTurnedStochastic && kPow2 && !E::spec.is_int();
   constexpr bool kPairs = kSize == 2 && !kRotate;
   constexpr int kSides = kSize == 2 ? 2 : 1;
   static_assert(kScalesAt + kColumns * kStrips * 8 <= kTileRows * kTileBytes, "results fit");
@@ -177,13 +185,13 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
       }
       uint32_t amax[2], codes[kWords] = {};
       BlockScale b[2];
-      if constexpr (kRotate) {
+      if constexpr (kRotateRows) {
         float v[kUnit];
         uint32_t scales[2];
 #pragma unroll
         for (int i = 0; i < kUnit; ++i) v[i] = raw.get(i);
         butterflies(v, p.rotation, first_column + unit * kUnit);
-        quantize_rotated_unit<E, kPow2>(p, r, v, codes, scales);
+        quantize_rotated_unit<E, kPow2>(p, r, v, codes, scales, known);
         b[0].code = scales[0];
         b[1].code = scales[1];
       } else {
@@ -196,13 +204,20 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
         find_scales(r, amax, b, known);
         if constexpr (kStochastic) {
           const int64_t index = start + row * p.columns + unit * kUnit;
-          float multiplier = b[0].multiplier;
+          const auto halves = [&](auto within) {
+            float multiplier = b[0].multiplier;
 #pragma unroll 1
-          for (int h = 0; h < 2; ++h) {
-            append_stochastic<E, false>(
-                p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
-            raw.skip16();
-            multiplier = b[1].multiplier;
+            for (int h = 0; h < 2; ++h) {
+              append_stochastic<E, decltype(within)::value>(
+                  p, [&](int i) { return raw.get(i); }, multiplier, index + 16 * h, codes);
+              raw.skip16();
+              multiplier = b[1].multiplier;
+            }
+          };
+          if (kNeverCut && p.scale.covers) {
+            halves(std::true_type{});
+          } else {
+            halves(std::false_type{});
           }
         } else if (kPow2 && covered<E>(p.scale, b)) {
           encode_row<E, kPow2, true>(raw, b, p.limits, codes);
@@ -223,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
         store_rows<kBytes, kUnits>(p.codes + (start + top * p.columns) / kUnit * kBytes,
                                    p.columns / kUnit, rows - top, columns / kUnit, codes, staged);
       }
-      if (live) store_unit_scales<kWay>(p, p.scales, index, b[0].code, b[1].code);
+      if (live) store_unit_scales<kTwoLevel>(p, p.scales, index, b[0].code, b[1].code);
     }
   }
   if (!p.codes_t) return;
@@ -311,10 +326,35 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
           v[i] = half_at<kIn>(*reinterpret_cast<const uint16_t*>(place), 0);
         }
       }
-      if constexpr (kRotate) {
+      if constexpr (kRotate) butterflies(v, p.rotation, first_row + strip * kUnit);
+      if constexpr (kRotate && kStochastic) {
+        multiply(v, p.rotation.factor);
+        maxima(v, amax[s]);
+        find_scales(r_t, amax[s], b[s], known_t);
+        const int64_t index =
+            (matrix * p.columns + first_column + column_of(place_of(s))) * p.rows + first_row +
+            strip * kUnit;
+        const auto halves = [&](auto within) {
+          float multiplier = b[s][0].multiplier;
+#pragma unroll 1
+          for (int h = 0; h < 2; ++h) {
+            append_stochastic<E, decltype(within)::value>(
+                p, [&](int i) { return v[i]; }, multiplier, index + 16 * h, codes[s]);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) v[i] = v[16 + i];
+            multiplier = b[s][1].multiplier;
+          }
+        };
+        if (kNeverCut && p.scale.covers) {
+          halves(std::true_type{});
+        } else {
+          halves(std::false_type{});
+        }
+        clear_poisoned<E>(b[s], codes[s]);
+        continue;
+      } else if constexpr (kRotate) {
         uint32_t scales[2];
-        butterflies(v, p.rotation, first_row + strip * kUnit);
-        quantize_rotated_unit<E, kPow2>(p, r_t, v, codes[s], scales);
+        quantize_rotated_unit<E, kPow2>(p, r_t, v, codes[s], scales, known_t);
         b[s][0] = {scales[0], 0.0f, false};
         b[s][1] = {scales[1], 0.0f, false};
         continue;
@@ -384,8 +424,8 @@ __global__ void __launch_bounds__(kThreads, dual_blocks<E, kPow2, kIn, kWay>)
   for (int n = 0; n < kColumns * kStrips / kThreads; ++n) {
     const int i = n * kThreads + threadIdx.x, q = i / kStrips;
     if (column_of(q) >= columns || i % kStrips >= strips) continue;
-    store_unit_scales<kWay>(p, p.scales_t, corner + column_of(q) * units + i % kStrips,
-                            scales[2 * i], scales[2 * i + 1]);
+    store_unit_scales<kTwoLevel>(p, p.scales_t, corner + column_of(q) * units + i % kStrips,
+                                 scales[2 * i], scales[2 * i + 1]);
   }
 }
 

@@ -64,10 +64,20 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   const Inputs inputs = guard                      ? Inputs::kGuarded
                         : p.terms == 1 && p.x_wide ? Inputs::kBF16
                                                    : Inputs::kAny;
-  const SkinnyKernel kernel =
-      find_kernel(a.format, int(std::min<int64_t>(a.m * p.terms, 64)), inputs);
+  const int columns = int(std::min<int64_t>(a.m * p.terms, 64));
+  SkinnyKernel kernel = find_kernel(a.format, columns, inputs);
+  p.strips = (p.n + kernel.strip - 1) / kernel.strip;
+  if (inputs == Inputs::kBF16 && columns <= 8 && a.k % 8 == 0) {
+    // From nearly two rounds of rows a block it pays that warps do not wait for each other.
+    const int64_t blocks = a.blocks ? a.blocks : multiprocessors();
+    if (2 * int64_t(p.strips) > 7 * std::min<int64_t>(blocks, p.strips)) {
+      const SkinnyKernel found = find_kernel(a.format, columns, Inputs::kLong);
+      if (found.run) kernel = found;
+    }
+  }
   // As many tokens at once as there are columns and shared memory for.
   const auto shared = [&](int tokens) {
+    if (kernel.shared) return kernel.shared(tokens);
     const int sums = 4 * tokens * p.terms * (kernel.strips * kernel.strip + 4);
     p.slot = std::max(kernel.codes + kernel.step * tokens * int(x_bytes), (sums + 15) / 16 * 16);
     p.terms_bytes = inputs == Inputs::kBF16 ? 0 : 2 * kernel.step * tokens * p.terms;
@@ -93,7 +103,6 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   if (!p.scale_copies) {
     for (p.scale_shift = 0; 1 << p.scale_shift < least;) ++p.scale_shift;
   }
-  p.strips = (p.n + kernel.strip - 1) / kernel.strip;
   p.even_steps = steps / kernel.parts;
   p.longer_parts = steps % kernel.parts;
   ClusterLaunch l;

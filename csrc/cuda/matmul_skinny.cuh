@@ -15,15 +15,10 @@
 // sum does nothing: hence one rolled loop, and copies that start before the launch ahead ends.
 #pragma once
 
-#include "matmul_skinny_warp.cuh"
+#include "matmul_skinny_long.cuh"
 
 namespace pyfmt {
 namespace cuda {
-
-// The first step of a part of k.
-PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
-  return part * p.even_steps + min(part, p.longer_parts);
-}
 
 template <class W, int kTiles, Inputs kInputs>
 __global__ void __launch_bounds__(32 * SkinnyShape<W, kTiles>::kWarps,
@@ -197,6 +192,7 @@ struct SkinnyKernel {
   void (*run)(SkinnyParams) = nullptr;
   int step = 0, depth = 0, codes = 0, scales = 0, strip = 0, strips = 0, warps = 0, parts = 0,
       blocks = 0, tiles = 0;
+  int (*shared)(int tokens) = nullptr;  // of blocks with many rows
 };
 
 template <class W, int kTiles, Inputs kInputs>
@@ -217,7 +213,19 @@ SkinnyKernel describe_skinny() {
 }
 
 template <class W>
+SkinnyKernel describe_skinny_long() {
+  SkinnyKernel kernel;
+  if constexpr (W::kVectors != 3) {
+    kernel = describe_skinny<W, 1, Inputs::kBF16>();
+    kernel.run = skinny_long<W>;
+    kernel.shared = SkinnyLong<W>::shared_bytes;
+  }
+  return kernel;
+}
+
+template <class W>
 SkinnyKernel skinny_kernel(int columns, Inputs inputs) {
+  if (inputs == Inputs::kLong) return describe_skinny_long<W>();
   if (inputs == Inputs::kGuarded) return describe_skinny<W, 2, Inputs::kGuarded>();
   if (inputs == Inputs::kAny) {
     return columns <= 8 ? describe_skinny<W, 1, Inputs::kAny>()

@@ -247,6 +247,23 @@ struct SkinnyWarp {
     }
   }
 
+  // Not 0 where one of a row's scales of a step asks for `scaled<true>`, or may do so.
+  PYFMT_DEVICE static uint32_t special_scales(SharedAddress row) {
+    uint32_t found = 0;
+#pragma unroll
+    for (int j = 0; j < kRowScales; j += 4) {
+      const uint32_t four = load_small<4>(row + unsigned(j));
+      // Bytes from 128 on, and, for integers, below 8; a borrow only finds too much.
+      found |= four;
+      if constexpr (D::kLowest > 0) {
+        static_assert(D::kLowest <= 8 && D::kHighest >= 127, "special scales");
+        const uint32_t high = four & 0x78787878u;
+        found |= (high - 0x08080808u) & ~high;
+      }
+    }
+    return found & 0x80808080u;
+  }
+
   // Whether a scale or a code of the step asks for `scaled<true>`, or may do so.
   PYFMT_DEVICE bool special(SharedAddress slot, SharedAddress scales, int strips) const {
     if constexpr (W::kGrouped || W::kScale != Scale::kE8M0) {
@@ -256,19 +273,8 @@ struct SkinnyWarp {
 #pragma unroll
       for (int i = 0; i < (kAllRows + 31) / 32; ++i) {
         if (32 * i + lane >= strips * kStrip) break;
-#pragma unroll
-        for (int j = 0; j < kRowScales; j += 4) {
-          const uint32_t four = load_small<4>(scales + unsigned(16 * (32 * i + lane) + j));
-          // Bytes from 128 on, and, for integers, below 8; a borrow only finds too much.
-          found |= four;
-          if constexpr (D::kLowest > 0) {
-            static_assert(D::kLowest <= 8 && D::kHighest >= 127, "special scales");
-            const uint32_t high = four & 0x78787878u;
-            found |= (high - 0x08080808u) & ~high;
-          }
-        }
+        found |= special_scales(scales + unsigned(16 * (32 * i + lane)));
       }
-      found &= 0x80808080u;
       if constexpr (D::kHasSpecials) {
 #pragma unroll
         for (int s = 0; s < kStrips; ++s) {

@@ -34,10 +34,16 @@ struct SkinnyParams {
   int slot = 0, terms_bytes = 0;         // of a step in shared memory; of its bfloat16 terms
 };
 
+// The first step of a part of k.
+PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
+  return part * p.even_steps + min(part, p.longer_parts);
+}
+
 enum class Grouping { kBlocks, kSteps, k32 };
 
 // kBF16: aligned bfloat16 activations; kAny: any; kGuarded: and rows or scales of any alignment.
-enum class Inputs { kBF16, kAny, kGuarded };
+// kLong: as kBF16, up to 8 tokens, blocks with many rows.
+enum class Inputs { kBF16, kAny, kGuarded, kLong };
 
 // E, its scales, and how groups with float scales divide a step: kBlocks for none.
 template <class E, Scale kScaleKind, Grouping kGroups>
@@ -79,6 +85,17 @@ struct SkinnyShape {
   static constexpr int kWarps = (kSix ? 8 : 16) / kTurns;
   static constexpr int kBlocks = kSix && !kMany ? 2 : 1;
 };
+
+// A unit's elements as they lie in memory, in the pairs that come out of decoding.
+template <class D>
+PYFMT_DEVICE void order_pairs(const uint32_t* raw, uint32_t* words) {
+#pragma unroll
+  for (int j = 0; j < D::kPairs; ++j) {
+    const int low = D::element(j, 0), high = D::element(j, 1);
+    words[j] = pick_bytes(raw[low / 2], raw[high / 2],
+                          (low & 1 ? 0x32u : 0x10u) | (high & 1 ? 0x7600u : 0x5400u));
+  }
+}
 
 // Activations of a step in shared memory: each token's as they lie in memory, but for the places
 // of 32 bytes within 512, so that four lanes far apart read different banks.
@@ -255,11 +272,41 @@ struct SkinnyX {
       raw[4 * i + 2] = q.z;
       raw[4 * i + 3] = q.w;
     }
+    order_pairs<D>(raw, words);
+  }
+};
+
+// One column's activations straight to registers: aligned bfloat16, a multiple of 8 of them.
+template <class W>
+struct SkinnyColumn {
+  using D = typename W::D;
+  const char* from;  // this lane's first
+  int left;          // bytes from there to the end of the row
+  uint4 raw[W::kFragments];
+
+  // Columns beyond the last are read as the last: what they give is never stored.
+  PYFMT_DEVICE SkinnyColumn(const SkinnyParams& p, int lane, int first_token, int tokens) {
+    const int token = first_token + min(lane >> 2, tokens - 1), start = W::unit_start(lane & 3, 0);
+    left = 2 * (p.k - start);
+    from = static_cast<const char*>(p.x) + int64_t(token) * p.x_stride * 2 + 2 * start;
+    keep(from);
+    keep(left);
+  }
+  // Start reading a step's.
+  PYFMT_DEVICE void read(int step) {
 #pragma unroll
-    for (int j = 0; j < D::kPairs; ++j) {
-      const int low = D::element(j, 0), high = D::element(j, 1);
-      words[j] = pick_bytes(raw[low / 2], raw[high / 2],
-                            (low & 1 ? 0x32u : 0x10u) | (high & 1 ? 0x7600u : 0x5400u));
+    for (int u = 0; u < W::kFragments; ++u) {
+      const int at = 2 * step * W::kStep + 2 * (W::unit_start(0, u) - W::unit_start(0, 0));
+      raw[u] = make_uint4(0, 0, 0, 0);
+      if (at < left) raw[u] = load_once16(from + at);
+    }
+  }
+  // What was read, in the order of the decoded weights.
+  PYFMT_DEVICE void take(uint32_t (&words)[1][W::kFragments][4]) const {
+#pragma unroll
+    for (int u = 0; u < W::kFragments; ++u) {
+      const uint32_t four[4] = {raw[u].x, raw[u].y, raw[u].z, raw[u].w};
+      order_pairs<D>(four, words[0][u]);
     }
   }
 };

@@ -155,7 +155,7 @@ RotatedKernel find_rotated(const QuantizeArgs& a) {
 
 void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeParams& common,
                     Stream stream) {
-  RotatedParams p;
+  WholeParams p;
   p.x = static_cast<const uint8_t*>(common.x);
   p.units = common.units;
   p.codes = common.codes;
@@ -165,15 +165,20 @@ void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeP
   p.rotation = common.rotation;
   p.halves = common.halves;
   p.first = first_multiplier(a.rotation.size);
-  const RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  const auto whole = find_kernels(a.format)->rotated_whole[a.rotation.signs != nullptr];
+  const bool wholes = whole && a.rotation.size == 128 && a.format.block_columns == kUnit &&
+                      reinterpret_cast<uintptr_t>(a.scales) % 4 == 0;
+  RotatedShape shape = rotated_shape(a.rotation.size, a.format.scale == Scale::kE8M0);
+  if (wholes) shape = {WholeTile::kUnits, kWholeWarps, kWholeBlocks, kWholeRounds};
   const int64_t of_block = 32 * shape.units * shape.warps;
   const int64_t blocks = (p.units + of_block - 1) / of_block;
   const int64_t at_once = int64_t(multiprocessors()) * shape.blocks;
   // Tensors of a few blocks spread over all multiprocessors instead.
   p.rounds = int(std::min<int64_t>(shape.rounds, std::max<int64_t>(1, blocks / at_once)));
-  launch_scaled(p.scale, kernel,
-                std::max<int64_t>((blocks + p.rounds - 1) / p.rounds, a.tensor_scale_out ? 1 : 0),
-                32 * shape.warps, stream, p);
+  const int64_t grid = (blocks + p.rounds - 1) / p.rounds;
+  if (wholes) return launch(whole, grid, 32 * shape.warps, stream, p);
+  launch_scaled(p.scale, kernel, std::max<int64_t>(grid, a.tensor_scale_out ? 1 : 0),
+                32 * shape.warps, stream, RotatedParams(p));
 }
 
 void launch_flat(const QuantizeArgs& a, int partial_count, Stream stream) {
@@ -230,8 +235,12 @@ void launch_square(const QuantizeArgs& a, int partial_count, Stream stream) {
   p.halves = common.halves;
   p.block_rows = int(a.format.block_rows);
   p.strips = (p.rows + p.block_rows - 1) / p.block_rows;
-  const int64_t tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
-  launch_scaled(p.scale, find_kernels(a.format)->square[int(a.dtype)], tiles, kThreads, stream, p);
+  p.tiles = a.view.rows() / p.rows * p.row_tiles * p.column_tiles;
+  // Blocks that stay work out the recipe's constants once.
+  const int64_t stay = int64_t(kSquareBlocks) * multiprocessors();
+  const bool once = a.format.scale == Scale::kE4M3 && p.tiles > stay;
+  launch_scaled(p.scale, find_kernels(a.format)->square[int(a.dtype)], once ? stay : p.tiles,
+                kThreads, stream, p);
 }
 
 }  // namespace
@@ -277,15 +286,41 @@ void quantize(const QuantizeArgs& a, Stream stream) {
   }
 }
 
-bool dual_serves(const QuantizeArgs& a) {
+namespace {
+
+// Scales that `product_scale` finds.
+bool by_products(const QuantizeArgs& a) {
+  return a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao &&
+         a.format.block_columns == 16;
+}
+
+Way dual_way(const QuantizeArgs& a, DualRows rows) {
+  if (!a.rotation.size) {
+    if (a.stochastic) return Way::kStochastic;
+    return by_products(a) && find_kernels(a.format)->dual[int(a.dtype)][int(Way::kTwoLevel)]
+               ? Way::kTwoLevel
+               : Way::kPlain;
+  }
+  if (a.stochastic) return Way::kTurnedStochastic;
+  return rows == DualRows::kPlain ? Way::kTurned : Way::kRotated;
+}
+
+}  // namespace
+
+bool dual_serves(const QuantizeArgs& a, DualRows rows) {
   const FormatSpec& f = a.format;
   const int64_t block = f.block_columns, unit = block > kUnit ? block : kUnit;
   const bool blocks = f.block_rows == 1 && power_of_two(block) && block >= 16 &&
                       block <= (a.dtype == DType::kFP32 ? 64 : 128);
   const bool rotation = !a.rotation.size || (a.rotation.size <= kUnit && block <= kUnit);
-  const bool rounding = !a.stochastic || (!a.rotation.size && !a.out);
-  return blocks && a.view.columns % unit == 0 && a.matrix_rows % unit == 0 && rotation &&
-         rounding && find_kernels(f) && a.view.count() && a.view.flat() && aligned16(a.x);
+  const bool rounding = !a.stochastic || (!a.out && (!a.rotation.size || rows != DualRows::kAlike));
+  const QuantizeKernels* k = find_kernels(f);
+  if (!k || !blocks || !rotation || !rounding) return false;
+  const Way way = dual_way(a, rows);
+  const bool turned = way == Way::kTurned || way == Way::kTurnedStochastic;
+  const bool scales = !turned || f.scale == Scale::kE8M0 || by_products(a);
+  return scales && k->dual[int(a.dtype)][int(way)] && a.view.columns % unit == 0 &&
+         a.matrix_rows % unit == 0 && a.view.count() && a.view.flat() && aligned16(a.x);
 }
 
 namespace {
@@ -318,10 +353,11 @@ int64_t tiles_of(const QuantizeArgs& a, const DualParams& p) {
 
 }  // namespace
 
-void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
-  // Rotated columns have a largest number of their own.
-  const bool turned = a.rotation.size && across.partials;
-  DualParams p = dual_params(a, a.codes || !turned ? start_amax(a, stream) : 0);
+void quantize_dual(const QuantizeArgs& a, const Across& across, DualRows rows, Stream stream) {
+  // Rotated columns have a largest number of their own; rows as they are have theirs from the same
+  // read.
+  const bool turned = a.rotation.size && across.partials, plain = rows == DualRows::kPlain;
+  DualParams p = dual_params(a, turned && (plain || !a.codes) ? 0 : start_amax(a, stream));
   p.codes_t = across.codes;
   p.scales_t = across.scales;
   p.scale_t.tensor_scale_out = across.tensor_scale_out;
@@ -333,18 +369,17 @@ void quantize_dual(const QuantizeArgs& a, const Across& across, Stream stream) {
     amax.matrix_rows = a.matrix_rows;
     amax.partials = across.partials;
     amax.rotation = a.rotation;
+    amax.rows_partials = plain ? a.partials : nullptr;
     p.scale_t.partials = across.partials;
     p.scale_t.partial_count = amax_partials_across(amax, stream);
+    if (plain) {
+      p.scale.partials = a.partials;
+      p.scale.partial_count = p.scale_t.partial_count;
+    }
     if (!a.codes) p.scale = p.scale_t;
   }
   const auto& kernels = find_kernels(a.format)->dual[int(a.dtype)];
-  Way way = a.stochastic ? Way::kStochastic : a.rotation.size ? Way::kRotated : Way::kPlain;
-  const bool products = a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kTorchao;
-  if (way == Way::kPlain && products && a.format.block_columns == 16 &&
-      kernels[int(Way::kTwoLevel)]) {
-    way = Way::kTwoLevel;
-  }
-  launch_scaled(p.scale, kernels[int(way)], tiles_of(a, p), kThreads, stream, p);
+  launch_scaled(p.scale, kernels[int(dual_way(a, rows))], tiles_of(a, p), kThreads, stream, p);
 }
 
 void fake_quantize_across(const QuantizeArgs& a, Stream stream) {

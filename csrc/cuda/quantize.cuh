@@ -7,7 +7,7 @@
 #pragma once
 
 #include "across.cuh"
-#include "quantize_rotated.cuh"
+#include "quantize_rotated_whole.cuh"
 #include "square.cuh"
 
 namespace pyfmt {
@@ -373,13 +373,14 @@ inline int rotated_index(int size) {
 // What the elements' source files offer; null where a pair is not compiled.
 struct QuantizeKernels {
   using Kernel = void (*)(QuantizeParams);
-  Kernel flat[3][3];               // by dtype and task
-  Kernel stochastic[3];            // by dtype
-  Kernel rows[2];                  // nearest, stochastic
-  void (*dual[3][4])(DualParams);  // by dtype and way; kTwoLevel of some elements alone
+  Kernel flat[3][3];                   // by dtype and task
+  Kernel stochastic[3];                // by dtype
+  Kernel rows[2];                      // nearest, stochastic
+  void (*dual[3][kWays])(DualParams);  // by dtype and way; from kTwoLevel on of some alone
   void (*fake_across[3])(DualParams, void*);
   void (*square[3])(SquareParams);
-  void (*rotated[4])(RotatedParams);  // of bf16, by rotated_index
+  void (*rotated[4])(RotatedParams);      // of bf16, by rotated_index
+  void (*rotated_whole[2])(WholeParams);  // without signs, with them
 };
 
 template <class E, bool kPow2, DType kIn>
@@ -394,6 +395,12 @@ void fill_flat(QuantizeKernels* k) {
   k->dual[int(kIn)][int(Way::kStochastic)] = quantize_dual<E, kPow2, kIn, Way::kStochastic>;
   if constexpr (!kPow2 && E::spec.bits() == 4) {
     k->dual[int(kIn)][int(Way::kTwoLevel)] = quantize_dual<E, kPow2, kIn, Way::kTwoLevel>;
+  }
+  // What gradients are trained with.
+  if constexpr (E::spec.bits() == 4 && kIn == DType::kBF16) {
+    k->dual[int(kIn)][int(Way::kTurned)] = quantize_dual<E, kPow2, kIn, Way::kTurned>;
+    k->dual[int(kIn)][int(Way::kTurnedStochastic)] =
+        quantize_dual<E, kPow2, kIn, Way::kTurnedStochastic>;
   }
   k->fake_across[int(kIn)] = fake_quantize_across<E, kPow2, kIn>;
   k->square[int(kIn)] = quantize_square<E, kPow2, kIn>;
@@ -411,6 +418,10 @@ QuantizeKernels quantize_kernels() {
     k.rotated[1] = quantize_rotated<E, kPow2, 32>;
     k.rotated[2] = quantize_rotated<E, kPow2, 64>;
     k.rotated[3] = quantize_rotated<E, kPow2, 128>;
+  }
+  if constexpr (kPow2 && Coder<E>::kE2M1) {
+    k.rotated_whole[0] = quantize_rotated_whole<E, false>;
+    k.rotated_whole[1] = quantize_rotated_whole<E, true>;
   }
   k.rows[0] = quantize_rows<E, kPow2, false>;
   k.rows[1] = quantize_rows<E, kPow2, true>;

@@ -31,10 +31,30 @@ inline uint32_t first_multiplier(int size) {
   return factor - (odd ? 0x3f3504f3u : 0x3f800000u) + (odd ? C::kOdd : C::kEven) + (127u << 23);
 }
 
+// Any 16 rotated numbers, without the factor, to E2M1 by a power of two; returns the scale.
+template <class E, class Params>
+PYFMT_DEVICE uint32_t encode_any(const Params& p, uint32_t amax, const float* v, uint32_t* codes) {
+  using C = Coder<E>;
+  const float factor = p.rotation.factor;
+  const BlockScale b = block_scale<true>(p.scale, {}, amax);
+  const auto saturated = [&](int i) { return min_magnitude(v[i] * factor * b.multiplier, 6.0f); };
+  C::encode_covered(saturated, as_float(C::kEven), codes);
+#pragma unroll
+  for (int i = 0; i < C::kWords; ++i) codes[i] = b.poisoned ? 0u : codes[i];
+  return b.code;
+}
+
+// Whether the exponent of a scale lies where all of encode_covered is exact, within 2^-48 to 2^48:
+// not for an amax of zero, subnormal or not finite.
+PYFMT_DEVICE bool plain_scale(uint32_t scale) {
+  return scale - 79u <= 96u;
+}
+
 // One rotated unit, without the factor, to codes and one or two scales.
 template <class E, bool kPow2, class Params>
 PYFMT_DEVICE void quantize_rotated_unit(const Params& p, const codec::RecipeConstants& r,
-                                        const float* v, uint32_t* codes, uint32_t (&scales)[2]) {
+                                        const float* v, uint32_t* codes, uint32_t (&scales)[2],
+                                        Multipliers known = {nullptr}) {
   using C = Coder<E>;
   const float factor = p.rotation.factor;
   uint32_t amax[2];
@@ -47,11 +67,10 @@ PYFMT_DEVICE void quantize_rotated_unit(const Params& p, const codec::RecipeCons
   }
   if (p.halves == 1) amax[0] = amax[1] = L::max(amax[0], amax[1]);
   if constexpr (C::kE2M1 && kPow2) {
-    // The plain case of e8m0_from_amax, with scales within 2^-48 to 2^48, where all below is exact:
-    // not for an amax of zero, subnormal or not finite.
+    // The plain case of e8m0_from_amax.
     scales[0] = uint32_t(int32_t(amax[0] + p.scale.addend) >> 23) - uint32_t(p.scale.emax);
     scales[1] = uint32_t(int32_t(amax[1] + p.scale.addend) >> 23) - uint32_t(p.scale.emax);
-    if (p.scale.covers && scales[0] - 79u <= 96u && scales[1] - 79u <= 96u) {
+    if (p.scale.covers && plain_scale(scales[0]) && plain_scale(scales[1])) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         C::encode_covered([&](int i) { return v[16 * h + i]; },
@@ -60,23 +79,14 @@ PYFMT_DEVICE void quantize_rotated_unit(const Params& p, const codec::RecipeCons
     } else {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const BlockScale b = block_scale<kPow2>(p.scale, r, amax[h]);
-        scales[h] = b.code;
-        const auto saturated = [&](int i) {
-          return min_magnitude(v[16 * h + i] * factor * b.multiplier, 6.0f);
-        };
-        C::encode_covered(saturated, as_float(C::kEven), codes + h * C::kWords);
-#pragma unroll
-        for (int i = 0; i < C::kWords; ++i) {
-          codes[h * C::kWords + i] = b.poisoned ? 0u : codes[h * C::kWords + i];
-        }
+        scales[h] = encode_any<E>(p, amax[h], v + 16 * h, codes + h * C::kWords);
       }
     }
   } else {
     BlockScale b[2];
-    b[0] = block_scale<kPow2>(p.scale, r, amax[0]);
+    b[0] = block_scale<kPow2>(p.scale, r, amax[0], known);
     b[1] = b[0];
-    if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1]);
+    if (p.halves == 2) b[1] = block_scale<kPow2>(p.scale, r, amax[1], known);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       scales[h] = b[h].code;

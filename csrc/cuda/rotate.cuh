@@ -192,12 +192,12 @@ class Signs {
         reinterpret_cast<uint32_t*>(shared)[unit * 32 + unit / kUnits * 4 + element] =
             as_uint(flip(0.0f, r.signs[unit], element));
       }
-      place_[0] = place(r, shared_address(shared), lane, 0);
-      place_[1] = place(r, shared_address(shared), lane, kUnits - 1);
+#pragma unroll
+      for (int h = 0; h < kUnits; ++h) place_[h] = place(r, shared_address(shared), lane, h);
       __syncthreads();
     } else {
       place_[0] = signs_word(r, first + lane * kUnits);
-      place_[1] = signs_word(r, step);
+      step_ = signs_word(r, step);
     }
   }
 
@@ -220,13 +220,14 @@ class Signs {
       return;
     }
     if (r.signs) {
-      const uint32_t at = uint32_t(place_[0]), last = at + kUnits - 1;
-      uint32_t signs[2] = {r.signs[at], r.signs[last < r.signs_words ? last : 0]};
-      place_[0] = advance(r, at, uint32_t(place_[1]));
+      uint32_t at = uint32_t(place_[0]), signs[kUnits];
+#pragma unroll
+      for (int h = 0; h < kUnits; ++h) signs[h] = r.signs[advance(r, at, h)];
+      place_[0] = advance(r, at, step_);
       if (kSwap && (lane & 1)) {
         const uint32_t first = signs[0];
-        signs[0] = signs[1];
-        signs[1] = first;
+        signs[0] = signs[kUnits - 1];
+        signs[kUnits - 1] = first;
       }
 #pragma unroll
       for (int j = 0; j < kUnits * 16; ++j) words[j] = flip_pair(words[j], signs[j / 16], j % 16);
@@ -248,25 +249,35 @@ class Signs {
     return at + step < r.signs_words ? at + step : at + step - r.signs_words;
   }
 
-  SharedAddress place_[2] = {0, 0};  // of the units' masks, or a word's index and the step
+  SharedAddress place_[kUnits] = {};  // of the units' masks, or first a word's index
+  uint32_t step_ = 0;                 // of that index
 };
 
-// Rotates what a lane holds, without the factor. kSize above 64: in lanes that read with kSwap, so
-// that even lanes begin with units 0 and 1 of their pair, odd lanes with 3 and 2. They end with 0
-// and 2, and 1 and 3: each gives one unit for one of its partner's, half the exchanges of a stage
-// in which all stay. kSize 128 stands for all from there on; size is the true one.
+// A stage of a lane's own: units `far` apart.
+template <int kUnits>
+PYFMT_DEVICE void unit_butterfly(float (&v)[kUnits * kUnit], int far) {
+#pragma unroll
+  for (int i = 0; i < kUnits * kUnit; ++i) {
+    if (i / kUnit & far) continue;
+    const float a = v[i], b = v[i + far * kUnit];
+    v[i] = a + b;
+    v[i + far * kUnit] = a - b;
+  }
+}
+
+// Rotates what a lane holds, without the factor: whole rotations up to 32 * kUnits. Larger ones in
+// lanes that read with kSwap, so that even lanes begin with units 0 and 1 of their pair, odd lanes
+// with 3 and 2. They end with 0 and 2, and 1 and 3: each gives one unit for one of its partner's,
+// half the exchanges of a stage in which all stay. size: the true one.
 template <int kSize, int kUnits>
 PYFMT_DEVICE void rotate_tile(float (&v)[kUnits * kUnit], int size) {
 #pragma unroll
   for (int h = 0; h < kUnits; ++h) near_butterflies<kSize>(v + h * kUnit);
-  if constexpr (kSize == 64) {
+  if constexpr (kSize <= kUnits * kUnit) {
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const float a = v[i], b = v[i + kUnit];
-      v[i] = a + b;
-      v[i + kUnit] = a - b;
-    }
-  } else if constexpr (kSize > 64) {
+    for (int far = 1; far < kSize / kUnit; far *= 2) unit_butterfly<kUnits>(v, far);
+  } else {
+    static_assert(kUnits == 2, "lanes exchange one of two units");
     const float side = threadIdx.x & 1 ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {

@@ -24,7 +24,21 @@ inline RandomKeys random_keys(uint64_t seed) {
   return keys;
 }
 
-// The four random words of a counter: element 4 * counter + i has word i.
+// a ^ b ^ c, with all bits flipped if asked; one instruction, which the compiler does not find.
+PYFMT_DEVICE uint32_t xor_three(uint32_t a, uint32_t b, uint32_t c, bool flip) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  if (flip) {
+    asm("lop3.b32 %0, %1, %2, %3, 0x69;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+  }
+#endif
+  return flip ? ~(a ^ b ^ c) : a ^ b ^ c;
+}
+
+// The four random words of a counter: element 4 * counter + i has word i. kFlipped: with all bits
+// flipped, where it costs nothing but for odd words.
+template <bool kFlipped = false>
 PYFMT_DEVICE void random_words(const RandomKeys& keys, uint32_t low, uint32_t high, uint32_t* w) {
   w[0] = low;
   w[1] = high;
@@ -32,19 +46,20 @@ PYFMT_DEVICE void random_words(const RandomKeys& keys, uint32_t low, uint32_t hi
 #pragma unroll
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = uint64_t(w[0]) * 0xd2511f53u, b = uint64_t(w[2]) * 0xcd9e8d57u;
-    w[0] = uint32_t(b >> 32) ^ w[1] ^ keys.k[2 * round];
-    w[1] = uint32_t(b);
-    w[2] = uint32_t(a >> 32) ^ w[3] ^ keys.k[2 * round + 1];
-    w[3] = uint32_t(a);
+    const bool flip = kFlipped && round == 9;
+    w[0] = xor_three(uint32_t(b >> 32), w[1], keys.k[2 * round], flip);
+    w[1] = flip ? ~uint32_t(b) : uint32_t(b);
+    w[2] = xor_three(uint32_t(a >> 32), w[3], keys.k[2 * round + 1], flip);
+    w[3] = flip ? ~uint32_t(a) : uint32_t(a);
   }
 }
 
-// The words of sixteen elements, the first at `index`, a multiple of 16.
+// The flipped words of sixteen elements, the first at `index`, a multiple of 16.
 PYFMT_DEVICE void random_sixteen(const RandomKeys& keys, uint64_t index, uint32_t (&w)[16]) {
   const uint64_t counter = index / 4;
 #pragma unroll
   for (uint32_t g = 0; g < 4; ++g) {
-    random_words(keys, uint32_t(counter) | g, uint32_t(counter >> 32), w + 4 * g);
+    random_words<true>(keys, uint32_t(counter) | g, uint32_t(counter >> 32), w + 4 * g);
   }
 }
 
@@ -54,7 +69,7 @@ PYFMT_DEVICE void random_sixteen_from(const RandomKeys& keys, uint64_t index, ui
 #pragma unroll
   for (int g = 0; g < 5; ++g) {
     const uint64_t counter = index / 4 + uint64_t(g);
-    random_words(keys, uint32_t(counter), uint32_t(counter >> 32), all + 4 * g);
+    random_words<true>(keys, uint32_t(counter), uint32_t(counter >> 32), all + 4 * g);
   }
 #pragma unroll
   for (int i = 0; i < 18; ++i) all[i] = index & 2 ? all[i + 2] : all[i];
@@ -88,7 +103,8 @@ struct Dither {
   static constexpr bool kInt = spec.is_int();
 
   // Codes of get(i) * m for i = 0..15, rounded away from zero where the top 24 bits of word i are
-  // less than the share of a step that is cut off. kWithin: none exceeds the largest.
+  // less than the share of a step that is cut off; `random` has the words flipped. kWithin: none
+  // exceeds the largest.
   //
   // Multiplied into float32's own subnormals, whose grid has the element's binades, a number has
   // its code above kCut bits of that share, and adding as many random bits rounds. False where
@@ -192,7 +208,7 @@ struct Dither {
                : min_magnitude(y, as_float(spec.max_bits()));
     }
     constexpr uint32_t factor = kDown < -126 ? 1u << (kDown + 149) : power_of_two_bits(kDown);
-    return as_uint(multiply_down(y, as_float(factor))) + (~random >> (32 - kCut));
+    return as_uint(multiply_down(y, as_float(factor))) + (random >> (32 - kCut));
   }
 
   PYFMT_DEVICE static uint32_t rounded(float y, uint32_t random, const Limits& limits) {

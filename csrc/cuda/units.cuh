@@ -27,7 +27,7 @@ PYFMT_DEVICE void clear_poisoned(const BlockScale (&b)[2], uint32_t* codes) {
   for (int i = 0; i < 2 * kWords; ++i) codes[i] = b[i / kWords].poisoned ? 0u : codes[i];
 }
 
-PYFMT_DEVICE void maxima(const float (&v)[kUnit], uint32_t (&amax)[2]) {
+PYFMT_DEVICE void maxima(const float* v, uint32_t (&amax)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float m = 0.0f;

@@ -145,6 +145,21 @@ PYFMT_DEVICE void store_small(SharedAddress to, uint32_t v) {
 #endif
 }
 
+// Sixteen bytes that no launch under way writes, by way of the first-level cache.
+PYFMT_DEVICE uint4 load_once16(const void* from) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+#else
+  uint4 v;
+  memcpy(&v, from, 16);
+  return v;
+#endif
+}
+
 // Keep the compiler from working a value out anew where it is used.
 template <class T>
 PYFMT_DEVICE void keep(T& value) {
@@ -177,6 +192,16 @@ PYFMT_DEVICE void start_copy(SharedAddress to, const void* from, int real) {
   memcpy(reinterpret_cast<void*>(to), from, size_t(real));
 #endif
 }
+// The same of 16 bytes; memory is read by whole lines of 128, whose rest is to be copied soon.
+PYFMT_DEVICE void start_copy_line(SharedAddress to, const void* from, int real) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(real)
+               : "memory");
+#else
+  start_copy<16>(to, from, real);
+#endif
+}
 // The copies started since the last call make one group.
 PYFMT_DEVICE void close_copies() {
 #if defined(__CUDA_ARCH__)
@@ -188,6 +213,37 @@ template <int kLater>
 PYFMT_DEVICE void copies_arrived() {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+#endif
+}
+
+// ---- signals between warps ---------------------------------------------------------------------
+
+// A barrier in shared memory on which some arrive and others wait: eight bytes.
+PYFMT_DEVICE void signal_init(SharedAddress signal, int arrivals) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(signal), "r"(arrivals) : "memory");
+#elif !defined(__CUDACC__)
+  emulation::signal(signal) = {0, uint16_t(arrivals), uint16_t(arrivals)};
+#endif
+}
+PYFMT_DEVICE void signal_arrive(SharedAddress signal) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(signal) : "memory");
+#elif !defined(__CUDACC__)
+  emulation::signal(signal).arrive();
+#endif
+}
+// Until all have arrived for the phase-th time, counted from 0 and known by its last bit.
+PYFMT_DEVICE void signal_wait(SharedAddress signal, unsigned phase) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again_%=:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again_%=;\n}" ::"r"(signal),
+      "r"(phase & 1)
+      : "memory");
+#elif !defined(__CUDACC__)
+  while ((emulation::signal(signal).phase & 1) == (phase & 1)) emulation::yield();
 #endif
 }
 

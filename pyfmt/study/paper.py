@@ -29,3 +29,8 @@ QSNR = {
     "nvint4": {"plain": 20.55, "rotated": 21.65},
     "nvfp4": {"plain": 20.60, "rotated": 20.35},
 }
+
+# Training losses: of 1B parameters over 100B tokens; of 145M parameters by INT8 codes down to -128
+# and to -127, blocks of 32 with E8M0 scales.
+TRAINING: dict[str, float] = {"bf16": 2.6727, "mxint8": 2.6758, "mxfp8": 2.6767}
+CLIPPING: dict[str, float] = {"full": 3.1299, "symmetric": 3.1269}

@@ -53,6 +53,21 @@ inline char* dynamic_shared() {
   return reinterpret_cast<char*>(cluster().shared.data()) +
          size_t(current_block()) * size_t(cluster().shared_bytes);
 }
+// A barrier in shared memory: phase counts how often all have arrived.
+struct Signal {
+  uint32_t phase;
+  uint16_t count, pending;
+
+  void arrive() {
+    if (--pending) return;
+    pending = count;
+    ++phase;
+  }
+};
+inline Signal& signal(uintptr_t at) {
+  return *reinterpret_cast<Signal*>(at);
+}
+
 template <class T>
 const T* in_block(const T* mine, int rank) {
   const ptrdiff_t far = ptrdiff_t(rank - current_block()) * cluster().shared_bytes;
