@@ -26,6 +26,8 @@ GIVEN = 0.002  # a tensor scale for inputs of about unit size
 # Fractions of the copy's rate aimed at on a GPU; 0.92 where nothing else is said.
 QUANTIZE_AIMS = {"mxfp4": 0.95, "mxfp6_e2m3": 0.85, "mxfp6_e3m2": 0.85, "mxint6": 0.85}
 TRITON_AIM = 0.75
+# On the CPU: of a copy into memory that is there, with tensors larger than the last-level cache.
+CPU_AIM, CPU_AIMED = 2 / 3, ("quantize", "dequantize", "rotate + quantize")
 
 
 class Turns:
@@ -203,23 +205,13 @@ def of_formats(room: Any, turns: Turns, device: str) -> list[Case]:
     def add(group: str, name: str, call: Any, count: int, aim: float, check: Any) -> None:
         if gpu and room.name == "triton":
             aim = TRITON_AIM
-        found.append(
-            Case(
-                name,
-                call,
-                count,
-                n,
-                group,
-                room=room.name,
-                aim=aim if gpu else None,
-                check=check,
-            )
-        )
+        wanted = aim if gpu else CPU_AIM if group in CPU_AIMED else None
+        found.append(Case(name, call, count, n, group, room=room.name, aim=wanted, check=check))
 
     for name, fmt in pyfmt.FORMATS.items():
         aim = QUANTIZE_AIMS.get(name, 0.92)
         options: dict[str, Any] = {}
-        if gpu and fmt.tensor_scale:
+        if fmt.tensor_scale:
             options["tensor_scale"] = torch.tensor(GIVEN, device=device)
         both = size + stored_bytes(name, *x.shape)
 
@@ -266,7 +258,7 @@ def of_rotations(room: Any, turns: Turns, device: str) -> list[Case]:
         group = "rotate + quantize"
         found.append(Case(name, call, both, n, group, room=room.name, aim=aim, check=check))
 
-    aim = None if not gpu else TRITON_AIM if triton else 0.85
+    aim = CPU_AIM if not gpu else TRITON_AIM if triton else 0.85
     for r in ROTATIONS:
         add(f"rotate {r} + quantize mxfp4", "mxfp4", aim, rotation=r)
     if gpu:
@@ -339,6 +331,8 @@ def cases(turns: Turns, device: str) -> list[Case]:
     x = turns.xs[0]
     out = torch.empty_like(x)
     found = [Case("copy", lambda: out.copy_(turns.x), 2 * x.nbytes, x.numel(), "copy")]
+    if device == "cpu":
+        found.append(Case("clone", lambda: turns.x.clone(), 2 * x.nbytes, x.numel(), "copy"))
     for room in rooms(device):
         found += of_formats(room, turns, device) + of_rotations(room, turns, device)
         if device == "cuda":

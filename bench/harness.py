@@ -113,19 +113,21 @@ def measure(cases: Sequence[Case], *, seconds: float = 0.5, rounds: int = 15) ->
     """Time the cases in turn, round by round, so that drift of the machine hits all alike.
 
     Each round runs a case often enough to fill `seconds / rounds`; a case slower than that runs
-    once, and one slower than `seconds` only in the first three rounds.
+    once, and one slower than `seconds` only in the first three rounds, or in the first if it
+    takes more than twice as long.
     """
     counts, timers = [], []
     for case in cases:
         timer = Timer("f()", globals={"f": case.call}, num_threads=torch.get_num_threads())
-        timer.timeit(1)
         once = timer.timeit(1).mean
+        if once < 2 * seconds:
+            once = timer.timeit(1).mean
         timers.append(timer)
         counts.append((max(1, int(seconds / rounds / once)), once))
     times: list[list[float]] = [[] for _ in cases]
     for i in range(rounds):
         for samples, timer, (count, once) in zip(times, timers, counts, strict=True):
-            if once < seconds or i < 3:
+            if once < seconds or i < (3 if once < 2 * seconds else 1):
                 samples.append(timer.timeit(count).mean)
     return lines_of(cases, times)
 

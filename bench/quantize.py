@@ -5,9 +5,12 @@
 
 On a GPU every room that is there is timed (CUDA, Triton), else the CPU room. Bytes count what a
 call must read and write, so that each line is a fraction of a copy of the same run; aims are
-fractions of it too. Every call's result is first compared with the reference in some of its rows:
-a wrong bit stops the run before anything is timed. --sweep times quantize to mxfp4 from 2^12 to
-2^31 elements, with a plot beside the JSON. PYFMT_COMMIT names the commit where there is no git.
+fractions of it too. On the CPU results lie in memory that the allocator kept (bench/memory.py),
+where x.clone() runs as fast as a copy into memory that is there; a part is timed into fresh pages
+besides, against x.clone() into such. Every call's result is first compared with the reference in
+some of its rows: a wrong bit stops the run before anything is timed. --sweep times quantize to
+mxfp4 from 2^12 to 2^31 elements, with a plot beside the JSON. PYFMT_COMMIT names the commit where
+there is no git.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import memory
 import torch
 from cases import Turns, cases
 from harness import (
@@ -34,14 +39,26 @@ from harness import (
 )
 from rivals import PUBLISHED, rivals
 
-SIDE = {"cpu": 4096, "cuda": 16384}
+SIDE = {"cpu": 8192, "cuda": 16384}  # x and its copy exceed any last-level cache
+# What is timed into fresh pages too, on the CPU.
+FRESH = (
+    "copy",
+    "clone",
+    "quantize mxfp4",
+    "quantize mxint8",
+    "quantize nvfp4 dynamic",
+    "dequantize mxfp4",
+    "dequantize mxint8",
+    "rotate 32 + quantize mxfp4",
+    "hadamard 32",
+)
 
 
 def options() -> Any:
     parser = arguments(__doc__.splitlines()[0])
     parser.set_defaults(rounds=None)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where one is")
-    parser.add_argument("--rows", type=int, help="default: 16384 on a GPU, 4096 on the CPU")
+    parser.add_argument("--rows", type=int, help="default: 16384 on a GPU, 8192 on the CPU")
     parser.add_argument("--columns", type=int)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--only", default="", help="cases whose room and name hold this")
@@ -75,7 +92,15 @@ def compile_share(found: Sequence[Case], share: str) -> None:
 
 
 def on_cpu(found: Sequence[Case], args: Any) -> tuple[list[Line], dict[str, Any]]:
-    return measure(found, seconds=args.seconds, rounds=args.rounds or 15), {}
+    """Time everything with results in memory that is kept, before that a part in fresh pages."""
+    fresh = []
+    some = [case for case in found if case.name in FRESH]
+    if not args.only and memory.fresh():
+        fresh = measure(some, seconds=args.seconds / 2, rounds=args.rounds or 7)
+        against_copy(fresh, next(line for line in fresh if line.name == "clone"))
+    kept = memory.keep()
+    lines = measure(found, seconds=args.seconds, rounds=args.rounds or 15)
+    return lines, {"memory_kept": kept, "fresh_of_clone": [asdict(line) for line in fresh]}
 
 
 def on_gpu(found: Sequence[Case], args: Any) -> tuple[list[Line], dict[str, Any]]:
@@ -108,6 +133,9 @@ def summary(lines: Sequence[Line], more: dict[str, Any]) -> None:
     if "plain_us" in more:
         plain = ", ".join(f"{name} {us:.2f} us" for name, us in more["plain_us"].items())
         print(f"torch's own calls on this host: {plain}")
+    for line in more.get("fresh_of_clone", ()):
+        ratio, ms = line["of_copy"], line["median"] * 1e3
+        print(f"into fresh pages: {line['name']:28} {ms:.2f} ms, {ratio:.2f} of x.clone()")
     for library, figures in more.get("published", {}).items():
         words = ", ".join(f"{size}: {figure:.2f}" for size, figure in figures.items())
         print(f"{library}, quoted, not measured here: {words} of a copy")
@@ -121,6 +149,7 @@ def summary(lines: Sequence[Line], more: dict[str, Any]) -> None:
 
 def main() -> int:
     args = options()
+    memory.huge_pages()
     started = time.perf_counter()
     torch.manual_seed(0)
     count = 2 if args.device == "cuda" else 1

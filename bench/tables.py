@@ -41,15 +41,20 @@ def cpu_table(record: dict[str, Any]) -> str:
     machine, shape = record["machine"], " x ".join(map(str, record["shape"]))
     torch = machine["versions"]["torch"]
     words = ", ".join(f"{line['name'].split()[1]}: {_cell(line)}" for line in rotated)
+    fresh = [line for line in record["fresh_of_clone"] if line["group"] != "copy"]
+    anew = ", ".join(f"{line['name']} {line['of_copy']:.2f}" for line in fresh)
     return "\n".join(
         [
-            f"10^9 elements a second, in brackets the rate in bytes as a fraction of a copy's "
-            f"({lines['copy']['gbytes_per_s']:.0f} GB/s), {shape} {record['dtype']}, "
-            f"{machine['cpu']}, {machine['threads']} threads, torch {torch}:",
+            f"10^9 elements a second, in brackets the rate in bytes as a fraction of a copy's into "
+            f"memory that is there ({lines['copy']['gbytes_per_s']:.0f} GB/s; `x.clone()` "
+            f"{lines['clone']['gbytes_per_s']:.0f}), {shape} {record['dtype']}, an allocator that "
+            f"keeps memory, {machine['cpu']}, {machine['threads']} threads, torch {torch}; "
+            "nvfp4 and nvint4 with a given tensor scale, dynamic: x is read twice:",
             "",
             *rows,
             "",
             f"Hadamard rotation fused with quantize to mxfp4, by size: {words}.",
+            *([f"Into fresh pages, as a fraction of `x.clone()` into such: {anew}."] * bool(fresh)),
         ]
     )
 

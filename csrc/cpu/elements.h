@@ -8,28 +8,32 @@ namespace pyfmt {
 namespace PYFMT_ISA {
 
 #if PYFMT_AVX512
-// The float codec of AVX-512: a table in a register holds the rounding base of each exponent, for
-// elements of at most 16 exponents.
+// The float codec of AVX-512: a table in one register, or two, holds the rounding base of each
+// exponent, for elements of at most 16 exponents, or 32.
 struct TableFloat {
-  alignas(64) uint32_t base[16];
+  alignas(64) uint32_t base[32];
 
-  PYFMT_HD constexpr explicit TableFloat(const codec::FloatCodec& c) : base{} {
-    const uint32_t low = (c.emin_bits >> 23) - 1;
-    for (uint32_t field = low; field < low + 16; ++field) {
+  PYFMT_HD constexpr explicit TableFloat(const codec::FloatCodec& c, bool wide) : base{} {
+    const uint32_t count = wide ? 32 : 16, low = (c.emin_bits >> 23) - 1;
+    for (uint32_t field = low; field < low + count; ++field) {
       uint32_t exponent = field << 23;
       if (exponent < c.emin_bits) exponent = c.emin_bits;
-      base[field & 15] = exponent + (exponent >> c.shift) + c.magic;
+      base[field & (count - 1)] = exponent + (exponent >> c.shift) + c.magic;
     }
   }
+  static constexpr bool wide(const ElementSpec& e) { return e.emax() - e.emin() >= 15; }
   static constexpr bool serves(const ElementSpec& e) {
-    return e.is_signed && e.emax() - e.emin() < 15;
+    return e.is_signed && e.emax() - e.emin() < 31;
   }
-  PYFMT_INLINE U encode(const codec::FloatCodec& c, __m512i table, U y) {
+  template <bool kWide>
+  PYFMT_INLINE U encode(const codec::FloatCodec& c, __m512i table, __m512i upper, U y) {
     const __m512 max = _mm512_castsi512_ps((__m512i)broadcast(c.max_bits));
     // The smaller magnitude, positive.
     const __m512 mag = _mm512_range_ps((__m512)y, max, 0b1010);
     const U bounded = max_u((U)mag, broadcast(c.emin_bits - (1u << 23)));
-    const __m512i base = _mm512_permutexvar_epi32((__m512i)(bounded >> 23), table);
+    const __m512i field = (__m512i)(bounded >> 23);
+    const __m512i base = kWide ? _mm512_permutex2var_epi32(table, field, upper)
+                               : _mm512_permutexvar_epi32(field, table);
     const U sum = (U)(F)_mm512_add_ps(mag, _mm512_castsi512_ps(base));
     return select_bits(c.magnitude_mask, sum, y >> c.sign_shift);
   }
@@ -80,11 +84,12 @@ template <class Element>
 struct StaticFloat {
 #if PYFMT_AVX512
   struct Table {
-    __m512i base;
+    __m512i base, upper;
   };
+  static constexpr bool kWide = TableFloat::wide(Element::spec);
   PYFMT_INLINE Table make(const ElementSpec&, bool) {
-    constexpr TableFloat table{codec::FloatCodec(Element::spec)};
-    return {_mm512_load_si512(table.base)};
+    constexpr TableFloat table(codec::FloatCodec(Element::spec), kWide);
+    return {_mm512_load_si512(table.base), _mm512_load_si512(table.base + 16)};
   }
 #else
   struct Table {};
@@ -93,7 +98,9 @@ struct StaticFloat {
   PYFMT_INLINE U encode(const Table& t, U y) {
     constexpr codec::FloatCodec c(Element::spec);
 #if PYFMT_AVX512
-    if constexpr (TableFloat::serves(Element::spec)) return TableFloat::encode(c, t.base, y);
+    if constexpr (TableFloat::serves(Element::spec)) {
+      return TableFloat::encode<kWide>(c, t.base, t.upper, y);
+    }
 #endif
     (void)t;
     return codec::encode_float<U>(c, y);

@@ -3,14 +3,15 @@
 #pragma once
 
 #include "kernels_layout.h"
+#include "kernels_words.h"
 #include "pairs.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
 
 struct DecodeRow {
-  const uint8_t* codes = nullptr;  // one a byte, readable up to a multiple of 16; or two a byte
-  bool nibbles = false;
+  const uint8_t* codes = nullptr;  // one a byte, readable up to a multiple of 16; or packed
+  int bits = 8;                    // that a code takes
   int64_t n = 0;
   void* out = nullptr;
   bool has_tensor_scale = false;
@@ -73,7 +74,7 @@ template <class Element, DType kDType>
 static void decode_tame(const ElementSpec& spec, const DecodeRow& d, const Multipliers& m) {
   const auto c = Element::make(spec, false);
   const Arithmetic<Element, decltype(Element::make(spec, false))> values{c};
-  if (!d.nibbles) return decode_pairs<decltype(values), kDType, false>(values, d, m);
+  if (d.bits == 8) return decode_pairs<decltype(values), kDType, false>(values, d, m);
   if constexpr (kHasLookup) {
     uint32_t table[kGroup];
     Group codes;
@@ -164,7 +165,10 @@ class Decoder {
       : element_(e),
         block_(block),
         each_(block % kGroup != 0),
-        decode_(find_decoders(e, dtype, each_, tensor_scale != nullptr)) {
+        decode_(find_decoders(e, dtype, each_, tensor_scale != nullptr)),
+        words_(e),
+        by_words_(dtype == DType::kBF16 && scale == Scale::kE8M0 && !tensor_scale &&
+                  block % kPairs == 0) {
     const float t = tensor_scale ? *tensor_scale : 1.0f;
     const bool bounded = t > 0.0f && t <= 0x1p127f;
     // E8M0 is never zero or infinite; other scales may be, and infinity times zero is a NaN.
@@ -178,9 +182,11 @@ class Decoder {
     exact_from_ = lowest < -126 ? 0x00400000u : power_of_two_bits(lowest <= 127 ? lowest : 127);
   }
 
-  // Whether a row with these scales may come as nibbles.
-  PYFMT_HD bool takes_nibbles(int64_t n, const uint32_t* scales, int64_t blocks) const {
-    return decode_.pairs && n % kPairs == 0 && element_.bits() == 4 && tame(scales, blocks);
+  // The bits that a code of a row with these scales may take: those of the element, or a byte.
+  PYFMT_HD int packed_bits(int64_t n, const uint32_t* scales, int64_t phase, int64_t blocks) const {
+    const int bits = element_.bits();
+    if (bits == 4) return decode_.pairs && n % kPairs == 0 && tame(scales, blocks) ? 4 : 8;
+    return bits == 6 && takes_words(n, scales, phase, blocks) ? 6 : 8;
   }
 
   // The row's first element lies `phase` elements into the block of scales[0]; `room` holds
@@ -189,10 +195,14 @@ class Decoder {
     if (!each_) {
       const Multipliers m = group_multipliers(scales, phase, block_, d.n, room);
       const int64_t blocks = (phase + d.n + block_ - 1) / block_;
+      if (m.shift && takes_words(d.n, scales, phase, blocks)) {
+        return words_.run(d.codes, d.bits, d.n, m, (uint16_t*)d.out);
+      }
       const bool pairs = decode_.pairs && d.n % kPairs == 0 && tame(scales, blocks);
       if (!pairs) return decode_.groups(element_, d, m);
-      d.exact = exact_;
-      for (int64_t b = 0; b < blocks; ++b) d.exact &= scales[b] >= exact_from_;
+      uint32_t least = exact_ ? ~0u : 0u;
+      for (int64_t b = 0; exact_ && b < blocks; ++b) least = scales[b] < least ? scales[b] : least;
+      d.exact = least >= exact_from_;
       return decode_.pairs(element_, d, m);
     }
     for (int64_t i = 0; i < d.n; ++scales) {
@@ -205,6 +215,13 @@ class Decoder {
   }
 
  private:
+  PYFMT_HD bool takes_words(int64_t n, const uint32_t* scales, int64_t phase,
+                            int64_t blocks) const {
+    const int64_t each = block_ / kGroup;
+    return by_words_ && n % kPairs == 0 && phase == 0 && (each & (each - 1)) == 0 &&
+           words_.takes(scales, blocks);
+  }
+
   // No scale that a caller may have made up: infinite, or a NaN but the canonical one.
   PYFMT_HD bool tame(const uint32_t* scales, int64_t blocks) const {
     bool wild = false;
@@ -219,6 +236,8 @@ class Decoder {
   bool each_, exact_, float_scales_;
   Decoders decode_;
   uint32_t exact_from_;
+  WordTable words_;
+  bool by_words_;
 };
 
 // Scale codes to float32 bits.
@@ -281,14 +300,15 @@ static void dequantize(const cpu::DequantizeArgs& a, int64_t begin, int64_t end)
       const int64_t row = tile.row + r, offset = tile.column * bits / 8;
       const uint8_t* packed = a.codes + row * a.row_bytes + offset;
       d.codes = packed;
-      d.nibbles = decoder.takes_nibbles(tile.width, scales, blocks);
-      if (!d.nibbles && (bits != 8 || tile.width % kGroup)) {
+      const int64_t phase = tile.column - block * t.block_columns;
+      d.bits = decoder.packed_bits(tile.width, scales, phase, blocks);
+      if (d.bits == 8 && (bits != 8 || tile.width % kGroup)) {
         unpack_row(packed, a.row_bytes - offset, tile.width, bits, unpacked);
         d.codes = unpacked;
       }
       d.n = tile.width;
       d.out = at(a.out, a.dtype, row * t.columns + tile.column);
-      decoder.run(d, scales, tile.column - block * t.block_columns, room);
+      decoder.run(d, scales, phase, room);
     }
   }
 }

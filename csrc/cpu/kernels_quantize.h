@@ -5,113 +5,13 @@
 
 #include "kernels_amax.h"
 #include "kernels_dequantize.h"
+#include "kernels_e2m1.h"
 #include "kernels_encode.h"
+#include "kernels_lanes.h"
+#include "kernels_scale.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
-
-using cpu::QuantizeArgs;
-using cpu::ScaleArgs;
-
-// ---- scales -----------------------------------------------------------------------------------
-
-// The facts of a format that turn block amax into scales.
-struct ScaleConstants {
-  uint32_t addend;
-  int emax;
-  F qmax;
-  const codec::RecipeConstants& recipe;
-
-  PYFMT_HD explicit ScaleConstants(const QuantizeArgs& q)
-      : addend(codec::e8m0_addend(q.rule, q.element)),
-        emax(q.element.emax()),
-        qmax((F)broadcast(q.element.max_bits())),
-        recipe(q.recipe) {}
-};
-
-// kLanes blocks: scale codes, multipliers for encoding, and scales as float32.
-template <Scale kScale>
-PYFMT_INLINE U scales_of(const ScaleConstants& c, U amax, U* encode, U* decode) {
-  U code;
-  if constexpr (kScale == Scale::kE8M0) {
-    code = codec::e8m0_from_amax<U>(amax, c.addend, c.emax);
-    *encode = codec::e8m0_encode_multiplier<U>(code);
-  } else if constexpr (kScale == Scale::kE4M3) {
-    code = codec::e4m3_from_amax<U>(c.recipe, amax, encode);
-  } else {
-    code = codec::round_scale<U>(kScale, (U)((F)amax / c.qmax));
-    *encode = codec::reciprocal<U>((F)codec::decode_scale<U>(kScale, code), code);
-  }
-  // A block holding NaN or infinity: NaN scale, and a NaN multiplier as its mark.
-  const auto poisoned = (I)amax >= int32_t(kFloatInf);
-  code = poisoned ? broadcast(codec::scale_nan(kScale)) : code;
-  *encode = poisoned ? broadcast(kFloatNaN) : *encode;
-  *decode = codec::decode_scale<U>(kScale, code);
-  return code;
-}
-
-template <int kBytes>
-PYFMT_INLINE void store_codes(void* p, U codes) {
-  if constexpr (kBytes == 4) {
-    store<U>(p, codes);
-  } else {
-    store(p, __builtin_convertvector(codes, typename Narrow<kBytes>::V));
-  }
-}
-
-// Returns whether a block was not finite.
-template <Scale kScale>
-PYFMT_INLINE bool scale_blocks_as(const ScaleArgs& a) {
-  constexpr int kBytes = scale_bytes(kScale);
-  const ScaleConstants c(*a.quantize);
-  char* const scales = (char*)a.scales;
-  uint32_t *const encodes = a.encode, *const decodes = a.decode;
-  U largest{}, encode, decode;
-  int64_t i = 0;
-  for (; i + kLanes <= a.count; i += kLanes) {
-    const U amax = load<U>(a.amax + i);
-    const U code = scales_of<kScale>(c, amax, &encode, &decode);
-    largest = max_u(largest, amax);
-    store<U>(encodes + i, encode);
-    if (decodes) store<U>(decodes + i, decode);
-    if (scales) store_codes<kBytes>(scales + i * kBytes, code);
-  }
-  if (i < a.count) {
-    const size_t rest = size_t(a.count - i);
-    U amax{};
-    memcpy(&amax, a.amax + i, rest * 4);
-    const U code = scales_of<kScale>(c, amax, &encode, &decode);
-    largest = max_u(largest, amax);
-    memcpy(encodes + i, &encode, rest * 4);
-    if (decodes) memcpy(decodes + i, &decode, rest * 4);
-    alignas(64) char narrow[4 * kLanes];
-    store_codes<kBytes>(narrow, code);
-    if (scales) memcpy(scales + i * kBytes, narrow, rest * kBytes);
-  }
-  uint32_t most = 0;
-  for (int k = 0; k < kLanes; ++k) most = largest[k] > most ? largest[k] : most;
-  return most >= kFloatInf;
-}
-
-static bool scale_tile(const ScaleArgs& a) {
-  switch (a.quantize->scale) {
-    case Scale::kE8M0:
-      return scale_blocks_as<Scale::kE8M0>(a);
-    case Scale::kE4M3:
-      return scale_blocks_as<Scale::kE4M3>(a);
-    case Scale::kBF16:
-      return scale_blocks_as<Scale::kBF16>(a);
-    case Scale::kFP16:
-      return scale_blocks_as<Scale::kFP16>(a);
-    default:
-      return scale_blocks_as<Scale::kFP32>(a);
-  }
-}
-
-static void scale_blocks(const ScaleArgs& a) {
-  GradualUnderflow guard;
-  scale_tile(a);
-}
 
 // ---- codes ------------------------------------------------------------------------------------
 
@@ -177,6 +77,9 @@ class Quantizer {
         // Nearest rounding of whole blocks of 16: multiply while encoding, from the source itself.
         by_group_(t_.block_columns % kGroup == 0 && !a.stochastic && !a.given),
         encode_row_(find_encoders(a.element, a.full, a.dtype)),
+        lanes_(a),
+        quarters_(a.element == elements::e2m1 && a.scale == Scale::kE8M0 &&
+                  a.dtype == DType::kBF16),
         tensor_scale_(codec::Lane<uint32_t>::as_float(a.recipe.tensor_scale)),
         decoder_(a.element, a.scale, a.out_dtype, t_.block_columns,
                  a.has_tensor_scale ? &tensor_scale_ : nullptr) {}
@@ -187,6 +90,10 @@ class Quantizer {
   void run(int64_t item) {
     const Tile tile = tile_at(t_, item);
     const int64_t blocks = tile.padded / t_.block_columns;
+    if (lanes_.serves(tile) &&
+        lanes_.run(source(tile, 0), tile.width, (float*)x_, scales_out(tile), codes_out(tile, 0))) {
+      return;
+    }
     const bool direct =
         by_group_ && t_.block_rows == 1 && !a_.rotation.size && tile.padded == tile.width;
     if (!direct) stage(tile);
@@ -208,11 +115,17 @@ class Quantizer {
       if (by_group_) {
         const Multipliers m = group_multipliers(encode_, 0, t_.block_columns, tile.padded, random_);
         const bool from_source = direct && !poisoned;
+        if (quarters_ && from_source && m.shift && stored_bits(tile) == 4 &&
+            by_quarters(encode_, amax_, blocks)) {
+          encode_quarters((const uint16_t*)source(tile, r), tile.padded, m, bytes);
+          finish(tile, r, bytes);
+          continue;
+        }
         const EncodeFn encode_row = from_source    ? encode_row_.source
                                     : paired(tile) ? encode_row_.paired
                                                    : encode_row_.staged;
         encode_row(a_.element, a_.full, from_source ? source(tile, r) : x, tile.padded, m,
-                   nibbles(tile), bytes);
+                   stored_bits(tile), bytes);
       } else {
         encode_scaled(tile, r, phase, encode, bytes);
       }
@@ -269,15 +182,19 @@ class Quantizer {
       if (r == 0) continue;
       for (int64_t b = 0; b < blocks; ++b) amax_[b] = amax[b] > amax_[b] ? amax[b] : amax_[b];
     }
-    const int64_t first = tile.strip * t_.blocks() + tile.column / t_.block_columns;
     ScaleArgs s;
     s.quantize = &a_;
     s.amax = amax_;
     s.count = blocks;
-    s.scales = a_.scales ? (char*)a_.scales + first * scale_bytes(a_.scale) : nullptr;
+    s.scales = scales_out(tile);
     s.encode = encode_;
     s.decode = a_.codes ? nullptr : decode_;
     return scale_tile(s);
+  }
+
+  void* scales_out(const Tile& tile) const {
+    const int64_t first = tile.strip * t_.blocks() + tile.column / t_.block_columns;
+    return a_.scales ? (char*)a_.scales + first * scale_bytes(a_.scale) : nullptr;
   }
 
   // Zero the poisoned blocks, whose codes must be 0 whatever they hold.
@@ -309,20 +226,23 @@ class Quantizer {
       return;
     }
     const uint32_t one = 0x3f800000u;
-    encode_row_.staged(a_.element, a_.full, x, n, Multipliers{&one, 63}, false, codes);
+    encode_row_.staged(a_.element, a_.full, x, n, Multipliers{&one, 63}, 8, codes);
   }
 
-  // Nibbles of whole pairs are packed as they are encoded.
-  bool nibbles(const Tile& tile) const {
-    return by_group_ && a_.element.bits() == 4 && tile.padded % kPairs == 0 &&
-           (a_.codes ||
-            (tile.padded == tile.width && decoder_.takes_nibbles(tile.width, decode_, 0)));
+  // The bits that a code takes as it is encoded: codes of whole pairs are packed on the way.
+  int stored_bits(const Tile& tile) const {
+    const int bits = a_.element.bits();
+    if (!by_group_ || tile.padded % kPairs) return 8;
+    if (bits == 6) return kPacksSix && a_.codes ? 6 : 8;
+    const bool taken = a_.codes || (tile.padded == tile.width &&
+                                    decoder_.packed_bits(tile.width, decode_, 0, 0) == 4);
+    return bits == 4 && taken ? 4 : 8;
   }
 
   // Packed codes go straight to the output where whole groups do not run over its end.
   uint8_t* codes_out(const Tile& tile, int64_t r) {
     const int bits = a_.element.bits();
-    const bool straight = nibbles(tile) || (bits == 8 && tile.padded % kGroup == 0);
+    const bool straight = stored_bits(tile) == bits && tile.padded % kGroup == 0;
     if (!a_.codes || !straight) return codes_;
     return a_.codes + (tile.row + r) * a_.row_bytes + tile.column * bits / 8;
   }
@@ -342,7 +262,7 @@ class Quantizer {
     }
     DecodeRow d;
     d.codes = codes;
-    d.nibbles = nibbles(tile);
+    d.bits = stored_bits(tile);
     d.n = tile.width;
     d.out = at(a_.out, a_.out_dtype, row * t_.columns + tile.column);
     d.has_tensor_scale = a_.has_tensor_scale;
@@ -362,6 +282,8 @@ class Quantizer {
   uint32_t *random_, *amax_, *encode_, *decode_;
   bool by_group_;
   Encoders encode_row_;
+  LaneQuantizer lanes_;
+  bool quarters_;
   float tensor_scale_;
   Decoder decoder_;
 };

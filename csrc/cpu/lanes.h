@@ -38,13 +38,26 @@ class Scratch {
     return p;
   }
   // What `take` of each of these counts of bytes needs.
-  static constexpr int64_t kStack = 32 * 1024;
+  static constexpr int64_t kStack = 48 * 1024;
 
  private:
   alignas(64) char stack_[kStack + 64];
   char* heap_;
   char* next_;
 };
+
+// How far ahead of its reading a loop asks for its input: the encoding of a tile hides the wait for
+// the next ones. Addresses past the end do no harm.
+constexpr int64_t kAheadBytes = 16384;
+PYFMT_INLINE void fetch_ahead(const void* p) {
+  __builtin_prefetch((const char*)p + kAheadBytes);
+}
+
+// Ask for output that is written some hundred cycles later: a store that waits for its line holds
+// up all stores behind it.
+PYFMT_INLINE void fetch_output(void* p, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((char*)p + at, 1);
+}
 
 // Sixteen elements of a dtype as float32 bits.
 template <DType kDType>

@@ -125,8 +125,8 @@ class RowDecoder {
       scales_[0] = 0x3f800000u;
     }
     d_.codes = codes;
-    d_.nibbles = decoder_.takes_nibbles(n, scales_, blocks);
-    if (!d_.nibbles && (f.bits() != 8 || n % kGroup)) {
+    d_.bits = decoder_.packed_bits(n, scales_, phase, blocks);
+    if (d_.bits == 8 && (f.bits() != 8 || n % kGroup)) {
       unpack_row(codes, bytes - offset, n, f.bits(), unpacked_);
       d_.codes = unpacked_;
     }

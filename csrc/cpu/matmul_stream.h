@@ -4,12 +4,13 @@
 // scale: one float32 multiply-add an element and one a scale.
 #pragma once
 
-#include "matmul_lanes.h"
+#include "matmul_rows.h"
+#include "matmul_stream_int8.h"
+#include "matmul_stream_pairs.h"
+#include "matmul_stream_tables.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
-
-using cpu::StreamArgs;
 
 // Four-bit codes where a lookup serves: a vector holds 8 * kLanes of them, lane i the elements
 // 8 i to 8 i + 7, and each shift by four bits brings up the next one. a is permuted likewise.
@@ -17,14 +18,6 @@ constexpr int kNibbleStep = 8 * kLanes;
 
 PYFMT_INLINE bool by_nibbles(const FormatSpec& f) {
   return kHasLookup && f.bits() == 4;
-}
-
-// Six bits, and floats of eight, where tables of 64 entries are: thirty-two values at a time as
-// bfloat16, the even and the odd ones in two vectors, and a likewise.
-PYFMT_INLINE bool by_tables(const FormatSpec& f, int64_t k) {
-  const int bits = f.bits();
-  const bool known = bits == 6 || (bits == 8 && !f.element.is_int() && f.element.is_signed);
-  return PYFMT_VNNI && known && f.columns(k) % kPairs == 0 && f.block_columns != 0;
 }
 
 // Which of a vector's scales belong to its lanes of eight elements: blocks of 8, 16, 32, ... or as
@@ -60,6 +53,8 @@ static int64_t stream_columns(const FormatSpec& f, int64_t k) {
 static void stream_prepare(const StreamArgs& s) {
   const FormatSpec& f = s.right.format;
   const int64_t columns = stream_columns(f, s.k);
+  if (by_pairs(f, s.a_dtype, s.k)) return prepare_pairs(s, columns);
+  if (by_words(f, s.a_dtype, s.k)) return prepare_words(s, columns);
   const bool nibbles = by_nibbles(f), pairs = by_tables(f, s.k), turned = nibbles || pairs;
   Scratch scratch(turned ? columns * 4 : 0);
   uint32_t* const row = turned ? scratch.take<uint32_t>(columns) : nullptr;
@@ -73,33 +68,6 @@ static void stream_prepare(const StreamArgs& s) {
         for (int lane = 0; lane < kLanes; ++lane)
           out[i + j * kLanes + lane] = row[i + lane * 8 + j];
       }
-    }
-  }
-}
-
-// Towards the next rows, perhaps beyond the last one: fetching never faults.
-PYFMT_INLINE void prefetch(const uint8_t* p) {
-  __builtin_prefetch(p, 0, 3);
-}
-
-// The scales of the `rows` rows after these.
-PYFMT_INLINE void prefetch_scales(const StreamArgs& s, int64_t row, int rows) {
-  const FormatSpec& f = s.right.format;
-  const int64_t bytes = f.blocks(s.k) * scale_bytes(f.scale);
-  if (f.block_rows != 1 || row + rows > s.n) return;
-  const uint8_t* const first = (const uint8_t*)s.right.scales + row * bytes;
-  for (int64_t i = 0; i < rows * bytes; i += 64) prefetch(first + i);
-}
-
-// y, bias and rounding for R rows of b from `row`.
-template <int R, int M>
-PYFMT_INLINE void finish_rows(const StreamArgs& s, int64_t row, const F (&sum)[R][M]) {
-  for (int r = 0; r < R; ++r) {
-    for (int m = 0; m < M; ++m) {
-      float y = sum_lanes(sum[r][m]);
-      if (s.right.has_tensor_scale) y *= s.right.tensor_scale;
-      if (s.bias) y += float_at(s.bias, s.bias_dtype, row + r);
-      store_at(s.out, s.out_dtype, m * s.n + row + r, y);
     }
   }
 }
@@ -237,21 +205,32 @@ static void byte_rows(const StreamArgs& s, int64_t row, const Decode& values, ui
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t most = columns - b * block, width = block < most ? block : most;
     F part[R][M] = {};
-    for (int64_t i = b * block; i < b * block + (kBlock ? kBlock : width); i += kGroup) {
-      F w[R][kVectors];
-      if (!unpacked && i % 64 == 0) {
+    if (!unpacked) {
+      for (int64_t i = round_up(b * block, 64); i < b * block + width; i += 64) {
+        PYFMT_UNROLL
         for (int r = 0; r < R; ++r) prefetch(codes[r] + R * bytes + i);
       }
-      for (int r = 0; r < R; ++r) values.decode(codes[r] + i, w[r]);
+    }
+    PYFMT_UNROLL
+    for (int64_t i = 0; i < (kBlock ? kBlock : width); i += kGroup) {
+      const int64_t at = b * block + i;
+      F w[R][kVectors];
+      PYFMT_UNROLL
+      for (int r = 0; r < R; ++r) values.decode(codes[r] + at, w[r]);
+      PYFMT_UNROLL
       for (int v = 0; v < kVectors; ++v) {
+        PYFMT_UNROLL
         for (int m = 0; m < M; ++m) {
-          const F left = load<F>(s.prepared + m * columns + i + v * kLanes);
+          const F left = load<F>(s.prepared + m * columns + at + v * kLanes);
+          PYFMT_UNROLL
           for (int r = 0; r < R; ++r) part[r][m] = multiply_add(w[r][v], left, part[r][m]);
         }
       }
     }
+    PYFMT_UNROLL
     for (int r = 0; r < R; ++r) {
       const F scale = (F)broadcast(scales[r * room + b]);
+      PYFMT_UNROLL
       for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
     }
   }
@@ -277,119 +256,24 @@ static void stream_bytes(const StreamArgs& s, int64_t begin, int64_t end) {
   for (; row < end; ++row) byte_rows<Decode, 0, 1, M>(s, row, values, scales, unpacked);
 }
 
-#if PYFMT_VNNI
-// ---- by tables ------------------------------------------------------------------------
-
-// Values as bfloat16 by their codes without the sign.
-struct ValueTable {
-  __m512i low[2], high[2];
-
-  explicit ValueTable(const ElementSpec& e) {
-    alignas(64) uint16_t values[128];
-    for (uint32_t code = 0; code < 128; ++code) {
-      const uint32_t value = value_of(e, code & ((1u << e.bits()) - 1));
-      values[code] = uint16_t(codec::bf16_from_float<uint32_t>(value));
-    }
-    for (int i = 0; i < 2; ++i) {
-      low[i] = _mm512_load_si512(values + 32 * i);
-      high[i] = _mm512_load_si512(values + 64 + 32 * i);
-    }
-  }
-  // Codes in 16-bit lanes; of four and six bits, what lies above them does not count.
-  template <int kBits>
-  PYFMT_HD __m512i of(__m512i codes) const {
-    if (kBits == 4) return _mm512_permutexvar_epi16(codes, low[0]);
-    const __m512i first = _mm512_permutex2var_epi16(low[0], codes, low[1]);
-    if (kBits == 6) return first;
-    const __m512i second = _mm512_permutex2var_epi16(high[0], codes, high[1]);
-    const __mmask32 upper = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x40));
-    const __m512i sign = _mm512_set1_epi16(int16_t(0x8000));
-    // Where the mask is set: the sign from the codes, the rest from the table.
-    return _mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(codes, 8),
-                                     _mm512_mask_mov_epi16(first, upper, second), 0xca);
-  }
-};
-
-// Thirty-two codes in 16-bit lanes, from the start of p.
-template <int kBits>
-PYFMT_INLINE __m512i load_codes(const uint8_t* p) {
-  if (kBits == 8) return _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)p));
-  if (kBits == 4) {
-    const __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i*)p));
-    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x000c000800040000ll), words);
-  }
-  // 24 bytes: four codes lie in three bytes, which a 32-bit word of their own takes apart.
-  alignas(64) static constexpr uint8_t kBytes[64] = {0,  1, 2,  0,  3,  4,  5,  0,  6,  7,  8,
-                                                     0,  9, 10, 11, 0,  12, 13, 14, 0,  15, 16,
-                                                     17, 0, 18, 19, 20, 0,  21, 22, 23, 0};
-  const __m256i bytes =
-      _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
-                              _mm_loadl_epi64((const __m128i*)(p + 16)), 1);
-  const __m256i words = _mm256_permutexvar_epi8(_mm256_load_si256((const __m256i*)kBytes), bytes);
-  const __m512i wide = _mm512_cvtepu32_epi64(words);
-  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x0012000c00060000ll), wide);
-}
-
-template <int kBits, int R, int M>
-static void table_rows(const StreamArgs& s, int64_t row, const ValueTable& table,
-                       uint32_t* scales) {
-  const FormatSpec& f = s.right.format;
-  const int64_t columns = stream_columns(f, s.k), blocks = f.blocks(s.k), block = f.columns(s.k);
-  const int64_t bytes = f.row_bytes(s.k), room = round_up(blocks, kGroup);
-  for (int r = 0; r < R; ++r) row_scales(s.right, row + r, s.k, 0, blocks, scales + r * room);
-  prefetch_scales(s, row + R, R);
-  const uint8_t* const codes = s.right.codes + row * bytes;
-  const __m512i odd = _mm512_set1_epi32(int32_t(0xffff0000u));
-  F sum[R][M] = {};
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t end = (b + 1) * block < columns ? (b + 1) * block : columns;
-    F part[R][M] = {};
-    for (int64_t i = b * block; i < end; i += kPairs) {
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* const p = codes + r * bytes + i * kBits / 8;
-        if (i % 64 == 0) prefetch(p + R * bytes);
-        const __m512i values = table.of<kBits>(load_codes<kBits>(p));
-        const F even_value = (F)_mm512_slli_epi32(values, 16);
-        const F odd_value = (F)_mm512_and_si512(values, odd);
-        for (int m = 0; m < M; ++m) {
-          const float* const left = s.prepared + m * columns + i;
-          part[r][m] = multiply_add(even_value, load<F>(left), part[r][m]);
-          part[r][m] = multiply_add(odd_value, load<F>(left + kGroup), part[r][m]);
-        }
-      }
-    }
-    for (int r = 0; r < R; ++r) {
-      const F scale = (F)broadcast(scales[r * room + b]);
-      for (int m = 0; m < M; ++m) sum[r][m] = multiply_add(scale, part[r][m], sum[r][m]);
-    }
-  }
-  finish_rows<R, M>(s, row, sum);
-}
-
-template <int kBits, int R, int M>
-static void stream_tables(const StreamArgs& s, int64_t begin, int64_t end) {
-  const int64_t room = round_up(s.right.format.blocks(s.k), kGroup);
-  Scratch scratch(R * room * 4 + 64);
-  uint32_t* const scales = scratch.take<uint32_t>(R * room);
-  const ValueTable table(s.right.format.element);
-  int64_t row = begin;
-  for (; row + R <= end; row += R) table_rows<kBits, R, M>(s, row, table, scales);
-  for (; row < end; ++row) table_rows<kBits, 1, M>(s, row, table, scales);
-}
-#endif
-
 // ---- by format and rows of a ----------------------------------------------------------
 
 template <int R, int M>
 static void stream_rows(const StreamArgs& s, int64_t begin, int64_t end) {
   const ElementSpec& e = s.right.format.element;
+  if (by_pairs(s.right.format, s.a_dtype, s.k)) return stream_pairs<R, M>(s, begin, end);
   if (by_nibbles(s.right.format)) return stream_nibbles<R, M>(s, begin, end);
 #if PYFMT_VNNI
+  if (by_words(s.right.format, s.a_dtype, s.k)) {
+    return e.bits() == 6 ? stream_words<6, R, M>(s, begin, end)
+                         : stream_words<8, R, M>(s, begin, end);
+  }
   if (by_tables(s.right.format, s.k)) {
     return e.bits() == 6 ? stream_tables<6, R, M>(s, begin, end)
                          : stream_tables<8, R, M>(s, begin, end);
   }
 #endif
+  if (by_int8(s.right.format, s.k)) return stream_int8<R, M>(s, begin, end);
   if (e.is_int()) {
     return e.is_signed && e.bits() == 8 ? stream_bytes<Steps<true>, R, M>(s, begin, end)
                                         : stream_bytes<Steps<false>, R, M>(s, begin, end);

@@ -61,10 +61,15 @@ template <DType kDType>
 struct FromRow {
   PYFMT_INLINE Pairs pairs(const void* x, int64_t i) { return load_pairs<kDType>(x, i); }
   PYFMT_INLINE Group group(const void* x, int64_t i) { return load_as<kDType>(x, i); }
+  PYFMT_INLINE void ahead(const void* x, int64_t i) {
+    const char* p = (const char*)x + i * dtype_bytes(kDType);
+    for (int k = 0; k < kPairs * dtype_bytes(kDType); k += 64) fetch_ahead(p + k);
+  }
 };
 struct FromPaired {
   PYFMT_INLINE Pairs pairs(const void* x, int64_t i) { return load_paired(x, i); }
   PYFMT_INLINE Group group(const void*, int64_t) { return {}; }  // always whole pairs
+  PYFMT_INLINE void ahead(const void*, int64_t) {}
 };
 
 // Thirty-two elements to a dtype, from float32 without NaN but the canonical one. kExact: they

@@ -186,7 +186,7 @@ void dequantize(const ParallelFor& parallel, const uint8_t* codes, const void* s
   a.out = out;
   make_tiling(v, f, Rotation{}, &a.tiling);
   a.row_bytes = a.tiling.row_bytes(f.bits());
-  // Tiles need not hold whole blocks here: 2048 elements are whole bytes and whole groups.
+  // Tiles need not hold whole blocks here: kTile elements are whole bytes and whole groups.
   a.tiling.tile_columns = kTile;
   parallel(a.tiling.items(), grain(a.tiling),
            [&](int64_t begin, int64_t end) { kernels().dequantize(a, begin, end); });

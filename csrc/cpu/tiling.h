@@ -7,7 +7,7 @@
 namespace pyfmt {
 namespace cpu {
 
-constexpr int64_t kTile = 2048;      // elements a work item, about
+constexpr int64_t kTile = 4096;      // elements a work item, about
 constexpr int64_t kGrain = 1 << 15;  // elements a thread, at least
 
 inline int64_t gcd(int64_t a, int64_t b) {

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of whole tiles, where the CPU kernels take their shortcuts, and numbers that end them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyfmt import reference
+from pyfmt.formats import FORMATS, get_format
+from tests.grids import DTYPES
+from tests.rooms import Room, same_everywhere, same_quantized
+
+COLUMNS = 4096  # as many as a tile has
+
+
+def _normal(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((3, COLUMNS), np.float32)
+
+
+def _wide(rng: np.random.Generator) -> np.ndarray:
+    exponents = rng.integers(-140, 126, (3, COLUMNS // 16)).repeat(16, 1)
+    return _normal(rng) * np.exp2(exponents.astype(np.float32))
+
+
+def _ties(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(-64, 65, (3, COLUMNS)).astype(np.float32) / 32
+
+
+def _tiny(rng: np.random.Generator) -> np.ndarray:
+    return _normal(rng) * np.float32(2.0**-128)
+
+
+def _huge(rng: np.random.Generator) -> np.ndarray:
+    return _normal(rng) * np.float32(3e38)
+
+
+def _wild(rng: np.random.Generator) -> np.ndarray:
+    x = _normal(rng)
+    for value in (np.nan, np.inf, -np.inf, 0.0, -0.0):
+        x[rng.random(x.shape) < 0.004] = value
+    x[:, 512:1024] = -0.0
+    return x
+
+
+KINDS = [_normal, _wide, _ties, _tiny, _huge, _wild]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_whole_tiles(every_room: list[Room], name: str, kind: Any) -> None:
+    """quantize, dequantize and fake_quantize of bfloat16, by every level."""
+    x, fmt = kind(np.random.default_rng(7)).astype(DTYPES["bf16"]), get_format(name)
+    parts = same_quantized(every_room, x, fmt)
+    for dtype in ("bfloat16", "float32"):
+        want = reference.dequantize(*parts, fmt, x.shape, dtype=dtype)
+        same_everywhere(every_room, want, "dequantize", *parts, fmt, x.shape, dtype=dtype)
+    same_everywhere(every_room, reference.fake_quantize(x, fmt), "fake_quantize", x, fmt)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["mxfp4", "mxint8", "mxfp6_e2m3", "mxfp8_e5m2", "nvfp4"])
+def test_whole_tiles_rotated(every_room: list[Room], name: str, kind: Any) -> None:
+    """Rotations that sixteen groups of 128 take side by side, and one beyond, some with signs."""
+    rng = np.random.default_rng(8)
+    data = kind(rng)
+    for dtype, size, signed in [("bf16", 16, True), ("bf16", 32, False), ("fp32", 32, True),
+                                ("bf16", 64, False), ("fp32", 128, False), ("bf16", 128, True),
+                                ("bf16", 256, False)]:  # fmt: skip
+        x = data.astype(DTYPES[dtype])
+        signs = rng.choice(np.float32([-1, 1]), size) if signed else None
+        same_quantized(every_room, x, get_format(name), rotation=size, signs=signs)
