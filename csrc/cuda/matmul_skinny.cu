@@ -68,9 +68,9 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   SkinnyKernel kernel = find_kernel(a.format, columns, inputs);
   p.strips = (p.n + kernel.strip - 1) / kernel.strip;
   if (inputs == Inputs::kBF16 && columns <= 8 && a.k % 8 == 0) {
-    // From nearly two rounds of rows a block it pays that warps do not wait for each other.
+    // With many strips a block it pays that warps do not wait for each other.
     const int64_t blocks = a.blocks ? a.blocks : multiprocessors();
-    if (2 * int64_t(p.strips) > 7 * std::min<int64_t>(blocks, p.strips)) {
+    if (p.strips > 5 * std::min<int64_t>(blocks, p.strips)) {
       const SkinnyKernel found = find_kernel(a.format, columns, Inputs::kLong);
       if (found.run) kernel = found;
     }
