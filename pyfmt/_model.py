@@ -31,6 +31,15 @@ def replace(slots: Iterable[Slot], module: nn.Module) -> None:
         parent._modules[name] = module
 
 
+def put_back(model: nn.Module, kind: type[nn.Module]) -> list[str]:
+    """Replace every module of a kind by its `dense()`; returns their names."""
+    names = []
+    for layer, slots in slots_of(model, kind).items():
+        replace(slots, layer.dense())  # type: ignore[operator]
+        names.append(slots[0][0])
+    return names
+
+
 def match(names: Iterable[str], patterns: Iterable[str]) -> str | None:
     """Return the first pattern that is a name, its last component or a wildcard match of it."""
     names = list(names)

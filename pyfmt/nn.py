@@ -27,6 +27,7 @@ from pyfmt._model import (
     obstacle,
     parameter_owners,
     progress_bar,
+    put_back,
     replace,
     slots_of,
 )
@@ -558,9 +559,4 @@ def _fused(linears: list[nn.Linear], probe: dict[str, Any]) -> list[QuantLinear]
 
 def dequantize_model(model: nn.Module) -> list[str]:
     """Replace every QuantLinear by the dense Linear it stands for; returns their names."""
-    names = []
-    for layer, slots in slots_of(model, QuantLinear).items():
-        assert isinstance(layer, QuantLinear)
-        replace(slots, layer.dense())
-        names.append(slots[0][0])
-    return names
+    return put_back(model, QuantLinear)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pyfmt.ops  # noqa: F401  (registers torch.ops.pyfmt)
 from pyfmt import _check, _torch_train
-from pyfmt._model import Left, Slot, match, obstacle, replace, slots_of
+from pyfmt._model import Left, Slot, match, obstacle, put_back, replace, slots_of
 from pyfmt.formats import closest
 from pyfmt.recipes import Recipe, get_recipe
 
@@ -242,9 +242,4 @@ def prepare_for_training(
 
 def finish_training(model: nn.Module) -> list[str]:
     """Replace every TrainLinear by the nn.Linear of its parameters; returns their names."""
-    names = []
-    for layer, slots in slots_of(model, TrainLinear).items():
-        assert isinstance(layer, TrainLinear)
-        replace(slots, layer.dense())
-        names.append(slots[0][0])
-    return names
+    return put_back(model, TrainLinear)
