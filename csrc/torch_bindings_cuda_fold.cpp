@@ -90,6 +90,9 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   }
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
+  a.plan = cuda::matmul_fold_plan(a);
+  const Tensor panel = device.empty({cuda::matmul_fold_workspace(a)}, ScalarType::Byte);
+  a.workspace = panel.mutable_data_ptr();
   cuda::matmul_fold(a, device.stream);
 
   cuda::RepairArgs r;

@@ -18,14 +18,14 @@ Entries = tuple[tuple[str, int | None], ...]
 
 TABLE: dict[str, tuple[Entries, ...]] = {
     "fold-4": (
-        (("skinny", 16), ("fold", 128), ("wide", 256), ("fold", None)),
-        (("skinny", 16), ("fold", 128), ("wide", 256), ("fold", None)),
+        (("skinny", 24), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("fold", None)),
         (("skinny", 16), ("fold", 128), ("wide", 256), ("fold", None)),
     ),
     "fold-6": (
         (("skinny", 16), ("wide", 512), ("fold", None)),
-        (("skinny", 8), ("fold", 64), ("wide", 256), ("fold", None)),
-        (("skinny", 8), ("fold", 64), ("wide", 256), ("fold", None)),
+        (("skinny", 8), ("wide", 512), ("fold", None)),
+        (("skinny", 8), ("wide", 256), ("fold", None)),
     ),
     "fold-4 kept": (
         (("skinny", 16), ("fold", None)),
@@ -34,48 +34,48 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     ),
     "fold-6 kept": (
         (("skinny", 16), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("fold", None)),
-        (("skinny", 8), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "bf16-4": (
         (("skinny", 32), ("wide", 512), ("exact", 768), ("wide", 1024), ("exact", None)),
+        (("skinny", 16), ("wide", 1536), ("exact", None)),
         (("skinny", 16), ("wide", 1024), ("exact", None)),
-        (("skinny", 16), ("wide", 256), ("exact", 384), ("wide", 512), ("exact", None)),
     ),
     "bf16-6": (
-        (("skinny", 24), ("wide", 512), ("exact", None)),
-        (("skinny", 16), ("wide", 256), ("exact", 384), ("wide", 1024), ("exact", None)),
-        (("skinny", 16), ("wide", 256), ("exact", 384), ("wide", 512), ("exact", None)),
+        (("skinny", 16), ("wide", 512), ("exact", 768), ("wide", 1024), ("exact", None)),
+        (("skinny", 8), ("wide", 1536), ("exact", None)),
+        (("skinny", 8), ("wide", 256), ("exact", 384), ("wide", 1024), ("exact", None)),
     ),
     "bf16-8": (
-        (("skinny", 24), ("wide", 512), ("exact", None)),
-        (("skinny", 16), ("wide", 256), ("exact", 384), ("wide", 512), ("exact", None)),
-        (("skinny", 16), ("wide", 256), ("exact", 384), ("wide", 512), ("exact", None)),
+        (("skinny", 16), ("wide", 512), ("exact", 768), ("wide", 1024), ("exact", None)),
+        (("skinny", 16), ("wide", 1536), ("exact", None)),
+        (("skinny", 8), ("wide", 256), ("exact", 384), ("wide", 1024), ("exact", None)),
     ),
     "bf16-4 kept": (
         (("skinny", 16), ("exact", None)),
-        (("skinny", 16), ("exact", None)),
-        (("skinny", 16), ("exact", None)),
+        (("skinny", 16), ("wide", 128), ("exact", None)),
+        (("skinny", 16), ("wide", 128), ("exact", None)),
     ),
     "bf16-6 kept": (
         (("skinny", 16), ("exact", None)),
-        (("skinny", 16), ("exact", None)),
-        (("skinny", 16), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "bf16-8 kept": (
         (("skinny", 16), ("exact", None)),
-        (("skinny", 16), ("exact", None)),
-        (("skinny", 16), ("exact", None)),
+        (("skinny", 16), ("wide", 64), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "groups-4": (
-        (("skinny", 32), ("wide", None)),
         (("skinny", 16), ("wide", None)),
         (("skinny", 16), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
     ),
     "groups-8": (
-        (("skinny", 32), ("wide", None)),
         (("skinny", 16), ("wide", None)),
         (("skinny", 16), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
     ),
     "any": (
         (("skinny", 48), ("skinny", 64), ("portable", None)),

@@ -440,7 +440,7 @@ def test_the_table_chooses_by_rows_and_says_why() -> None:
     assert paths.choose(call(None, "mxfp4", 128), FULL) == "wide"
     assert paths.choose(call(None, "mxfp4", 8192), FULL) == "exact"
     both = get_format("mxfp4")
-    for m, want in ((100, "fold"), (256, "wide"), (8192, "fold")):
+    for m, want in ((100, "fold"), (8192, "fold")):
         assert paths.choose(paths.Call(both, "bfloat16", both, m, 8192, 8192), FULL) == want
     assert paths.choose(call("mxfp4", "mxfp4", 128, kept="fold"), FULL) == "fold"
     assert paths.choose(call("mxfp4", "mxfp4", 8192), paths.Machine((10, 0))) == "native"

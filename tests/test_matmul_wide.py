@@ -106,7 +106,10 @@ def test_every_format(ops: Any, name: str) -> None:
         check_sums(ops, w, m)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4"])
+RAGGED = ["mxfp4", "mxfp6_e3m2", "mxint8", "nvfp4", "int4", "int8-b64-fp16", "int4-b32-bf16"]
+
+
+@pytest.mark.parametrize("name", RAGGED)
 def test_ragged_shapes(ops: Any, name: str) -> None:
     for m, n, k in ((1, 1, 1), (3, 5, 33), (9, 131, 200), (65, 2, 1000), (2, 64, 2100)):
         check_sums(ops, Weights(name, n, k), m)
@@ -119,10 +122,43 @@ def test_every_tile(ops: Any, tile: int) -> None:
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
 
 
+@pytest.mark.parametrize("name", [n for n in SERVED if get_format(n).scale in ("e8m0", "e4m3")])
+def test_one_tile_of_256(ops: Any, name: str) -> None:
+    for m, n, k in ((5, 40, 128), (70, 17, 1000)):
+        w = Weights(name, n, k)
+        check_single_columns(ops, w, m, plan=(256, 1, 1))
+        check_sums(ops, w, m, plan=(256, 1, 2))
+
+
 @pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_clusters(ops: Any, share: int, split: int) -> None:
-    for name, tile in (("mxfp4", 64), ("int4", 64), ("nvfp4", 128), ("mxint8", 128)):
+    for name, tile in (
+        ("mxfp4", 64),
+        ("int4", 64),
+        ("nvfp4", 128),
+        ("mxint8", 128),
+        ("mxfp4", 256),
+    ):
         check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
+def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
+    w = Weights(name, 140, 900)
+    for plan in ((64, 1, 1), (128, 1, 2), (128, 2, 1)):
+        check_single_columns(ops, w, 131, plan=plan)
+        check_sums(ops, w, 131, "bf16", plan=plan)
+
+
+def test_every_code_of_a_group(ops: Any) -> None:
+    for name, count in (("int4-b32-bf16", 16), ("int8-b64-bf16", 256)):
+        w = Weights(name, 2, 512)
+        codes = np.arange(1024).reshape(2, 512) % count
+        if count == 16:
+            codes = codes[:, ::2] | codes[:, 1::2] << 4
+        w.codes = np.ascontiguousarray(codes.astype(np.uint8))
+        x = np.eye(512, dtype=np.float32)
+        assert np.array_equal(w.times(ops, x), w.decoded.T.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,8 +167,9 @@ def test_output_dtypes(ops: Any, dtype: str) -> None:
         check_sums(ops, Weights("mxfp4", n, 96), 4, dtype)
 
 
+@pytest.mark.parametrize("tile", [64, 128, 256])
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
-def test_every_scale_and_code(ops: Any, name: str) -> None:
+def test_every_scale_and_code(ops: Any, name: str, tile: int) -> None:
     fmt: Format = FORMATS[name]
     bits = fmt.element.bits
     w = Weights(name, 256, 256)
@@ -144,7 +181,7 @@ def test_every_scale_and_code(ops: Any, name: str) -> None:
     w.scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 8)).copy()
     # A bfloat16 holds what a float32 does, but for the smallest magnitudes and NaN.
     want = w.decoded.T.astype(np.float32).astype(BF16).astype(np.float32)
-    got = w.times(ops, np.eye(256, dtype=np.float32))
+    got = w.times(ops, np.eye(256, dtype=np.float32), plan=(tile, 1, 1))
     # NaN or infinity times zero is NaN: only rows of w without any can be compared.
     finite = np.isfinite(want).all(0)
     assert finite.sum() > 230
@@ -161,7 +198,9 @@ def test_codes_that_are_no_numbers(ops: Any, name: str) -> None:
     x[0, 40] = 1
     want = w.decoded[:, 40].astype(np.float32)
     assert np.isnan(want).any()
-    assert np.array_equal(w.times(ops, x)[0], want, equal_nan=True)
+    for tile in (64, 128, 256):
+        got = w.times(ops, x, plan=(tile, 1, 1))[0]
+        assert np.array_equal(got, want, equal_nan=True)
 
 
 def test_a_poisoned_block_spoils_its_row(ops: Any) -> None:
@@ -208,11 +247,14 @@ def test_on_the_device(device_ops: Any, name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "mxint8", "int4"])
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "nvfp4", "mxint8", "int4", "int8", "int4-b64-fp16", "int8-b32-fp32"]
+)
 def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     w = Weights(name, 700, 2048)
-    for tile in (64, 128) if name == "int4" else (64, 128, 256):
+    for tile in (64, 128) if name.startswith("int") else (64, 128, 256):
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2)):
             plan = (tile, share, split)
-            check_single_columns(device_ops, w, 200, plan=plan, device="cuda")
-            check_sums(device_ops, w, 200, "bf16", plan=plan, device="cuda")
+            for m in (200, 300) if tile == 256 else (200,):
+                check_single_columns(device_ops, w, m, plan=plan, device="cuda")
+                check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")

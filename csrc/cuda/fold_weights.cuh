@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed weights as the fp8 operand of products: a policy of matmul_wide.cuh. The values are those
+// Packed weights as the fp8 operand of products (matmul_wide_turns_codes.cuh). The values are those
 // of Fold<E, false>, in fewer instructions.
 //
 // Elements of 4 bits are looked up: a table in shared memory has the fp8 numbers of all codes for
@@ -79,10 +79,7 @@ template <class E, bool kXE5M2>
 struct FoldWeights {
   using F = Fold<E, false>;
   static constexpr ElementSpec spec = E::spec;
-  static constexpr int kBits = spec.bits(), kColumns = 128, kRun = 64;
-  static constexpr int kEntry = 2, kScalePitch = 8 * kEntry;
-  static constexpr bool kFresh = true, kGroups = false, kFolded = true;
-  static constexpr bool kHasSpecials = false;
+  static constexpr int kBits = spec.bits();
   static constexpr bool kLookup = kBits == 4, kInt = spec.is_int();
   // Two binary digits fit E5M2, whose bytes need no conversion; else E4M3.
   static constexpr bool kE5M2 = kBits == 6 && spec.man == 2;
@@ -117,19 +114,14 @@ struct FoldWeights {
 
   // ---- codes ----------------------------------------------------------------------------------
 
-  // raw: the scale bytes of both blocks. Blocks of zeros may have any scale, all others one within
-  // the window.
-  PYFMT_DEVICE static void decode(const uint32_t (&words)[2 * kBits], uint32_t raw, int offset,
-                                  uint32_t table, uint32_t (&out)[16]) {
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      const int scale = int(raw >> (8 * block) & 0xffu);
-      const int place = max(0, min(scale + offset, kExponents - 1));
-      if constexpr (kLookup) {
-        lookup(words + kBits * block, table + uint32_t(place) * kEntryBytes, out + 8 * block);
-      } else {
-        multiply(words + kBits * block, place, out + 8 * block);
-      }
+  // One block: of zeros, with any scale, or with one within the window. place: its exponent's in
+  // the table.
+  PYFMT_DEVICE static void decode_block(const uint32_t* words, uint32_t place, uint32_t table,
+                                        uint32_t* out) {
+    if constexpr (kLookup) {
+      lookup(words, table + place * kEntryBytes, out);
+    } else {
+      multiply(words, int(place), out);
     }
   }
 

@@ -151,14 +151,6 @@ PYFMT_DEVICE void store_shared16(uint32_t at, uint32_t a, uint32_t b, uint32_t c
 #endif
 }
 
-PYFMT_DEVICE void store_shared_byte(uint32_t at, uint32_t v) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("st.shared.u8 [%0], %1;" ::"r"(at), "r"(v) : "memory");
-#else
-  *emulated_at(at) = char(v);
-#endif
-}
-
 // kWords (1 or 2) words of global memory; their neighbours are soon to be read.
 template <int kWords>
 PYFMT_DEVICE void load_words(const uint8_t* from, uint32_t* words) {
@@ -241,6 +233,13 @@ PYFMT_DEVICE void barrier_arrive_here(uint32_t bar) {
 #endif
 }
 
+// The address of a barrier, once `words` that this warp has read from shared memory are there: an
+// arrival does not wait for reads under way, and what they read may be written over after it.
+// nothing: a zero that the compiler does not know.
+PYFMT_DEVICE uint32_t after_reading(uint32_t bar, uint32_t words, uint32_t nothing) {
+  return bar + (words & nothing);
+}
+
 // Arrives at a barrier of the cluster, by its cluster_address.
 PYFMT_DEVICE void barrier_arrive(uint32_t there) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
@@ -288,20 +287,33 @@ PYFMT_DEVICE void barrier_wait(uint32_t bar, uint32_t parity) {
 #endif
 }
 
-// Whether it is over.
-PYFMT_DEVICE bool barrier_test(uint32_t bar, uint32_t parity) {
-#if defined(__CUDA_ARCH__)
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
-      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(bar), "r"(parity)
-      : "memory");
-  return done != 0;
-#else
-  return emulated_barrier(bar).phase != parity;
+// Copies `bytes` (a multiple of 16) to the same place in each block of the cluster in `mask`, whose
+// barriers count them. One thread; multicast: more than one block in the mask.
+PYFMT_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t bar,
+                            uint32_t mask, bool multicast) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  if (multicast) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(bar), "h"(uint16_t(mask))
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(bar)
+        : "memory");
+  }
+#elif !defined(__CUDA_ARCH__)
+  for (uint32_t rank = 0; rank < 8; ++rank) {
+    if (multicast ? !(mask >> rank & 1) : rank != emulated_rank()) continue;
+    const uint32_t there = (rank + 1) << 24;
+    memcpy(emulated_at(to | there), from, bytes);
+    EmulatedBarrier& b = emulated_barrier(bar | there);
+    b.bytes -= int32_t(bytes);
+    emulated_step(b);
+  }
 #endif
 }
 

@@ -2,9 +2,9 @@
 // The kernels of matmul_fold.h, by the weight's element and what the activations are.
 #pragma once
 
-#include "fold_weights.cuh"
 #include "matmul_fold.h"
 #include "matmul_wide.cuh"
+#include "matmul_wide_turns.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -12,7 +12,8 @@ namespace wide {
 
 template <class E>
 Kernel fold_kernel(bool x_e5m2) {
-  return x_e5m2 ? kernel_of<FoldWeights<E, true>>() : kernel_of<FoldWeights<E, false>>();
+  if (x_e5m2) return {turns::launch_fold<FoldWeights<E, true>>, kChunk, true};
+  return {turns::launch_fold<FoldWeights<E, false>>, kChunk, true};
 }
 
 // No launch where there is none; two files, so that they compile side by side.

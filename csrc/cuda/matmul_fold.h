@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = a w^T by fp8 tensor cores on Hopper, w straight from its packed codes: the kernel of
-// matmul_wide.cuh with fp8 tiles.
+// matmul_wide_turns.cuh with fp8 tiles.
 //
 // y[m, n] = RNE(a_scale[m] * w_scale[n] * sum_k a8[m, k] * w8[n, k] + bias[n])
 //
@@ -24,11 +24,15 @@ struct MatmulFoldArgs {
   FormatSpec format;
   void* y = nullptr;  // (rows of a, n) contiguous
   DType dtype = DType::kBF16;
-  WidePlan plan;  // 64 or 128 tokens; 0: chosen here
+  void* workspace = nullptr;  // of matmul_fold_workspace bytes, aligned to 16
+  WidePlan plan;              // tokens 0: chosen here
 };
 
 // Why this kernel cannot serve a weight's format on the current device; null where it can.
 const char* matmul_fold_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
+// The plan that would be chosen for `a`, and bytes of scratch that `a` needs with its plan.
+WidePlan matmul_fold_plan(const MatmulFoldArgs& a);
+int64_t matmul_fold_workspace(const MatmulFoldArgs& a);
 // The kernels before it on the stream may let it start early; it waits for them by itself.
 void matmul_fold(const MatmulFoldArgs&, Stream);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = x w^T for middle-sized M on Hopper: some warps decode packed weights into shared memory,
-// others multiply them by tiles of activations.
+// y = x w^T for middle-sized M on Hopper: packed weights are decoded beside the products, into
+// registers (matmul_wide_blocks.cuh, matmul_wide_turns.cuh) or shared memory
+// (matmul_wide_shared.cuh), and multiplied by tiles of activations.
 //
 // y[m, n] = RNE(tensor_scale * sum_k x[m, k] * element[n, k] * scale[n, k / block] + bias[n])
 //
@@ -38,7 +39,8 @@ struct MatmulWideArgs {
 const char* matmul_wide_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
 // The plan that would be chosen for `a`.
 WidePlan matmul_wide_plan(const MatmulWideArgs& a);
-// Bytes of scratch that `a` needs: only where rows of x are not aligned to 16 bytes.
+// Bytes of scratch that `a` needs: for x in the order of codes, or for rows of x or of codes that
+// are not aligned to 16 bytes.
 int64_t matmul_wide_workspace(const MatmulWideArgs& a);
 void matmul_wide(const MatmulWideArgs& a, Stream stream);
 

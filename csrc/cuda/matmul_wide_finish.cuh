@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the sums of matmul_wide.cuh become rows of y. Once a block, so the code is small: what runs
+// How the sums of matmul_wide.h become rows of y. Once a block, so the code is small: what runs
 // once costs what it takes to bring it.
 #pragma once
 
@@ -59,11 +59,11 @@ PYFMT_DEVICE void exchange(const Params& p, const Place& at, float (&sums)[kToke
   }
 }
 
-// Sums as [token][row of w] in shared memory.
+// Sums as [token][row of w] in shared memory. row: this lane's, of the first eight of its warp.
 template <int kFrom, int kCount, int kAll>
-PYFMT_DEVICE void stage_sums(uint32_t to, const float (&sums)[kAll]) {
+PYFMT_DEVICE void stage_sums(uint32_t to, const float (&sums)[kAll], int row) {
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  to += uint32_t((lane % 4 * 2 * kPitch + 16 * warp + lane / 4) * 4);
+  to += uint32_t((lane % 4 * 2 * kPitch + 16 * warp + row) * 4);
 #pragma unroll
   for (int i = kFrom; i < kFrom + kCount; ++i) {
     const int there = (8 * (i / 4) + (i & 1)) * kPitch + (i & 2) * 4;
@@ -73,16 +73,17 @@ PYFMT_DEVICE void stage_sums(uint32_t to, const float (&sums)[kAll]) {
 
 // By all warps that hold sums, once the products of the block are over.
 template <int kTokens>
-PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens / 2]) {
+PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens / 2],
+                         int row = int(threadIdx.x) % 32 / 4) {
   constexpr int kHalf = kTokens / 4, kWarpsHere = kConsumers / 32;
   uint32_t staged = at.base + kHeader;
   if (p.split > 1) {
     exchange<kTokens>(p, at, sums);
     staged += uint32_t(kHalf * kConsumers * 4);
   } else {
-    stage_sums<kHalf, kHalf>(staged, sums);
+    stage_sums<kHalf, kHalf>(staged, sums, row);
   }
-  stage_sums<0, kHalf>(staged, sums);
+  stage_sums<0, kHalf>(staged, sums, row);
   hopper::partial_sync<kConsumers>();
 
   const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;

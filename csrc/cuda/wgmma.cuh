@@ -73,11 +73,11 @@ inline const char* emulated_tile_at(uint64_t tile, int row, int byte) {
   at ^= (at >> 7 & 7) << 4;
   return emulated_at(at);
 }
-// 32 bytes of a row, as numbers; left: of a.
-inline void emulated_row(Bf16, bool /*left*/, uint64_t tile, int row, float (&v)[16]) {
+// 32 bytes as numbers; left: of a.
+inline void emulated_numbers(Bf16, bool /*left*/, const char* bytes, float (&v)[16]) {
   for (int k = 0; k < 16; ++k) {
     uint16_t half;
-    memcpy(&half, emulated_tile_at(tile, row, 2 * k), 2);
+    memcpy(&half, bytes + 2 * k, 2);
     v[k] = as_float(uint32_t(half) << 16);
   }
 }
@@ -94,10 +94,17 @@ struct EmulatedFp8 {
 };
 // The device cuts the sums to fewer bits.
 template <bool kLeftE5M2, bool kRightE5M2>
-void emulated_row(Fp8<kLeftE5M2, kRightE5M2>, bool left, uint64_t tile, int row, float (&v)[32]) {
+void emulated_numbers(Fp8<kLeftE5M2, kRightE5M2>, bool left, const char* bytes, float (&v)[32]) {
   static const EmulatedFp8 table;
   const float* values = table.values[left ? kLeftE5M2 : kRightE5M2];
-  for (int k = 0; k < 32; ++k) v[k] = values[uint8_t(*emulated_tile_at(tile, row, k))];
+  for (int k = 0; k < 32; ++k) v[k] = values[uint8_t(bytes[k])];
+}
+// 32 bytes of a row of a tile.
+template <class Type, int kCount>
+void emulated_row(Type type, bool left, uint64_t tile, int row, float (&v)[kCount]) {
+  char bytes[32];
+  for (int k = 0; k < 32; k += 16) memcpy(bytes + k, emulated_tile_at(tile, row, k), 16);
+  emulated_numbers(type, left, bytes, v);
 }
 
 template <class Type, int kCount, int kN>
@@ -116,6 +123,38 @@ void emulated_product(float (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
       }
     }
   }
+}
+#endif
+
+// The same with a in registers, 32 bytes of each row: of lane 4 g + t bytes 4t to 4t + 3 of rows 16
+// w + g and + 8, then 16 bytes further of both.
+template <class Type, int kN>
+struct RegisterProduct;
+
+#if !defined(__CUDACC__)
+template <class Type, int kCount, int kN>
+void emulated_register_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint64_t b, int add) {
+  static uint32_t all[8 * 1024][4];
+  const int me = ::emulation::block().current, quad = me & ~3, t = me & 3;
+  memcpy(all[me], a, 16);
+  emulated_warp_sync();
+  float w[2][kCount], x[kCount];
+  for (int row = 0; row < 2; ++row) {
+    uint32_t bytes[8];
+    for (int i = 0; i < 8; ++i) bytes[i] = all[quad + i % 4][row + 2 * (i / 4)];
+    emulated_numbers(Type(), true, reinterpret_cast<const char*>(bytes), w[row]);
+  }
+  for (int j = 0; j < kN / 8; ++j) {
+    for (int c = 0; c < 2; ++c) {
+      emulated_row(Type(), false, b, 8 * j + 2 * t + c, x);
+      for (int row = 0; row < 2; ++row) {
+        float& sum = d[4 * j + 2 * row + c];
+        if (!add) sum = 0.0f;
+        for (int k = 0; k < kCount; ++k) sum += w[row][k] * x[k];
+      }
+    }
+  }
+  emulated_warp_sync();
 }
 #endif
 
@@ -171,29 +210,60 @@ void emulated_product(float (&d)[kN / 2], uint64_t a, uint64_t b, int add) {
   };
 #endif
 
-// For 64, 128, 192 and 256 rows of b. kinds: of the instruction's elements; tail: its last
-// operands.
-#define PYFMT_PRODUCTS(type, count, k, kinds, tail)                                              \
-  PYFMT_PRODUCT(type, count, 64, "m64n64" k kinds, tail, PYFMT_S32_0, 32, 33, 34, PYFMT_R32(0))  \
-  PYFMT_PRODUCT(type, count, 128, "m64n128" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S32_1, 64, 65, \
-                66, PYFMT_R32(0), PYFMT_R32(32))                                                 \
-  PYFMT_PRODUCT(type, count, 192, "m64n192" k kinds, tail,                                       \
-                PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2, 96, 97, 98, PYFMT_R32(0),         \
-                PYFMT_R32(32), PYFMT_R32(64))                                                    \
-  PYFMT_PRODUCT(type, count, 256, "m64n256" k kinds, tail,                                       \
-                PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129, 130,   \
-                PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64), PYFMT_R32(96))
+PYFMT_PRODUCT(Bf16, 16, 128, "m64n128k16.f32.bf16.bf16", ", 0, 0", PYFMT_S32_0 ", " PYFMT_S32_1, 64,
+              65, 66, PYFMT_R32(0), PYFMT_R32(32))
 
 using E4M3ByE4M3 = Fp8<false, false>;
 using E4M3ByE5M2 = Fp8<false, true>;
 using E5M2ByE4M3 = Fp8<true, false>;
 using E5M2ByE5M2 = Fp8<true, true>;
 
-PYFMT_PRODUCTS(Bf16, 16, "k16", ".f32.bf16.bf16", ", 0, 0")
-PYFMT_PRODUCTS(E4M3ByE4M3, 32, "k32", ".f32.e4m3.e4m3", "")
-PYFMT_PRODUCTS(E4M3ByE5M2, 32, "k32", ".f32.e4m3.e5m2", "")
-PYFMT_PRODUCTS(E5M2ByE4M3, 32, "k32", ".f32.e5m2.e4m3", "")
-PYFMT_PRODUCTS(E5M2ByE5M2, 32, "k32", ".f32.e5m2.e5m2", "")
+#if defined(__CUDACC__)
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+#define PYFMT_REGISTER_ASM(shape, tail, places, a0, a1, a2, a3, b_place, flag, ...)          \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #flag                                    \
+               ", 0;\nwgmma.mma_async.sync.aligned." shape " {" places "}, {%" #a0 ", %" #a1 \
+               ", %" #a2 ", %" #a3 "}, %" #b_place ", p, 1, 1" tail ";\n}"                   \
+               : __VA_ARGS__                                                                 \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add))
+#else
+#define PYFMT_REGISTER_ASM(...) (void)d, (void)a, (void)b, (void)add
+#endif
+#define PYFMT_REGISTER_PRODUCT(type, count, n, shape, tail, places, a0, a1, a2, a3, tile, flag, \
+                               ...)                                                             \
+  template <>                                                                                   \
+  struct RegisterProduct<type, n> {                                                             \
+    PYFMT_DEVICE static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b,      \
+                                    int add) {                                                  \
+      PYFMT_REGISTER_ASM(shape, tail, places, a0, a1, a2, a3, tile, flag, __VA_ARGS__);         \
+    }                                                                                           \
+  };
+#else
+#define PYFMT_REGISTER_PRODUCT(type, count, n, ...)                                      \
+  template <>                                                                            \
+  struct RegisterProduct<type, n> {                                                      \
+    static void add_to(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, int add) { \
+      emulated_register_product<type, count, n>(d, a, b, add);                           \
+    }                                                                                    \
+  };
+#endif
+
+// For 64 and 128 rows of b.
+#define PYFMT_REGISTER_PRODUCTS(type, count, k, kinds, tail)                                       \
+  PYFMT_REGISTER_PRODUCT(type, count, 64, "m64n64" k kinds, tail, PYFMT_S32_0, 32, 33, 34, 35, 36, \
+                         37, PYFMT_R32(0))                                                         \
+  PYFMT_REGISTER_PRODUCT(type, count, 128, "m64n128" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S32_1,  \
+                         64, 65, 66, 67, 68, 69, PYFMT_R32(0), PYFMT_R32(32))
+
+PYFMT_REGISTER_PRODUCTS(Bf16, 16, "k16", ".f32.bf16.bf16", ", 0")
+PYFMT_REGISTER_PRODUCT(Bf16, 16, 256, "m64n256k16.f32.bf16.bf16", ", 0",
+                       PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129,
+                       130, 131, 132, 133, PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64),
+                       PYFMT_R32(96))
+PYFMT_REGISTER_PRODUCTS(E4M3ByE4M3, 32, "k32", ".f32.e4m3.e4m3", "")
+PYFMT_REGISTER_PRODUCTS(E4M3ByE5M2, 32, "k32", ".f32.e4m3.e5m2", "")
+PYFMT_REGISTER_PRODUCTS(E5M2ByE4M3, 32, "k32", ".f32.e5m2.e4m3", "")
+PYFMT_REGISTER_PRODUCTS(E5M2ByE5M2, 32, "k32", ".f32.e5m2.e5m2", "")
 
 }  // namespace hopper
 }  // namespace cuda

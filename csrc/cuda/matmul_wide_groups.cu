@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// matmul_wide.h for integers in groups.
+#include "matmul_wide.cuh"
+#include "matmul_wide_turns.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+
+Kernel group_kernel(const FormatSpec& f, bool shared) {
+  if (shared) return {};
+  if (has_groups(f, elements::int4)) return {turns::launch_groups<4>, kChunk, true};
+  if (has_groups(f, elements::int8)) return {turns::launch_groups<8>, kChunk, true};
+  return {};
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: Apache-2.0
+// A second kernel of matmul_wide.h, for sums that are kept apart: those of groups of integers,
+// which their scales multiply, and those of 128 columns of fp8 products (matmul_fold.h). A block
+// owns 128 rows of w and kTokens rows of x; two warpgroups of 64 rows each decode codes into
+// fragments, in registers, and multiply. They take turns at the tensor cores: while one has its
+// products of a group there, the other scales those it had and decodes what comes next. A third
+// warpgroup has the copy engine bring x and codes, and scales.
+#pragma once
+
+#include "matmul_wide.cuh"
+#include "matmul_wide_finish.cuh"
+#include "matmul_wide_turns_room.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+namespace turns {
+
+// ---- what multiplies --------------------------------------------------------------------------
+
+template <class F, int kTokens>
+struct Multiplier {
+  using R = Room<F, kTokens>;
+  using Product = hopper::RegisterProduct<typename F::Type, kTokens>;
+  static constexpr int kCount = kTokens / 2, kParts = R::kParts;
+  static constexpr int kSteps = F::kOut / 2 / kParts;  // of a part
+  using Fragments = uint32_t[F::kOut / 2][4];
+
+  const Params& p;
+  const Place& at;
+  int lane, group, steps;
+  uint32_t peer = 0;  // what turns an address of this block into that of another, for some lanes
+  uint32_t codes, factors, places;  // where this lane reads, but for turns
+  uint32_t turned = 0;              // which of the 16-byte pieces of its row
+  Ring<R::kStages> stage;
+  Ring<R::kDepth> slot;
+  uint32_t turn, seen = 0;  // seen: what was read of a slot, for after_reading
+
+  // Rows change places within eight, so that lanes which read together never share a bank.
+  PYFMT_DEVICE static int row_of(int lane) {
+    const int g = lane / 4;
+    if (F::kBits * F::kRun > 128) return g;                       // 24 or 32 bytes of a row
+    if (F::kBits * F::kRun == 128) return g >> 1 | (g & 1) << 2;  // 16
+    return g >> 2 | (g & 3) << 1;                                 // 8 and 4
+  }
+
+  PYFMT_DEVICE Multiplier(const Params& p, const Place& at)
+      : p(p),
+        at(at),
+        lane(int(threadIdx.x) & 31),
+        group(hopper::uniform(int(threadIdx.x) >> 7)),
+        steps(at.last - at.first) {
+    if (p.share > 1 && lane < p.share) {
+      peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
+    }
+    const uint32_t row = uint32_t(16 * (threadIdx.x >> 5) + row_of(lane));
+    turned = row & 7;
+    codes = at.base + R::kCodesAt + row * R::kRowBytes;
+    factors = at.base + R::kFactorsAt + row * 4;
+    places = at.base + R::kPlacesAt + row * 4 + uint32_t(lane % 4);
+    turn = uint32_t(group) ^ 1;
+    hopper::keep(codes);
+    hopper::keep(F::kFolded ? places : factors);
+  }
+
+  // kCodes of this lane's 32 codes of a chunk, from code kFrom on, of row r of its two. half: where
+  // the chunk starts in the slot's rows.
+  template <int kFrom, int kCodes, int kWords>
+  PYFMT_DEVICE void read(uint32_t half, int r, uint32_t (&words)[kWords]) {
+    constexpr int kTogether = F::kBits * F::kRun / 32;
+    constexpr int kWide = kTogether % 4 == 0 ? 4 : kTogether % 2 == 0 ? 2 : 1;
+    const uint32_t row = codes + slot.place * R::kSlot + uint32_t(r * 8) * R::kRowBytes;
+    const uint32_t mine = half + uint32_t(lane % 4 * 4 * kTogether);
+#pragma unroll
+    for (int i = 0; i < kWords; i += kWide) {
+      const int word = kFrom * F::kBits / 32 + i, block = word / kTogether;
+      const uint32_t byte = mine + uint32_t(block * 16 * kTogether + word % kTogether * 4);
+      const uint32_t there = row + (R::kRowBytes == 128 ? byte ^ turned << 4 : byte);
+      if constexpr (kWide == 4) {
+        const uint4 v = hopper::load_shared16(there);
+        words[i] = v.x;
+        words[i + 1] = v.y;
+        words[i + 2] = v.z;
+        words[i + 3] = v.w;
+      } else if constexpr (kWide == 2) {
+        const uint2 v = hopper::load_shared8(there);
+        words[i] = v.x;
+        words[i + 1] = v.y;
+      } else {
+        words[i] = hopper::load_shared_small<4>(there);
+      }
+      seen |= words[i];
+    }
+  }
+
+  // Those codes of chunk i as fragments.
+  template <int kFrom>
+  PYFMT_DEVICE void decode(int i, Fragments& to) {
+    constexpr int kWords = F::kBits * F::kPiece / 32, kOut = F::kOut * F::kPiece / 32;
+    const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
+    uint32_t words[2][kWords], place[2] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      read<kFrom, F::kPiece>(which * 64, r, words[r]);
+      if constexpr (F::kFolded) {
+        place[r] = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
+                                                which * (kRows * 4) + uint32_t(r * 32));
+        seen |= place[r];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t out[kOut];
+      F::decode(words[r], place[r], at.base + kTableAt, out);
+#pragma unroll
+      for (int j = 0; j < kOut; ++j) {
+        const int word = F::kOut * kFrom / 32 + j;
+        to[word / 2][r + 2 * (word & 1)] = out[j];
+      }
+    }
+  }
+  // Part kPart of a chunk's decoding.
+  template <int kPart>
+  PYFMT_DEVICE void decode_part(int i, Fragments& to) {
+    constexpr int kCodes = 32 / kParts, kFrom = kPart * kCodes;
+    decode<kFrom>(i, to);
+    if constexpr (kCodes > F::kPiece) decode<kFrom + F::kPiece>(i, to);
+  }
+
+  PYFMT_DEVICE void wait_codes() const {
+    hopper::barrier_wait(at.base + kCodesFull + 8 * slot.place, slot.parity);
+  }
+  // Chunk i's codes have been read.
+  PYFMT_DEVICE void release_codes(int i) {
+    if ((i + 1) % int(R::kSpan) && i + 1 < steps) return;
+    hopper::warp_sync();
+    const uint32_t empty = at.base + kCodesEmpty + 8 * slot.place;
+    if (lane == 0) hopper::barrier_arrive_here(hopper::after_reading(empty, seen, p.nothing));
+    seen = 0;
+    slot.next();
+  }
+
+  PYFMT_DEVICE void wait_turn() {
+    hopper::barrier_wait(at.base + kTurns + 8 * uint32_t(group), turn);
+    turn ^= 1;
+  }
+  PYFMT_DEVICE void pass_turn() const {
+    if (lane == 0) hopper::barrier_arrive_here(at.base + kTurns + 8 * uint32_t(group ^ 1));
+  }
+
+  // The warp has no more use for a stage, of which it read these factors.
+  PYFMT_DEVICE void release_stage(const float (&factor)[2]) {
+    uint32_t empty = at.base + kEmpty + 8 * stage.place;
+    if constexpr (F::kGroups) {
+      hopper::warp_sync();
+      empty = hopper::after_reading(empty, as_uint(factor[0]) | as_uint(factor[1]), p.nothing);
+    }
+    if (p.share > 1) {
+      if (lane < p.share) hopper::barrier_arrive(empty + peer);
+    } else if (lane == 0) {
+      hopper::barrier_arrive_here(empty);
+    }
+    stage.next();
+  }
+
+  // Part kPart of chunk i, by fragments `now`; those of the next chunk become `next`.
+  template <int kPart>
+  PYFMT_DEVICE void part(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
+                         Fragments& next) {
+    const uint32_t x = at.base + kHeader + stage.place * R::kStage;
+    wait_turn();
+    if constexpr (kPart == 0) {
+      hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
+    }
+    hopper::products_fence();
+#pragma unroll
+    for (int s = kPart * kSteps; s < (kPart + 1) * kSteps; ++s) {
+      const uint32_t tile = hopper::tile_code(x + uint32_t(s / 4) * R::kTile);
+      if (s == (kPart + 1) * kSteps - 1) pass_turn();
+      Product::add_to(fresh, now[s], hopper::tile_descriptor(tile, s % 4),
+                      s > kPart * kSteps ? 1 : 0);
+    }
+    hopper::products_commit();
+    if (i + 1 < steps) {
+      constexpr bool kFirst = kPart == 0, kLast = kPart == kParts - 1;
+      if constexpr (kFirst) wait_codes();
+      decode_part<kPart>(i + 1, next);
+      if constexpr (kLast) release_codes(i + 1);
+    }
+    float factor[2] = {1.0f, 1.0f};
+    if constexpr (F::kGroups) {
+      const uint32_t from = factors + stage.place * R::kFactors + uint32_t(kPart * kRows * 4);
+      factor[0] = as_float(hopper::load_shared_small<4>(from));
+      factor[1] = as_float(hopper::load_shared_small<4>(from + 32));
+    }
+    hopper::products_wait<0>();
+    hopper::pin(fresh);
+    if constexpr (kPart == kParts - 1) {
+      release_stage(factor);
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      sums[j] = F::kGroups ? fused(factor[j >> 1 & 1], fresh[j], sums[j]) : sums[j] + fresh[j];
+    }
+  }
+
+  PYFMT_DEVICE void chunk(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
+                          Fragments& next) {
+    part<0>(i, sums, fresh, now, next);
+    if constexpr (kParts > 1) part<1>(i, sums, fresh, now, next);
+    if constexpr (kParts > 2) {
+      part<2>(i, sums, fresh, now, next);
+      part<3>(i, sums, fresh, now, next);
+    }
+  }
+
+  PYFMT_DEVICE void run(float (&sums)[kCount]) {
+    float fresh[kCount];
+    Fragments a, b;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
+    if (steps > 0) {
+      wait_codes();
+      decode_part<0>(0, a);
+      if constexpr (kParts > 1) decode_part<1>(0, a);
+      if constexpr (kParts > 2) decode_part<2>(0, a);
+      if constexpr (kParts > 2) decode_part<3>(0, a);
+      release_codes(0);
+    }
+#pragma unroll 1
+    for (int i = 0; i < steps; i += 2) {
+      chunk(i, sums, fresh, a, b);
+      if (i + 1 < steps) chunk(i + 1, sums, fresh, b, a);
+    }
+  }
+};
+
+template <class F, int kTokens>
+PYFMT_DEVICE void take_turns(const Params& p) {
+  const Place at = Place::of<kTokens>(p);
+  turns::init_barriers<F, kTokens>(p, at.base);
+  if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
+  if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
+  if (p.share > 1) hopper::cluster_meet();
+  if (p.share == 1 || F::kFolded) __syncthreads();
+  // Registers: 168 for each of 384 threads, shared out anew.
+  if (threadIdx.x >= kConsumers) {
+    hopper::fewer_registers<40>();
+    hopper::start_dependents();
+    Bringer<F, kTokens>{p, at, at.last - at.first}.run();
+  } else {
+    hopper::more_registers<232>();
+    float sums[kTokens / 2];
+    Multiplier<F, kTokens>(p, at).run(sums);
+    if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
+    // No block leaves, or is written to, while another of its cluster may still need its tiles.
+    if (p.share * p.split > 1) {
+      hopper::cluster_meet();
+    } else {
+      hopper::partial_sync<kConsumers>();
+    }
+    const int row = Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31);
+    finish<kTokens>(p, at, sums, row);
+  }
+}
+
+template <class F, int kTokens>
+__global__ void __launch_bounds__(PYFMT_WIDE_THREADS(kThreadsHere), 1)
+    matmul_turns_kernel(const __grid_constant__ Params p) {
+#if defined(PYFMT_SM90A)
+  take_turns<F, kTokens>(p);
+#endif
+}
+
+template <class F, int kTokens>
+void launch_turns(Params& p, const WideCall& call, Stream stream) {
+  using R = Room<F, kTokens>;
+  hopper::MatrixBox codes = call.codes;
+  codes.box_bytes = int(R::kRowBytes);
+  codes.box_rows = kRows;
+  p.codes_map = hopper::encode(codes);
+  p.up = L::as_float(power_of_two_bits(F::kDown));
+  launch_wide(matmul_turns_kernel<F, kTokens>, p, kTokens, kThreadsHere, R::kBytes, stream);
+}
+
+template <class F>
+void launch_tokens(Params& p, const WideCall& call, Stream stream) {
+  if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
+  launch_turns<F, 64>(p, call, stream);
+}
+
+template <int kBits, int kRun>
+void launch_run(Params& p, const WideCall& call, Stream stream) {
+  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles, k = call.x.row_bytes / 2;
+  const bool aligned = aligned16(call.x.data) && k % 8 == 0;
+  launch(write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps, kThreads, stream,
+         static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
+         p.panel_rows, p.tiles, aligned);
+  launch_tokens<Integers<kBits, kRun>>(p, call, stream);
+}
+
+// A lane takes as many codes that lie together as a group allows.
+template <int kBits>
+void launch_groups(Params& p, const WideCall& call, Stream stream) {
+  if (p.group_runs % 4 == 0) return launch_run<kBits, 32>(p, call, stream);
+  if (p.group_runs % 2 == 0) return launch_run<kBits, 16>(p, call, stream);
+  launch_run<kBits, 8>(p, call, stream);
+}
+
+template <class W>
+void launch_fold(Params& p, const WideCall& call, Stream stream) {
+  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles;
+  launch(write_fp8_panel, (units + kWarps - 1) / kWarps, kThreads, stream,
+         static_cast<const uint8_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m,
+         call.x.row_bytes, p.panel_rows, p.tiles);
+  launch_tokens<Folding<W>>(p, call, stream);
+}
+
+}  // namespace turns
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt
