@@ -15,7 +15,7 @@ status=0
 for part in $PARTS; do
   case $part in
     test)
-      timeout 300 $PYTEST tests/test_cuda.py -n 8 --dist worksteal --maxfail 40 --durations 12 --tb short \
+      timeout 300 $PYTEST tests/test_cuda.py tests/test_cuda_numbers.py -n 8 --dist worksteal --maxfail 40 --durations 12 --tb short \
         >"$OUT/tests.log" 2>&1 || status=1
       grep -E "^(FAILED|ERROR)|passed|failed|error" "$OUT/tests.log" | cut -c1-220 | tail -n 45
       ;;

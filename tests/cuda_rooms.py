@@ -103,7 +103,7 @@ def dual_equals_two_calls(ops: Any, to_device: Any, name: str, dtype: np.dtype) 
                 ("across", got[3:], across),
                 ("across alone", alone, across),
             ):
-                _same_parts(f"{name} {dtype} {shape} {options} {which}", part, want)
+                same_parts(f"{name} {dtype} {shape} {options} {which}", part, want)
 
 
 def turned_equals_two_calls(ops: Any, to_device: Any, name: str) -> None:
@@ -131,7 +131,7 @@ def turned_equals_two_calls(ops: Any, to_device: Any, name: str) -> None:
                     ("across", got[3:], across),
                     ("across alone", alone, across),
                 ):
-                    _same_parts(f"{name} {shape} {size} {rounding} {which}", part, want)
+                    same_parts(f"{name} {shape} {size} {rounding} {which}", part, want)
 
 
 def fake_across_equals_reference(ops: Any, to_device: Any, name: str, dtype: np.dtype) -> None:
@@ -197,21 +197,24 @@ SQUARES = [
 ]
 
 
-def _same_parts(what: str, got: Any, want: Any) -> None:
-    """Codes, scales and the tensor scale (an empty tensor for none), with the first difference."""
-    for part, g, w in zip(("codes", "scales", "tensor scale"), got, want, strict=True):
+def bits_of(x: Any) -> np.ndarray:
+    """The numbers' bits, as unsigned integers."""
+    x = np.ascontiguousarray(x)
+    return x.view(np.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def same_parts(what: str, got: Any, want: Any) -> None:
+    """Results in order (codes, scales, tensor scale; None: an empty tensor), bit for bit."""
+    for i, (g, w) in enumerate(zip(got, want, strict=True)):
         ours = to_numpy(g.cpu())
         wanted = np.zeros(0, np.float32) if w is None else np.asarray(w)
-        assert ours.shape == wanted.shape, f"{what}: {part} of {ours.shape}, not {wanted.shape}"
-        a, b = (
-            np.ascontiguousarray(y).reshape(-1).view(f"uint{8 * y.dtype.itemsize}")
-            for y in (ours, wanted)
-        )
+        assert ours.shape == wanted.shape, f"{what}: part {i} of {ours.shape}, not {wanted.shape}"
+        a, b = bits_of(ours).reshape(-1), bits_of(wanted).reshape(-1)
         bad = np.flatnonzero(a != b)
         if len(bad):
             at = np.unravel_index(bad[0], ours.shape)
             pytest.fail(
-                f"{what}: {len(bad)} of {a.size} {part} differ, the first at {at}: "
+                f"{what}: {len(bad)} of {a.size} differ in part {i}, the first at {at}: "
                 f"{a[bad[0]]:#x}, expected {b[bad[0]]:#x}"
             )
 
