@@ -4,15 +4,15 @@
     python bench/decode.py [--layers 32] [--only NAMES] [--json PATH]
 
 transformers' LlamaForCausalLM with the shapes of the 8B model and random weights; quantize_model
-replaces all linear layers but lm_head, and fuses q, k and v, and gate and up, but where the name
-says apart. Every model runs in the same process, bfloat16 first and
-last, its decoder layers compiled by torch.compile.
+replaces all linear layers but lm_head (where the name says head, that too), and fuses q, k and v,
+and gate and up, but where the name says apart. Every model runs in the same process, bfloat16 first
+and last, with the same attention, the same options of torch.compile and the same graphs.
 
 Decode: greedy generation after a prompt of 64 tokens, replays of one CUDA graph, at batch 1 and 16,
 with keys and values of 256 positions. Prefill: 8192 tokens of one sequence, also a CUDA graph.
-Keys and values are buffers of the attention modules, by way of transformers' attention interface,
-so that all layers share one compiled program. Generated logits are checked against a pass over the
-whole sequence.
+Keys and values are in buffers of the attention modules, by way of transformers' attention
+interface, so that all layers share one compiled program. Generated logits are checked against a
+pass over the whole sequence, and those of replays, in every bit, against those of single launches.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from harness import machine
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -37,7 +38,9 @@ W4A4 = {"weight": "mxfp4", "activation": "mxfp4", "rotation": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "mxfp4": {"weight": "mxfp4"} | FUSED,
     "mxfp4-apart": {"weight": "mxfp4"},
+    "mxfp4-head": {"weight": "mxfp4", "skip": ()} | FUSED,
     "nvfp4": {"weight": "nvfp4"} | FUSED,
+    "nvfp4-head": {"weight": "nvfp4", "skip": ()} | FUSED,
     "int4": {"weight": "int4"} | FUSED,
     "mxint8": {"weight": "mxint8"} | FUSED,
     "mxfp4-w4a4": W4A4 | FUSED,
@@ -47,26 +50,41 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def attention(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float,
-    position: Any = None, seen: Any = None, **_: Any,
+    position: Any = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention, or that of one token to the positions that `seen` says."""
-    if position is None:
+    """Causal attention; with a position, keys and values are kept in the module's buffers.
+
+    That of one token is written out, as sums for one sequence and as products for several: torch's
+    kernel with a mask (cuDNN's) takes twice as long for so few places. One sequence's own key and
+    value do not come from the buffers, so that it does not matter whether a kernel sees what the
+    one before it wrote there: with Inductor's enable_pdl it may not (torch 2.11).
+    """
+    if position is not None:
+        module.keys.index_copy_(2, position, key)
+        module.values.index_copy_(2, position, value)
+    if position is None or query.shape[2] > 1:
         y = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return y.transpose(1, 2).contiguous(), None
-    module.keys.index_copy_(2, position, key)
-    module.values.index_copy_(2, position, value)
-    if query.shape[2] > 1:
-        return attention(module, query, key, value, None, scaling=scaling)
-    # The heads that share keys and values stand where other tokens would: nothing is repeated.
-    batch, _, _, size = query.shape
-    grouped = query.view(batch, key.shape[1], -1, size)
-    mask = seen.expand(batch, key.shape[1], grouped.shape[2], -1)
-    y = scaled_dot_product_attention(
-        grouped, module.keys, module.values, attn_mask=mask, scale=scaling
-    )
-    return y.view(batch, 1, -1, size), None
+    batch, heads, _, size = key.shape
+    keys, values = module.keys, module.values
+    # Heads that share keys and values side by side.
+    grouped = query.view(batch, heads, -1, size)
+    places = torch.arange(CONTEXT, device=key.device)
+    if batch > 1:
+        scores = (grouped @ keys.mT).float() * scaling
+        y = scores.masked_fill(places > position, -torch.inf).softmax(-1).to(values.dtype) @ values
+        return y.view(batch, 1, -1, size), None
+    grouped = grouped.float() * scaling
+    own = (grouped * key).sum(-1, keepdim=True)
+    scores = (grouped.unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
+    scores = scores.masked_fill(places >= position, -torch.inf)
+    most = torch.maximum(scores.amax(-1, keepdim=True), own)
+    weights, weight = (scores - most).exp(), (own - most).exp()
+    y = (weights.unsqueeze(4) * values.unsqueeze(2)).sum(3) + weight * value
+    y = y / (weights.sum(-1, keepdim=True) + weight)
+    return y.to(query.dtype).view(batch, 1, -1, size), None
 
 
 def decoder(layers: int, small: bool, device: str) -> Any:
@@ -100,19 +118,35 @@ def decoder(layers: int, small: bool, device: str) -> Any:
     return model
 
 
-def compiled(model: Any, backend: str) -> None:
-    """Compile each decoder layer; those of a model share one program for each shape."""
+def advance(logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor) -> None:
+    """The next token is the likeliest one, at the next position."""
+    # In two steps: one block of threads would go through all of them.
+    best, index = logits.view(len(logits), -1, 256).max(-1)
+    row = best.argmax(-1, keepdim=True)
+    token.copy_(256 * row + index.gather(-1, row))
+    position.add_(1)
+
+
+def compiled(model: Any, backend: str) -> Callable[..., None]:
+    """Compile each decoder layer; those of a model share one program for each shape.
+
+    Inductor's kernels start before the one ahead ends, where it can have them so. Returns
+    `advance`, compiled too.
+    """
     torch._dynamo.config.recompile_limit = 64
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend)
-    model.model.norm.compile(fullgraph=True, dynamic=False, backend=backend)
+    if hasattr(inductor.triton, "enable_pdl"):
+        inductor.triton.enable_pdl = True
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+    for part in (*model.model.layers, model.model.norm, model.model.rotary_emb):
+        part.compile(**how)
+    return torch.compile(advance, **how)
 
 
 class Graph:
-    """A call as a captured CUDA graph; on the CPU the call itself."""
+    """A call as a captured CUDA graph, and what it gives; on the CPU the call itself."""
 
     def __init__(self, call: Callable[[], Any], warm: int = 2) -> None:
-        self.call = call
+        self.call, self.result = call, None
         if not torch.cuda.is_available():
             return
         side = torch.cuda.Stream()
@@ -123,21 +157,21 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call()
+            self.result = call()
         self.call = graph.replay
 
 
 class Generation:
     """Greedy generation for `batch` sequences, token by token."""
 
-    def __init__(self, model: Any, batch: int) -> None:
+    def __init__(self, model: Any, batch: int, advance: Callable[..., None]) -> None:
         config, device = model.config, model.device
         size = (batch, config.num_key_value_heads, CONTEXT, config.head_dim)
         for layer in model.model.layers:
             for name in ("keys", "values"):
                 empty = torch.zeros(size, dtype=torch.bfloat16, device=device)
                 layer.self_attn.register_buffer(name, empty, persistent=False)
-        self.model = model
+        self.model, self.advance = model, advance
         self.places = torch.arange(CONTEXT, device=device)
         generator = torch.Generator(device).manual_seed(1)
         self.prompt = torch.randint(
@@ -145,7 +179,6 @@ class Generation:
         )
         self.token = self.prompt[:, -1:].clone()
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.logits = torch.empty(batch, config.vocab_size, dtype=torch.bfloat16, device=device)
 
     def restart(self) -> None:
         """Fill keys and values with the prompt's but the last, which is the first token to go."""
@@ -157,15 +190,14 @@ class Generation:
         self.token.copy_(self.prompt[:, -1:])
         self.position.fill_(PROMPT - 1)
 
-    def step(self) -> None:
-        seen = (self.places <= self.position).view(1, 1, 1, -1)
+    def step(self) -> torch.Tensor:
+        """Generate a token; returns its logits."""
         out = self.model(
-            self.token, use_cache=False, position_ids=self.position[None], position=self.position,
-            seen=seen,
-        )  # fmt: skip
-        self.logits.copy_(out.logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
-        self.position.add_(1)
+            self.token, use_cache=False, position_ids=self.position[None], position=self.position
+        )
+        self.logits = out.logits[:, -1]
+        self.advance(self.logits, self.token, self.position)
+        return self.logits
 
     def check(self) -> None:
         """Compare the logits after three tokens with those of a pass over the sequence.
@@ -203,12 +235,27 @@ def seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
-def decode_rate(model: Any, batch: int) -> float:
+def check_graph(generation: Generation, graph: Graph, steps: int = 8) -> None:
+    """Compare logits of replays with those of the same kernels launched one by one.
+
+    Python launches them more slowly than most of them run, so that few overlap as in a graph.
+    """
+    for call in (generation.step, graph.call):
+        generation.restart()
+        for _ in range(steps):
+            call()
+    if graph.result is not None and not torch.equal(generation.logits, graph.result):
+        raise SystemExit("decode: replays of the graph give other logits than single launches")
+
+
+def decode_rate(model: Any, batch: int, advance: Callable[..., None]) -> float:
     """Tokens a second of greedy generation."""
-    generation = Generation(model, batch)
+    generation = Generation(model, batch, advance)
     generation.check()
     generation.restart()
     graph = Graph(generation.step)
+    check_graph(generation, graph)
+    generation.restart()
     tokens = CONTEXT - PROMPT - 8
 
     def many() -> None:
@@ -227,11 +274,11 @@ def prefill_rate(model: Any, tokens: int) -> float:
 
 def measure(model: Any, options: Any) -> dict[str, float]:
     """Tokens a second at each batch, and of a prefill."""
-    compiled(model, options.backend)
+    advance = compiled(model, options.backend)
     found = {}
     with torch.no_grad():
         for batch in options.batch:
-            found[f"decode {batch}"] = decode_rate(model, batch)
+            found[f"decode {batch}"] = decode_rate(model, batch, advance)
         if options.tokens:
             found["prefill"] = prefill_rate(model, options.tokens)
     if torch.cuda.is_available():
@@ -239,7 +286,7 @@ def measure(model: Any, options: Any) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16])
@@ -248,7 +295,7 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try this out")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.small:
         parser.error("no GPU is visible, which this measures; pass --small to try it on the CPU")
@@ -271,7 +318,8 @@ def main() -> None:
     for name in options.only:
         model = decoder(options.layers, options.small, device)
         report = pyfmt.nn.quantize_model(model, progress=False, **MODELS[name])
-        assert len(report.replaced) == 7 * options.layers, report
+        head = "skip" in MODELS[name]
+        assert len(report.replaced) == 7 * options.layers + head, report
         show(name, measure(model, options))
         del model, report
     show("bfloat16, again", measure(dense, options))
