@@ -54,10 +54,8 @@ def attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Causal attention; with a position, keys and values are kept in the module's buffers.
 
-    That of one token is written out, as sums for one sequence and as products for several: torch's
-    kernel with a mask (cuDNN's) takes twice as long for so few places. One sequence's own key and
-    value do not come from the buffers, so that it does not matter whether a kernel sees what the
-    one before it wrote there: with Inductor's enable_pdl it may not (torch 2.11).
+    That of one token is two products and a softmax, as transformers' own eager attention has it:
+    torch's kernel with a mask (cuDNN's) takes twice as long for so few places.
     """
     if position is not None:
         module.keys.index_copy_(2, position, key)
@@ -67,24 +65,13 @@ def attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return y.transpose(1, 2).contiguous(), None
+    # Heads that share keys and values stand where other tokens would: nothing is repeated.
     batch, heads, _, size = key.shape
-    keys, values = module.keys, module.values
-    # Heads that share keys and values side by side.
     grouped = query.view(batch, heads, -1, size)
-    places = torch.arange(CONTEXT, device=key.device)
-    if batch > 1:
-        scores = (grouped @ keys.mT).float() * scaling
-        y = scores.masked_fill(places > position, -torch.inf).softmax(-1).to(values.dtype) @ values
-        return y.view(batch, 1, -1, size), None
-    grouped = grouped.float() * scaling
-    own = (grouped * key).sum(-1, keepdim=True)
-    scores = (grouped.unsqueeze(3) * keys.unsqueeze(2)).sum(-1)
-    scores = scores.masked_fill(places >= position, -torch.inf)
-    most = torch.maximum(scores.amax(-1, keepdim=True), own)
-    weights, weight = (scores - most).exp(), (own - most).exp()
-    y = (weights.unsqueeze(4) * values.unsqueeze(2)).sum(3) + weight * value
-    y = y / (weights.sum(-1, keepdim=True) + weight)
-    return y.to(query.dtype).view(batch, 1, -1, size), None
+    later = torch.arange(CONTEXT, device=key.device) > position
+    scores = (grouped @ module.keys.mT).float() * scaling
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1).to(query.dtype)
+    return (weights @ module.values).view(batch, 1, -1, size), None
 
 
 def decoder(layers: int, small: bool, device: str) -> Any:
