@@ -18,6 +18,7 @@ pass over the whole sequence, and those of replays, in every bit, against those 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -46,6 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mxfp4-w4a4": W4A4 | FUSED,
     "mxfp4-w4a4-kept": W4A4 | FUSED | {"expanded": "keep"},
 }
+# Together with bfloat16 a few minutes, most of them compiling.
+USUAL = ["mxfp4", "mxfp4-head", "nvfp4", "nvfp4-head", "mxfp4-w4a4"]
 
 
 def attention(
@@ -278,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=8192, help="of the prefill; 0: none")
-    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=USUAL)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try this out")
     parser.add_argument("--json", type=Path)
@@ -286,6 +289,8 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.small:
         parser.error("no GPU is visible, which this measures; pass --small to try it on the CPU")
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("the decoder is transformers' own, which is missing; pip install transformers")
     facts = machine() | {"layers": options.layers, "prefill_tokens": options.tokens}
     facts |= {"context": CONTEXT, "prompt": PROMPT, "backend": options.backend}
     print(json.dumps(facts))

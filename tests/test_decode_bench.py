@@ -73,3 +73,12 @@ def test_without_a_gpu_it_says_what_to_do(decode: Any, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         decode.main([])
     assert "pass --small to try it on the CPU" in capsys.readouterr().err
+
+
+def test_without_transformers_it_says_what_to_do(
+    decode: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        decode.main(["--small"])
+    assert "pip install transformers" in capsys.readouterr().err
