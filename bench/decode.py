@@ -4,20 +4,21 @@
     python bench/decode.py [--layers 32] [--only NAMES] [--json PATH]
 
 transformers' LlamaForCausalLM with the shapes of the 8B model and random weights; quantize_model
-replaces all linear layers but lm_head, and fuses q, k and v, and gate and up, but where the name
-says apart. Every model runs in the same process, bfloat16 first and
-last, its decoder layers compiled by torch.compile.
+replaces all linear layers but lm_head (where the name says head, that too), and fuses q, k and v,
+and gate and up, but where the name says apart. Every model runs in the same process, bfloat16 first
+and last, with the same attention, the same options of torch.compile and the same graphs.
 
 Decode: greedy generation after a prompt of 64 tokens, replays of one CUDA graph, at batch 1 and 16,
 with keys and values of 256 positions. Prefill: 8192 tokens of one sequence, also a CUDA graph.
-Keys and values are buffers of the attention modules, by way of transformers' attention interface,
-so that all layers share one compiled program. Generated logits are checked against a pass over the
-whole sequence.
+Keys and values are in buffers of the attention modules, by way of transformers' attention
+interface, so that all layers share one compiled program. Generated logits are checked against a
+pass over the whole sequence, and those of replays, in every bit, against those of single launches.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config as inductor
 from harness import machine
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -37,36 +39,42 @@ W4A4 = {"weight": "mxfp4", "activation": "mxfp4", "rotation": 32}
 MODELS: dict[str, dict[str, Any]] = {
     "mxfp4": {"weight": "mxfp4"} | FUSED,
     "mxfp4-apart": {"weight": "mxfp4"},
+    "mxfp4-head": {"weight": "mxfp4", "skip": ()} | FUSED,
     "nvfp4": {"weight": "nvfp4"} | FUSED,
+    "nvfp4-head": {"weight": "nvfp4", "skip": ()} | FUSED,
     "int4": {"weight": "int4"} | FUSED,
     "mxint8": {"weight": "mxint8"} | FUSED,
     "mxfp4-w4a4": W4A4 | FUSED,
     "mxfp4-w4a4-kept": W4A4 | FUSED | {"expanded": "keep"},
 }
+# Together with bfloat16 a few minutes, most of them compiling.
+USUAL = ["mxfp4", "mxfp4-head", "nvfp4", "nvfp4-head", "mxfp4-w4a4"]
 
 
 def attention(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *, scaling: float,
-    position: Any = None, seen: Any = None, **_: Any,
+    position: Any = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention, or that of one token to the positions that `seen` says."""
-    if position is None:
+    """Causal attention; with a position, keys and values are kept in the module's buffers.
+
+    That of one token is two products and a softmax, as transformers' own eager attention has it:
+    torch's kernel with a mask (cuDNN's) takes twice as long for so few places.
+    """
+    if position is not None:
+        module.keys.index_copy_(2, position, key)
+        module.values.index_copy_(2, position, value)
+    if position is None or query.shape[2] > 1:
         y = scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return y.transpose(1, 2).contiguous(), None
-    module.keys.index_copy_(2, position, key)
-    module.values.index_copy_(2, position, value)
-    if query.shape[2] > 1:
-        return attention(module, query, key, value, None, scaling=scaling)
-    # The heads that share keys and values stand where other tokens would: nothing is repeated.
-    batch, _, _, size = query.shape
-    grouped = query.view(batch, key.shape[1], -1, size)
-    mask = seen.expand(batch, key.shape[1], grouped.shape[2], -1)
-    y = scaled_dot_product_attention(
-        grouped, module.keys, module.values, attn_mask=mask, scale=scaling
-    )
-    return y.view(batch, 1, -1, size), None
+    # Heads that share keys and values stand where other tokens would: nothing is repeated.
+    batch, heads, _, size = key.shape
+    grouped = query.view(batch, heads, -1, size)
+    later = torch.arange(CONTEXT, device=key.device) > position
+    scores = (grouped @ module.keys.mT).float() * scaling
+    weights = scores.masked_fill(later, -torch.inf).softmax(-1).to(query.dtype)
+    return (weights @ module.values).view(batch, 1, -1, size), None
 
 
 def decoder(layers: int, small: bool, device: str) -> Any:
@@ -100,19 +108,35 @@ def decoder(layers: int, small: bool, device: str) -> Any:
     return model
 
 
-def compiled(model: Any, backend: str) -> None:
-    """Compile each decoder layer; those of a model share one program for each shape."""
+def advance(logits: torch.Tensor, token: torch.Tensor, position: torch.Tensor) -> None:
+    """The next token is the likeliest one, at the next position."""
+    # In two steps: one block of threads would go through all of them.
+    best, index = logits.view(len(logits), -1, 256).max(-1)
+    row = best.argmax(-1, keepdim=True)
+    token.copy_(256 * row + index.gather(-1, row))
+    position.add_(1)
+
+
+def compiled(model: Any, backend: str) -> Callable[..., None]:
+    """Compile each decoder layer; those of a model share one program for each shape.
+
+    Inductor's kernels start before the one ahead ends, where it can have them so. Returns
+    `advance`, compiled too.
+    """
     torch._dynamo.config.recompile_limit = 64
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, dynamic=False, backend=backend)
-    model.model.norm.compile(fullgraph=True, dynamic=False, backend=backend)
+    if hasattr(inductor.triton, "enable_pdl"):
+        inductor.triton.enable_pdl = True
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": backend}
+    for part in (*model.model.layers, model.model.norm, model.model.rotary_emb):
+        part.compile(**how)
+    return torch.compile(advance, **how)
 
 
 class Graph:
-    """A call as a captured CUDA graph; on the CPU the call itself."""
+    """A call as a captured CUDA graph, and what it gives; on the CPU the call itself."""
 
     def __init__(self, call: Callable[[], Any], warm: int = 2) -> None:
-        self.call = call
+        self.call, self.result = call, None
         if not torch.cuda.is_available():
             return
         side = torch.cuda.Stream()
@@ -123,21 +147,21 @@ class Graph:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            call()
+            self.result = call()
         self.call = graph.replay
 
 
 class Generation:
     """Greedy generation for `batch` sequences, token by token."""
 
-    def __init__(self, model: Any, batch: int) -> None:
+    def __init__(self, model: Any, batch: int, advance: Callable[..., None]) -> None:
         config, device = model.config, model.device
         size = (batch, config.num_key_value_heads, CONTEXT, config.head_dim)
         for layer in model.model.layers:
             for name in ("keys", "values"):
                 empty = torch.zeros(size, dtype=torch.bfloat16, device=device)
                 layer.self_attn.register_buffer(name, empty, persistent=False)
-        self.model = model
+        self.model, self.advance = model, advance
         self.places = torch.arange(CONTEXT, device=device)
         generator = torch.Generator(device).manual_seed(1)
         self.prompt = torch.randint(
@@ -145,7 +169,6 @@ class Generation:
         )
         self.token = self.prompt[:, -1:].clone()
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.logits = torch.empty(batch, config.vocab_size, dtype=torch.bfloat16, device=device)
 
     def restart(self) -> None:
         """Fill keys and values with the prompt's but the last, which is the first token to go."""
@@ -157,15 +180,14 @@ class Generation:
         self.token.copy_(self.prompt[:, -1:])
         self.position.fill_(PROMPT - 1)
 
-    def step(self) -> None:
-        seen = (self.places <= self.position).view(1, 1, 1, -1)
+    def step(self) -> torch.Tensor:
+        """Generate a token; returns its logits."""
         out = self.model(
-            self.token, use_cache=False, position_ids=self.position[None], position=self.position,
-            seen=seen,
-        )  # fmt: skip
-        self.logits.copy_(out.logits[:, -1])
-        self.token.copy_(self.logits.argmax(-1, keepdim=True))
-        self.position.add_(1)
+            self.token, use_cache=False, position_ids=self.position[None], position=self.position
+        )
+        self.logits = out.logits[:, -1]
+        self.advance(self.logits, self.token, self.position)
+        return self.logits
 
     def check(self) -> None:
         """Compare the logits after three tokens with those of a pass over the sequence.
@@ -203,12 +225,27 @@ def seconds(call: Callable[[], Any], rounds: int) -> float:
     return statistics.median(times)
 
 
-def decode_rate(model: Any, batch: int) -> float:
+def check_graph(generation: Generation, graph: Graph, steps: int = 8) -> None:
+    """Compare logits of replays with those of the same kernels launched one by one.
+
+    Python launches them more slowly than most of them run, so that few overlap as in a graph.
+    """
+    for call in (generation.step, graph.call):
+        generation.restart()
+        for _ in range(steps):
+            call()
+    if graph.result is not None and not torch.equal(generation.logits, graph.result):
+        raise SystemExit("decode: replays of the graph give other logits than single launches")
+
+
+def decode_rate(model: Any, batch: int, advance: Callable[..., None]) -> float:
     """Tokens a second of greedy generation."""
-    generation = Generation(model, batch)
+    generation = Generation(model, batch, advance)
     generation.check()
     generation.restart()
     graph = Graph(generation.step)
+    check_graph(generation, graph)
+    generation.restart()
     tokens = CONTEXT - PROMPT - 8
 
     def many() -> None:
@@ -227,11 +264,11 @@ def prefill_rate(model: Any, tokens: int) -> float:
 
 def measure(model: Any, options: Any) -> dict[str, float]:
     """Tokens a second at each batch, and of a prefill."""
-    compiled(model, options.backend)
+    advance = compiled(model, options.backend)
     found = {}
     with torch.no_grad():
         for batch in options.batch:
-            found[f"decode {batch}"] = decode_rate(model, batch)
+            found[f"decode {batch}"] = decode_rate(model, batch, advance)
         if options.tokens:
             found["prefill"] = prefill_rate(model, options.tokens)
     if torch.cuda.is_available():
@@ -239,19 +276,21 @@ def measure(model: Any, options: Any) -> dict[str, float]:
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--tokens", type=int, default=8192, help="of the prefill; 0: none")
-    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--only", nargs="*", choices=list(MODELS), default=USUAL)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try this out")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not options.small:
         parser.error("no GPU is visible, which this measures; pass --small to try it on the CPU")
+    if importlib.util.find_spec("transformers") is None:
+        parser.error("the decoder is transformers' own, which is missing; pip install transformers")
     facts = machine() | {"layers": options.layers, "prefill_tokens": options.tokens}
     facts |= {"context": CONTEXT, "prompt": PROMPT, "backend": options.backend}
     print(json.dumps(facts))
@@ -271,7 +310,8 @@ def main() -> None:
     for name in options.only:
         model = decoder(options.layers, options.small, device)
         report = pyfmt.nn.quantize_model(model, progress=False, **MODELS[name])
-        assert len(report.replaced) == 7 * options.layers, report
+        head = "skip" in MODELS[name]
+        assert len(report.replaced) == 7 * options.layers + head, report
         show(name, measure(model, options))
         del model, report
     show("bfloat16, again", measure(dense, options))

@@ -193,11 +193,12 @@ def decode_table(record: dict[str, Any]) -> str:
         for name, found in lines.items()
     ]
     versions = machine["versions"]
+    head = "; head: that too" if any(name.endswith("-head") for name in lines) else ""
     return "\n".join(
         [
             f"Tokens a second, in brackets over bfloat16's: Llama 8B's shapes, {machine['layers']} "
             f"layers of transformers {versions['transformers']}, random weights, compiled, CUDA "
-            f"graphs, {machine['gpu']}, torch {versions['torch']}; lm_head stays bfloat16; "
+            f"graphs, {machine['gpu']}, torch {versions['torch']}; lm_head stays bfloat16{head}; "
             "w4a4: activations rotated (32) and quantized too:",
             "",
             f"| model | {' | '.join(heads)} |",
