@@ -3,7 +3,7 @@
 // bfloat16 terms in the order of the decoded weights.
 #pragma once
 
-#include "decode.cuh"
+#include "matmul_skinny_decode.cuh"
 #include "warp.cuh"
 
 namespace pyfmt {
@@ -42,13 +42,13 @@ PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
 enum class Grouping { kBlocks, kSteps, k32 };
 
 // kBF16: aligned bfloat16 activations; kAny: any; kGuarded: and rows or scales of any alignment.
-// kLong: as kBF16, up to 8 tokens, blocks with many rows.
-enum class Inputs { kBF16, kAny, kGuarded, kLong };
+// kLong: as kBF16, up to 8 tokens, blocks with many rows. kHeld: as kBF16, all in shared memory.
+enum class Inputs { kBF16, kAny, kGuarded, kLong, kHeld };
 
 // E, its scales, and how groups with float scales divide a step: kBlocks for none.
 template <class E, Scale kScaleKind, Grouping kGroups>
 struct Weights {
-  using D = Decoder<E, kScaleKind>;
+  using D = SkinnyDecoder<E, kScaleKind>;
   static constexpr Grouping kGrouping = kGroups;
   static constexpr bool kGrouped = kGroups != Grouping::kBlocks;
   static constexpr Scale kScale = kScaleKind;
