@@ -91,14 +91,21 @@ def within_bound(op: Skinny, name: str, m: int, n: int, k: int, dtype: torch.dty
     assert error <= C, f"{name} {m}x{n}x{k} {dtype}: {error:.3g} of sum |x||w|, allowed {C:.3g}"
 
 
-def decodes_like_the_reference(op: Skinny, name: str, n: int, k: int, device_dtype: Any) -> None:
-    """One-hot tokens read the weight back: every code, every kind of scale, bit for bit."""
+def decodes_like_the_reference(
+    op: Skinny, name: str, n: int, k: int, device_dtype: Any, among: Any = None, at_once: int = 64
+) -> None:
+    """One-hot tokens read the weight back: every code, every kind of scale, bit for bit.
+
+    among: E8M0 bytes that scales are drawn from; at_once: tokens of a call.
+    """
     fmt = get_format(name)
     codes = random_codes(fmt, n, k, 3)
     rng = np.random.default_rng(5)
     shape = (n, fmt.blocks(k))
     scales: np.ndarray
-    if fmt.scale == "e8m0":
+    if among is not None:
+        scales = rng.choice(np.array(among, np.uint8), shape)
+    elif fmt.scale == "e8m0":
         # fp8 elements at the smallest scales reach below the smallest bfloat16.
         scales = rng.integers(10, 256, shape, np.uint8)
         scales[::3] = rng.integers(118, 130, scales[::3].shape, np.uint8)
@@ -112,8 +119,8 @@ def decodes_like_the_reference(op: Skinny, name: str, n: int, k: int, device_dty
     tensor_scale = 0.25 if fmt.tensor_scale else None
     with np.errstate(over="ignore", invalid="ignore"):
         want = decoded(codes, scales, tensor_scale, fmt, (n, k)).astype(np.float32)
-    for first in range(0, k, 64):
-        count = min(64, k - first)
+    for first in range(0, k, at_once):
+        count = min(at_once, k - first)
         x = torch.zeros(count, k, dtype=device_dtype)
         x[torch.arange(count), first + torch.arange(count)] = 1.0
         got = to_numpy(op(x, codes, scales, tensor_scale, fmt).cpu())

@@ -50,6 +50,18 @@ def test_every_code_and_scale_decodes(op: Skinny, name: str) -> None:
     skinny.decodes_like_the_reference(op, name, 37, 192, torch.bfloat16)
 
 
+# Bytes of scales that one factor serves, and the first ones that it does not.
+EDGES = {"mxfp4": (0, 127), "mxint4": (11, 138), "mxint6": (5, 251), "mxint8": (15, 142)}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_scales_at_the_edges_of_one_factor(op: Skinny, name: str) -> None:
+    low, high = EDGES[name]
+    for among in ((low, 127, high), (max(low - 1, 0), high), (low, high + 1)):
+        for at_once in (4, 64):
+            skinny.decodes_like_the_reference(op, name, 130, 128, torch.bfloat16, among, at_once)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_exact_sums(op: Skinny, name: str) -> None:
     for m, n, k in ((1, 48, 256), (11, 70, 320), (20, 33, 512), (3, 150, 256), (12, 130, 256)):

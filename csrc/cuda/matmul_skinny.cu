@@ -22,6 +22,22 @@ SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
   return {};
 }
 
+// The kernel that holds all activations, where it can and pays; else none. longest: steps of a
+// part.
+SkinnyKernel find_held(const SkinnyArgs& a, int longest, int64_t blocks) {
+  const bool fine = a.format.scale == Scale::kE4M3;
+  if (a.k % 128 != 0 || reinterpret_cast<uintptr_t>(a.scales) % (fine ? 8 : 4) != 0) return {};
+  const SkinnyKernel one = find_kernel(a.format, 8, Inputs::kHeld);
+  if (!one.run || one.held(int(a.m), longest) > kMostShared) return {};
+  const int64_t tiles = (a.n + one.strip - 1) / one.strip;
+  // Short launches gain by blocks of the next one beside them.
+  const SkinnyKernel two = find_kernel(a.format, 8, Inputs::kHeldTwice);
+  const bool is_short = tiles * ((longest + 1) / 2) <= 4 * blocks;
+  if (is_short && two.held(int(a.m), longest) <= kMostShared / 2 - 1024) return two;
+  // Where a warp has few tiles, more than two tokens of E8M0 take longer to bring than they save.
+  return a.m <= 2 || fine || tiles > 8 * blocks ? one : SkinnyKernel{};
+}
+
 }  // namespace
 
 bool skinny_serves(const FormatSpec& f) {
@@ -67,16 +83,23 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   const int columns = int(std::min<int64_t>(a.m * p.terms, 64));
   SkinnyKernel kernel = find_kernel(a.format, columns, inputs);
   p.strips = (p.n + kernel.strip - 1) / kernel.strip;
+  const int steps = (int(a.format.padded(a.k)) + kernel.step - 1) / kernel.step;
+  const int longest = (steps + kernel.parts - 1) / kernel.parts;
   if (inputs == Inputs::kBF16 && columns <= 8 && a.k % 8 == 0) {
-    // With many strips a block it pays that warps do not wait for each other.
     const int64_t blocks = a.blocks ? a.blocks : multiprocessors();
-    if (p.strips > 5 * std::min<int64_t>(blocks, p.strips)) {
+    const SkinnyKernel held = find_held(a, longest, blocks);
+    if (held.run) {
+      kernel = held;
+      p.strips = (p.n + kernel.strip - 1) / kernel.strip;
+    } else if (p.strips > 5 * std::min<int64_t>(blocks, p.strips)) {
+      // With many strips a block it pays that warps do not wait for each other.
       const SkinnyKernel found = find_kernel(a.format, columns, Inputs::kLong);
       if (found.run) kernel = found;
     }
   }
   // As many tokens at once as there are columns and shared memory for.
   const auto shared = [&](int tokens) {
+    if (kernel.held) return kernel.held(tokens, longest);
     if (kernel.shared) return kernel.shared(tokens);
     const int sums = 4 * tokens * p.terms * (kernel.strips * kernel.strip + 4);
     p.slot = std::max(kernel.codes + kernel.step * tokens * int(x_bytes), (sums + 15) / 16 * 16);
@@ -85,7 +108,6 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   };
   p.tile_tokens = int(std::min<int64_t>(a.m, 8 * kernel.tiles / p.terms));
   while (shared(p.tile_tokens) > kMostShared) --p.tile_tokens;
-  const int steps = (int(a.format.padded(a.k)) + kernel.step - 1) / kernel.step;
   if (a.format.block_columns) {
     const bool whole = a.format.block_columns % kernel.step == 0;
     const int64_t runs = a.format.block_columns / (whole ? kernel.step : 32);
@@ -109,6 +131,8 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   l.shared = shared(p.tile_tokens);
   const int at_once = kernel.blocks * (l.shared + 1024) <= 228 * 1024 ? kernel.blocks : 1;
   l.clusters = std::min(p.strips, a.blocks ? a.blocks : at_once * multiprocessors());
+  p.even_tiles = int(p.strips / l.clusters);
+  p.longer_blocks = int(p.strips % l.clusters);
   l.overlap = a.overlap;
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
   l.threads = 32 * kernel.warps;

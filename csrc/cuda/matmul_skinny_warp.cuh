@@ -247,19 +247,16 @@ struct SkinnyWarp {
     }
   }
 
-  // Not 0 where one of a row's scales of a step asks for `scaled<true>`, or may do so.
+  // Not 0 where one of a row's scales of a step asks for `scaled<true>`.
   PYFMT_DEVICE static uint32_t special_scales(SharedAddress row) {
+    constexpr uint32_t kEach = 0x01010101u;
+    static_assert(D::kLowest <= 128 && D::kHighest >= 127, "bytes around 127 are ordinary");
     uint32_t found = 0;
 #pragma unroll
     for (int j = 0; j < kRowScales; j += 4) {
-      const uint32_t four = load_small<4>(row + unsigned(j));
-      // Bytes from 128 on, and, for integers, below 8; a borrow only finds too much.
-      found |= four;
-      if constexpr (D::kLowest > 0) {
-        static_assert(D::kLowest <= 8 && D::kHighest >= 127, "special scales");
-        const uint32_t high = four & 0x78787878u;
-        found |= (high - 0x08080808u) & ~high;
-      }
+      const uint32_t four = load_small<4>(row + unsigned(j)), low = four & 0x7f7f7f7fu;
+      found |= (low + (255 - D::kHighest) * kEach) & four;
+      if constexpr (D::kLowest > 0) found |= ~((low + (128 - D::kLowest) * kEach) | four);
     }
     return found & 0x80808080u;
   }
@@ -338,6 +335,9 @@ struct SkinnyWarp {
       }
     }
     constexpr int kUnits = W::kUnits / kParts;
+    // Elements that come as they are have their own sums, which are scaled down to the others.
+    constexpr bool kApart = kEverything && D::kSubnormal;
+    float part_sums[kRowTiles][kTiles][4] = {};
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       const int u = part * kUnits + i;
@@ -347,7 +347,15 @@ struct SkinnyWarp {
         D::template scaled<kEverything>(words[r] + u * D::kWords,
                                         factors[r][u * W::kFactors / W::kUnits], a[r]);
       }
-      multiply_unit(sums[strip], a, x, i);
+      multiply_unit(kApart ? part_sums : sums[strip], a, x, i);
+    }
+    if constexpr (kApart) {
+      constexpr float kScaled = 1.0f / float(1 << D::kDown);
+#pragma unroll
+      for (int i = 0; i < kRowTiles * kTiles * 4; ++i) {
+        const int r = i / 4 / kTiles, j = i / 4 % kTiles, c = i % 4;
+        sums[strip][r][j][c] = fused(part_sums[r][j][c], kScaled, sums[strip][r][j][c]);
+      }
     }
   }
 

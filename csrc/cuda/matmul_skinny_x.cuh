@@ -3,7 +3,7 @@
 // bfloat16 terms in the order of the decoded weights.
 #pragma once
 
-#include "decode.cuh"
+#include "matmul_skinny_decode.cuh"
 #include "warp.cuh"
 
 namespace pyfmt {
@@ -29,9 +29,10 @@ struct SkinnyParams {
   void* out = nullptr;
   DType out_dtype = DType::kBF16;
   int n = 0, k = 0;
-  int strips = 0;                        // of rows
-  int even_steps = 0, longer_parts = 0;  // of a warp's part of k; how many have one more
-  int slot = 0, terms_bytes = 0;         // of a step in shared memory; of its bfloat16 terms
+  int strips = 0;                         // of rows
+  int even_steps = 0, longer_parts = 0;   // of a warp's part of k; how many have one more
+  int even_tiles = 0, longer_blocks = 0;  // the same of strips and blocks (kHeld)
+  int slot = 0, terms_bytes = 0;          // of a step in shared memory; of its bfloat16 terms
 };
 
 // The first step of a part of k.
@@ -42,13 +43,14 @@ PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
 enum class Grouping { kBlocks, kSteps, k32 };
 
 // kBF16: aligned bfloat16 activations; kAny: any; kGuarded: and rows or scales of any alignment.
-// kLong: as kBF16, up to 8 tokens, blocks with many rows.
-enum class Inputs { kBF16, kAny, kGuarded, kLong };
+// kLong: as kBF16, up to 8 tokens, blocks with many rows. kHeld: as kBF16, all in shared memory;
+// kHeldTwice: so that two blocks fit a multiprocessor.
+enum class Inputs { kBF16, kAny, kGuarded, kLong, kHeld, kHeldTwice };
 
 // E, its scales, and how groups with float scales divide a step: kBlocks for none.
 template <class E, Scale kScaleKind, Grouping kGroups>
 struct Weights {
-  using D = Decoder<E, kScaleKind>;
+  using D = SkinnyDecoder<E, kScaleKind>;
   static constexpr Grouping kGrouping = kGroups;
   static constexpr bool kGrouped = kGroups != Grouping::kBlocks;
   static constexpr Scale kScale = kScaleKind;

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products in several processes that share one GPU: every call gives the same bits.
+
+When the device changes from one process to another between a read of shared memory and the arrival
+that frees the place, the copy that follows may come first. A kernel in which arrivals do not wait
+for reads is wrong in one call of a hundred here, and right whenever it runs alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+pytestmark = pytest.mark.gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 4
+
+FEW = ["mxfp4", "nvfp4", "mxint4", "nvint4", "int4", "mxfp6_e2m3", "mxint6", "mxfp8_e4m3"]
+FEW += ["mxint8", "int8", "int4-b32-bf16"]
+PROCESSES = [
+    # Plans are tile, share, split; zeros let the kernel choose.
+    ["wide:mxfp8_e4m3:300x130x2001", "wide:mxfp8_e4m3:300x700x2048:64,1,1"],
+    ["wide:int8-b32-fp32:200x700x2048:64,1,1", "wide:int4:200x700x2048:128,1,1"],
+    ["wide:mxfp4:300x700x2048:64,1,1", "wide:nvfp4:300x700x2048:64,1,1"],
+    ["wide:mxint8:200x700x2048:256,1,1", "wide:mxint8:300x700x2048:128,1,1"],
+    ["fold:mxfp4:200x700x2048:64,1,1", "fold:mxfp6_e3m2:200x700x2048:128,2,1"],
+    [f"skinny:{name}:1x1400x2048" for name in FEW],
+    [f"skinny:{name}:{m}x6000x1024" for name in FEW for m in (4, 8)],
+    [f"skinny:{name}:16x1400x2048" for name in FEW],
+    ["linear:mxfp4:1x4096x2048", "linear:nvfp4:4x4096x2048", "linear:mxint4:16x4096x2048"],
+]
+
+
+def run(processes: list[list[str]], seconds: float) -> dict[str, list[int]]:
+    """Calls and wrong ones of each case."""
+    command = [sys.executable, "-m", "tests.beside_worker", str(seconds)]
+    started = [
+        subprocess.Popen([*command, *cases], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for cases in processes
+    ]
+    found: dict[str, list[int]] = {}
+    for process, cases in zip(started, processes, strict=True):
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, f"{cases}: exit {process.returncode}"
+        found.update(json.loads(out.splitlines()[-1]))
+    return found
+
+
+def test_bits_do_not_depend_on_other_processes() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels under test are those of compute capability 9.0")
+    found = run(PROCESSES, SECONDS)
+    assert set(found) == {case for cases in PROCESSES for case in cases}
+    wrong = {case: counts for case, counts in found.items() if counts[1]}
+    assert not wrong, f"wrong of calls: {wrong}"
+    assert min(calls for calls, _ in found.values()) >= 30
