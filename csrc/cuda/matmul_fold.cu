@@ -30,8 +30,9 @@ const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 }
 
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a) {
-  return a.plan.tokens ? a.plan
-                       : wide::cheapest_plan(a.a.rows, a.n, a.a.columns, 740.0, 1000.0, 0.0);
+  return a.plan.tokens
+             ? a.plan
+             : wide::cheapest_plan(a.a.rows, a.n, a.a.columns, {{64, 740}, {96, 870}, {128, 1000}});
 }
 
 int64_t matmul_fold_workspace(const MatmulFoldArgs& a) {

@@ -8,6 +8,8 @@
 // match.
 #pragma once
 
+#include <initializer_list>
+
 #include "launch.cuh"
 #include "matmul_wide_tiles.cuh"
 
@@ -136,25 +138,29 @@ __global__ void __launch_bounds__(kThreads)
   to[i] = column < k ? x[row * k + column] : T(0);
 }
 
-// The plan that takes the least time, by the clocks that a chunk takes on an H200 with 64, 128 and
-// 256 tokens (0: not served).
-inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k, double with_64, double with_128,
-                              double with_256) {
+// The clocks that a chunk takes on an H200 by a kernel for so many tokens.
+struct TileCost {
+  int tokens;
+  double chunk;
+};
+
+// The plan that takes the least time.
+inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k,
+                              std::initializer_list<TileCost> tiles) {
   const int sms = multiprocessors();
   const int64_t n_tiles = (n + kRows - 1) / kRows, chunks = (k + kChunk - 1) / kChunk;
   WidePlan best;
   double least = 0;
-  for (int tokens : {64, 128, 256}) {
-    const double chunk = tokens == 64 ? with_64 : tokens == 128 ? with_128 : with_256;
-    if (chunk == 0) break;
+  for (const TileCost& tile : tiles) {
     for (int split : {1, 2}) {
       if (split > chunks) break;
-      const int64_t blocks = n_tiles * ((m + tokens - 1) / tokens) * split;
+      const int64_t blocks = n_tiles * ((m + tile.tokens - 1) / tile.tokens) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      const double cost = double(waves) * (double(chunks) / split * chunk + 9000 + 30 * tokens);
+      const double own = double(chunks) / split * tile.chunk + 9000 + 30 * tile.tokens;
+      const double cost = double(waves) * own;
       if (!best.tokens || cost < least) {
         least = cost;
-        best.tokens = tokens;
+        best.tokens = tile.tokens;
         best.split = split;
       }
     }

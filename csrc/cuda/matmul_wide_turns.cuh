@@ -21,9 +21,10 @@ namespace turns {
 template <class F, int kTokens>
 struct Multiplier {
   using R = Room<F, kTokens>;
-  using Product = hopper::RegisterProduct<typename F::Type, kTokens>;
-  static constexpr int kCount = kTokens / 2, kParts = R::kParts;
-  static constexpr int kSteps = F::kOut / 2 / kParts;  // of a part
+  using Product = hopper::RegisterProduct<typename F::Type, R::kWide>;
+  static constexpr int kCount = R::kWide / 2, kAll = kTokens / 2, kParts = R::kParts;
+  static constexpr int kSteps = F::kOut / 2 / kParts;                         // of a part
+  static constexpr int kMost = R::kHalves == 2 && F::kOut == 16 ? 240 : 232;  // registers
   using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
@@ -163,13 +164,12 @@ struct Multiplier {
     stage.next();
   }
 
-  // Part kPart of chunk i, by fragments `now`; those of the next chunk become `next`.
-  template <int kPart>
-  PYFMT_DEVICE void part(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
-                         Fragments& next) {
-    const uint32_t x = at.base + kHeader + stage.place * R::kStage;
+  // Starts the products of part kPart of a chunk and half kHalf of the tokens.
+  template <int kPart, int kHalf>
+  PYFMT_DEVICE void multiply(float (&fresh)[kCount], const Fragments& now) {
+    const uint32_t x = at.base + kHeader + stage.place * R::kStage + kHalf * (R::kWide * 128);
     wait_turn();
-    if constexpr (kPart == 0) {
+    if constexpr (kPart == 0 && kHalf == 0) {
       hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
     }
     hopper::products_fence();
@@ -181,30 +181,54 @@ struct Multiplier {
                       s > kPart * kSteps ? 1 : 0);
     }
     hopper::products_commit();
-    if (i + 1 < steps) {
-      constexpr bool kFirst = kPart == 0, kLast = kPart == kParts - 1;
-      if constexpr (kFirst) wait_codes();
-      decode_part<kPart>(i + 1, next);
-      if constexpr (kLast) release_codes(i + 1);
-    }
-    float factor[2] = {1.0f, 1.0f};
+  }
+  template <int kPart>
+  PYFMT_DEVICE void read_factors(float (&factor)[2]) const {
+    factor[0] = factor[1] = 1.0f;
     if constexpr (F::kGroups) {
       const uint32_t from = factors + stage.place * R::kFactors + uint32_t(kPart * kRows * 4);
       factor[0] = as_float(hopper::load_shared_small<4>(from));
       factor[1] = as_float(hopper::load_shared_small<4>(from + 32));
     }
+  }
+  // kHalf of the tokens; kLast: the stage has no more use.
+  template <int kHalf, bool kLast>
+  PYFMT_DEVICE void add(float (&sums)[kAll], float (&fresh)[kCount], const float (&factor)[2]) {
     hopper::products_wait<0>();
     hopper::pin(fresh);
-    if constexpr (kPart == kParts - 1) {
-      release_stage(factor);
-    }
+    if constexpr (kLast) release_stage(factor);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      sums[j] = F::kGroups ? fused(factor[j >> 1 & 1], fresh[j], sums[j]) : sums[j] + fresh[j];
+      float& sum = sums[kHalf * kCount + j];
+      sum = F::kGroups ? fused(factor[j >> 1 & 1], fresh[j], sum) : sum + fresh[j];
     }
   }
 
-  PYFMT_DEVICE void chunk(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
+  // Part kPart of chunk i, by fragments `now`; those of the next chunk become `next`.
+  template <int kPart>
+  PYFMT_DEVICE void part(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
+                         Fragments& next) {
+    constexpr bool kFirst = kPart == 0, kLast = kPart == kParts - 1;
+    float factor[2];
+    if constexpr (R::kHalves == 2) {
+      multiply<kPart, 0>(fresh, now);
+      read_factors<kPart>(factor);
+      add<0, false>(sums, fresh, factor);
+      multiply<kPart, 1>(fresh, now);
+      add<1, kLast>(sums, fresh, factor);
+    } else {
+      multiply<kPart, 0>(fresh, now);
+      if (i + 1 < steps) {
+        if constexpr (kFirst) wait_codes();
+        decode_part<kPart>(i + 1, next);
+        if constexpr (kLast) release_codes(i + 1);
+      }
+      read_factors<kPart>(factor);
+      add<0, kLast>(sums, fresh, factor);
+    }
+  }
+
+  PYFMT_DEVICE void chunk(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
                           Fragments& next) {
     part<0>(i, sums, fresh, now, next);
     if constexpr (kParts > 1) part<1>(i, sums, fresh, now, next);
@@ -214,23 +238,35 @@ struct Multiplier {
     }
   }
 
-  PYFMT_DEVICE void run(float (&sums)[kCount]) {
+  PYFMT_DEVICE void decode_chunk(int i, Fragments& to) {
+    wait_codes();
+    decode_part<0>(i, to);
+    if constexpr (kParts > 1) decode_part<1>(i, to);
+    if constexpr (kParts > 2) decode_part<2>(i, to);
+    if constexpr (kParts > 2) decode_part<3>(i, to);
+    release_codes(i);
+  }
+
+  PYFMT_DEVICE void run(float (&sums)[kAll]) {
     float fresh[kCount];
-    Fragments a, b;
+    Fragments a;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
-    if (steps > 0) {
-      wait_codes();
-      decode_part<0>(0, a);
-      if constexpr (kParts > 1) decode_part<1>(0, a);
-      if constexpr (kParts > 2) decode_part<2>(0, a);
-      if constexpr (kParts > 2) decode_part<3>(0, a);
-      release_codes(0);
-    }
+    for (int j = 0; j < kAll; ++j) sums[j] = 0.0f;
+    if (steps > 0) decode_chunk(0, a);
+    if constexpr (R::kHalves == 2) {
+      // Registers hold the fragments of one chunk: they are decoded beside the other's products.
 #pragma unroll 1
-    for (int i = 0; i < steps; i += 2) {
-      chunk(i, sums, fresh, a, b);
-      if (i + 1 < steps) chunk(i + 1, sums, fresh, b, a);
+      for (int i = 0; i < steps; ++i) {
+        chunk(i, sums, fresh, a, a);
+        if (i + 1 < steps) decode_chunk(i + 1, a);
+      }
+    } else {
+      Fragments b;
+#pragma unroll 1
+      for (int i = 0; i < steps; i += 2) {
+        chunk(i, sums, fresh, a, b);
+        if (i + 1 < steps) chunk(i + 1, sums, fresh, b, a);
+      }
     }
   }
 };
@@ -245,11 +281,11 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   if (p.share == 1 || F::kFolded) __syncthreads();
   // Registers: 168 for each of 384 threads, shared out anew.
   if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<40>();
+    hopper::fewer_registers<Multiplier<F, kTokens>::kMost == 240 ? 24 : 40>();
     hopper::start_dependents();
     Bringer<F, kTokens>{p, at, at.last - at.first}.run();
   } else {
-    hopper::more_registers<232>();
+    hopper::more_registers<Multiplier<F, kTokens>::kMost>();
     float sums[kTokens / 2];
     Multiplier<F, kTokens>(p, at).run(sums);
     if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
@@ -285,7 +321,12 @@ void launch_turns(Params& p, const WideCall& call, Stream stream) {
 
 template <class F>
 void launch_tokens(Params& p, const WideCall& call, Stream stream) {
+  // Of groups of 32 columns registers hold no more than 128 tokens.
+  if constexpr (F::kRun > 8) {
+    if (call.tokens == 256) return launch_turns<F, 256>(p, call, stream);
+  }
   if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
+  if (call.tokens == 96) return launch_turns<F, 96>(p, call, stream);
   launch_turns<F, 64>(p, call, stream);
 }
 
