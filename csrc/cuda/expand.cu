@@ -27,7 +27,8 @@ PYFMT_DEVICE void fold_or_scan(const FoldCodesArgs& p, int64_t blocks, const Fol
     scan_rows(scan, blockIdx.x - blocks);
     return;
   }
-  fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(p, blockIdx.x, shared, of_warp, fold_table());
+  fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain, true>(p, blockIdx.x, shared, of_warp,
+                                                         fold_table());
 }
 
 template <class E, bool kE5M2, int kUnits, bool kBlock>
@@ -54,9 +55,11 @@ __global__ void __launch_bounds__(kThreads, kUnits == 8 ? 3 : 4)
   __shared__ uint32_t of_warp[kWarps];
   const Mixed b(blockIdx.x, a_blocks, gridDim.x);
   if (b.is_first) {
-    fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(a, b.index, shared, of_warp, fold_table());
+    fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain, false>(a, b.index, shared, of_warp,
+                                                            fold_table());
   } else {
-    fold_codes_row<E, false, kUnits, kBlock, kAgain>(w, b.index, shared, of_warp, fold_table());
+    fold_codes_row<E, false, kUnits, kBlock, kAgain, false>(w, b.index, shared, of_warp,
+                                                            fold_table());
   }
 }
 

@@ -150,6 +150,16 @@ PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const AnyBase& base)
   if (!base.fits && to.total) atomicAdd(to.total, 1ull);
 }
 
+// One unit of a row to the panel; zeros beyond the row's end.
+PYFMT_DEVICE void store_in_panel(const Folded& to, int64_t row, int64_t unit,
+                                 const uint32_t (&words)[8]) {
+  if (!to.panel || unit * kUnit >= (to.columns + 127) / 128 * 128) return;
+  uint32_t* out =
+      reinterpret_cast<uint32_t*>(to.panel) + unit % 4 + (unit / 4 * to.padded_rows + row) * 32;
+#pragma unroll
+  for (int q = 0; q < 8; ++q) out[(q ^ int(row & 7)) * 4] = words[q];
+}
+
 // One unit of a row; all lanes of a warp call, with neighbouring units.
 template <class E, bool kE5M2>
 PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
@@ -166,6 +176,7 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
     for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
   }
   Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
+  store_in_panel(to, row, unit, words);
   if (base.fits || !to.spare || unit >= units) return;
   const float s = as_float(codec::e8m0_decode<uint32_t>(scale));
   uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);

@@ -38,7 +38,8 @@ PYFMT_DEVICE uint32_t load_codes(const FoldCodesArgs& p, int64_t row, int64_t un
 
 // A warp or a block of threads keeps a row in registers; kUnits: a thread's. With kAgain they are
 // the first of more, and the row is read a second time. table: shared memory, kFoldTable bytes.
-template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
+// kPanel: there may be one to write to.
+template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain, bool kPanel>
 PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* shared,
                                  uint32_t* of_warp, uint32_t table) {
   using F = Fold<E, kE5M2>;
@@ -83,6 +84,7 @@ PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* s
     const int place = max(0, min(int(s) + offset, Decoded::kExponents - 1));
     Decoded::decode_block(of_unit, uint32_t(place), table, words);
     Stage<32>::store(out, unit, units, words, shared);
+    if constexpr (kPanel) store_in_panel(p.to, row, unit, words);
   };
   int64_t next = 0;
   if (usual) {

@@ -30,6 +30,17 @@ PYFMT_DEVICE uint32_t multiply_float16(uint32_t a, uint32_t b) {
 #endif
 }
 
+// pick_bytes by four places below 8, whatever stands above them: without a mask for the latter.
+PYFMT_DEVICE uint32_t look_up(uint32_t a, uint32_t b, uint32_t places) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(places));
+  return d;
+#else
+  return pick_bytes(a, b, places & 0x7777u);
+#endif
+}
+
 // A float16 pair as two E4M3 codes, the low half's first.
 PYFMT_DEVICE uint32_t float16_to_e4m3(uint32_t pair) {
 #if defined(PYFMT_SM89)
@@ -141,16 +152,16 @@ struct FoldWeights {
     for (int w = 0; w < 4; ++w) {
       const uint32_t word = words[w], up = word << 4, places = word & 0x77777777u;
       if constexpr (kInt) {
-        out[2 * w] = select_bits(pick_bytes(t[2], t[3], places), pick_bytes(t[0], t[1], places),
+        out[2 * w] = select_bits(look_up(t[2], t[3], places), look_up(t[0], t[1], places),
                                  pick_signs(up, word, 0x5140));
         out[2 * w + 1] =
-            select_bits(pick_bytes(t[2], t[3], places >> 16), pick_bytes(t[0], t[1], places >> 16),
+            select_bits(look_up(t[2], t[3], places >> 16), look_up(t[0], t[1], places >> 16),
                         pick_signs(up, word, 0x7362));
       } else {
         out[2 * w] =
-            select_bits(pick_bytes(up, word, 0x5140), pick_bytes(t[0], t[1], places), 0x80808080u);
+            select_bits(pick_bytes(up, word, 0x5140), look_up(t[0], t[1], places), 0x80808080u);
         out[2 * w + 1] = select_bits(pick_bytes(up, word, 0x7362),
-                                     pick_bytes(t[0], t[1], places >> 16), 0x80808080u);
+                                     look_up(t[0], t[1], places >> 16), 0x80808080u);
       }
     }
   }

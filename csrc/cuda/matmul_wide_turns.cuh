@@ -25,6 +25,7 @@ struct Multiplier {
   static constexpr int kCount = R::kWide / 2, kAll = kTokens / 2, kParts = R::kParts;
   static constexpr int kSteps = F::kOut / 2 / kParts;                         // of a part
   static constexpr int kMost = R::kHalves == 2 && F::kOut == 16 ? 240 : 232;  // registers
+  static constexpr bool kReadsAhead = R::kHalves == 2 && F::kFolded;
   using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
@@ -128,6 +129,30 @@ struct Multiplier {
     if constexpr (kCodes > F::kPiece) decode<kFrom + F::kPiece>(i, to);
   }
 
+  // What a lane has of a chunk before it is decoded.
+  struct Packed {
+    uint32_t words[2][F::kBits], place[2];
+  };
+  PYFMT_DEVICE void read_chunk(int i, Packed& c) {
+    const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      read<0, 32>(which * 64, r, c.words[r]);
+      c.place[r] = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
+                                                which * (kRows * 4) + uint32_t(r * 32));
+      seen |= c.place[r];
+    }
+  }
+  PYFMT_DEVICE void decode_packed(const Packed& c, Fragments& to) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t out[F::kOut];
+      F::decode(c.words[r], c.place[r], at.base + kTableAt, out);
+#pragma unroll
+      for (int j = 0; j < F::kOut; ++j) to[j / 2][r + 2 * (j & 1)] = out[j];
+    }
+  }
+
   PYFMT_DEVICE void wait_codes() const {
     hopper::barrier_wait(at.base + kCodesFull + 8 * slot.place, slot.parity);
   }
@@ -215,7 +240,22 @@ struct Multiplier {
       read_factors<kPart>(factor);
       add<0, false>(sums, fresh, factor);
       multiply<kPart, 1>(fresh, now);
-      add<1, kLast>(sums, fresh, factor);
+      if constexpr (kReadsAhead) {
+        // Nothing else is to be done while these products last.
+        Packed c;
+        const bool more = i + 1 < steps;
+        if (more) {
+          wait_codes();
+          read_chunk(i + 1, c);
+        }
+        add<1, kLast>(sums, fresh, factor);
+        if (more) {
+          release_codes(i + 1);
+          decode_packed(c, now);
+        }
+      } else {
+        add<1, kLast>(sums, fresh, factor);
+      }
     } else {
       multiply<kPart, 0>(fresh, now);
       if (i + 1 < steps) {
@@ -258,7 +298,7 @@ struct Multiplier {
 #pragma unroll 1
       for (int i = 0; i < steps; ++i) {
         chunk(i, sums, fresh, a, a);
-        if (i + 1 < steps) decode_chunk(i + 1, a);
+        if (!kReadsAhead && i + 1 < steps) decode_chunk(i + 1, a);
       }
     } else {
       Fragments b;
@@ -350,10 +390,6 @@ void launch_groups(Params& p, const WideCall& call, Stream stream) {
 
 template <class W>
 void launch_fold(Params& p, const WideCall& call, Stream stream) {
-  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles;
-  launch(write_fp8_panel, (units + kWarps - 1) / kWarps, kThreads, stream,
-         static_cast<const uint8_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m,
-         call.x.row_bytes, p.panel_rows, p.tiles);
   launch_tokens<Folding<W>>(p, call, stream);
 }
 
