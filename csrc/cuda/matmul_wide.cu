@@ -58,7 +58,11 @@ WidePlan plan_of(const MatmulWideArgs& a) {
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
   const double more = parts - 1;
   return cheapest_plan(a.m, a.n, a.k,
-                       {{64, 910 + 220 * more}, {96, 1095 + 240 * more}, {128, 1280 + 260 * more}});
+                       {{64, 910 + 220 * more},
+                        {96, 1095 + 240 * more},
+                        {128, 1280 + 260 * more},
+                        // Registers hold no more than 128 tokens of groups of 32 columns.
+                        {parts == 4 ? 128 : 256, (parts == 4 ? 1280 : 2400) + 260 * more}});
 }
 
 }  // namespace

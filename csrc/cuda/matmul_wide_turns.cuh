@@ -3,8 +3,9 @@
 // which their scales multiply, and those of 128 columns of fp8 products (matmul_fold.h). A block
 // owns 128 rows of w and kTokens rows of x; two warpgroups of 64 rows each decode codes into
 // fragments, in registers, and multiply. They take turns at the tensor cores: while one has its
-// products of a group there, the other scales those it had and decodes what comes next. A third
-// warpgroup has the copy engine bring x and codes, and scales.
+// products of a group there, the other scales those it had and decodes what comes next. Of 256 rows
+// of x half are multiplied at a time, and fragments decoded after both halves. A third warpgroup
+// has the copy engine bring x and codes, and scales.
 #pragma once
 
 #include "matmul_wide.cuh"
