@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // Activations and weights at once: the activations are E5M2 where that holds the element.
 template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
-__global__ void __launch_bounds__(kThreads, kUnits == 8 ? 3 : 4)
+__global__ void __launch_bounds__(kThreads, kUnits == 2 ? 4 : 3)
     fold_two_rows(const __grid_constant__ FoldCodesArgs a, const __grid_constant__ FoldCodesArgs w,
                   int64_t a_blocks) {
   __shared__ uint4 shared[Stage<32>::kShared];
