@@ -50,9 +50,14 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
     options::fail("matmul path fold: ", reason, "; choose another path");
   }
   a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1)};
+  a.a.rows = rows;
+  a.a.columns = columns;
+  a.plan = cuda::matmul_fold_plan(a);
 
-  const Fold left(device, rows, columns, e5m2, true, total);
+  const Fold left(device, rows, columns, e5m2, true, total, a.plan.tokens);
   a.a = left.to;
+  const Tensor panel = device.empty({cuda::matmul_fold_panel(a)}, ScalarType::Byte);
+  a.a.panel = static_cast<uint8_t*>(panel.mutable_data_ptr());
   const int64_t w_padded = round_up(w.rows, 16);
   const Tensor found_scale = w_scale ? *w_scale : device.empty({w_padded}, ScalarType::Float);
   const Tensor found_marks = w_marks ? *w_marks : device.empty({w_padded}, ScalarType::Byte);
@@ -72,9 +77,9 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   cuda::FoldScanArgs scan;
   if (!w_scale) scan = cuda::fold_scan_args(w.args(right));
   if (x) {
-    cuda::fold_values(values->args, left.to, device.stream, scan);
+    cuda::fold_values(values->args, a.a, device.stream, scan);
   } else {
-    cuda::fold_codes(packed->args(left.to), device.stream, scan);
+    cuda::fold_codes(packed->args(a.a), device.stream, scan);
   }
 
   const Tensor y = device.empty({rows, w.rows}, dtype);
@@ -90,9 +95,11 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   }
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
-  a.plan = cuda::matmul_fold_plan(a);
-  const Tensor panel = device.empty({cuda::matmul_fold_workspace(a)}, ScalarType::Byte);
-  a.workspace = panel.mutable_data_ptr();
+  Tensor scratch;
+  if (const int64_t bytes = cuda::matmul_fold_workspace(a)) {
+    scratch = device.empty({bytes}, ScalarType::Byte);
+    a.workspace = scratch.mutable_data_ptr();
+  }
   cuda::matmul_fold(a, device.stream);
 
   cuda::RepairArgs r;

@@ -38,11 +38,12 @@ struct Fold {
   Tensor fp8, scale, marks, spare;
   cuda::Folded to;
 
+  // pad: rows are padded to a multiple of it.
   Fold(const Device& device, int64_t rows, int64_t columns, bool e5m2, bool keep_spare,
-       const std::optional<Tensor>& total)
-      : fp8(device.empty({round_up(rows, 16), columns}, ScalarType::Byte)),
-        scale(device.empty({round_up(rows, 16)}, ScalarType::Float)),
-        marks(device.empty({round_up(rows, 16)}, ScalarType::Byte)),
+       const std::optional<Tensor>& total, int64_t pad = 16)
+      : fp8(device.empty({round_up(rows, pad), columns}, ScalarType::Byte)),
+        scale(device.empty({round_up(rows, pad)}, ScalarType::Float)),
+        marks(device.empty({round_up(rows, pad)}, ScalarType::Byte)),
         spare(device.empty({keep_spare ? rows : 0, columns}, ScalarType::BFloat16)),
         to(view_of(fp8, scale, marks, spare, rows, e5m2)) {
     if (!total) return;

@@ -216,7 +216,7 @@ def row_of(call: Call) -> str:
 
 # Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0); for more rows
 # it is written as fp8 for the library's GEMM.
-PACKED = {"fold-4": 256, "fold-6": 128, "fold-4 kept": 64, "fold-6 kept": 64}
+PACKED = {"fold-4": 256, "fold-6": 256, "fold-4 kept": 64, "fold-6 kept": 64}
 
 
 def stays_packed(bits: int, kept: bool, m: int) -> bool:

@@ -115,10 +115,10 @@ def test_ragged_shapes(ops: Any, name: str) -> None:
         check_sums(ops, Weights(name, n, k), m)
 
 
-@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("tile", [64, 96, 128, 192, 256])
 def test_every_tile(ops: Any, tile: int) -> None:
     for name in ("mxfp8_e4m3", "int8"):
-        if tile <= 128 or name != "int8":
+        if tile != (192 if name == "int8" else 96):
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
 
 
@@ -137,6 +137,8 @@ def test_clusters(ops: Any, share: int, split: int) -> None:
         ("int4", 64),
         ("nvfp4", 128),
         ("mxint8", 128),
+        ("int8", 96),
+        ("nvint4", 192),
         ("mxfp4", 256),
     ):
         check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
@@ -145,7 +147,9 @@ def test_clusters(ops: Any, share: int, split: int) -> None:
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
 def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
     w = Weights(name, 140, 900)
-    for plan in ((64, 1, 1), (128, 1, 2), (128, 2, 1)):
+    for plan in ((64, 1, 1), (96, 1, 2), (128, 2, 1), (256, 1, 1), (256, 1, 2)):
+        if plan[0] == 256 and name == "int8-b32-bf16":
+            continue
         check_single_columns(ops, w, 131, plan=plan)
         check_sums(ops, w, 131, "bf16", plan=plan)
 
@@ -167,7 +171,7 @@ def test_output_dtypes(ops: Any, dtype: str) -> None:
         check_sums(ops, Weights("mxfp4", n, 96), 4, dtype)
 
 
-@pytest.mark.parametrize("tile", [64, 128, 256])
+@pytest.mark.parametrize("tile", [64, 128, 192, 256])
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
 def test_every_scale_and_code(ops: Any, name: str, tile: int) -> None:
     fmt: Format = FORMATS[name]
@@ -198,7 +202,7 @@ def test_codes_that_are_no_numbers(ops: Any, name: str) -> None:
     x[0, 40] = 1
     want = w.decoded[:, 40].astype(np.float32)
     assert np.isnan(want).any()
-    for tile in (64, 128, 256):
+    for tile in (64, 128, 192, 256):
         got = w.times(ops, x, plan=(tile, 1, 1))[0]
         assert np.array_equal(got, want, equal_nan=True)
 
@@ -252,7 +256,8 @@ def test_on_the_device(device_ops: Any, name: str) -> None:
 )
 def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     w = Weights(name, 700, 2048)
-    for tile in (64, 128) if name.startswith("int") else (64, 128, 256):
+    tiles = (64, 96, 128, 256) if name.startswith("int") else (64, 128, 192, 256)
+    for tile in tiles[: 3 if name == "int8-b32-fp32" else 4]:
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2)):
             plan = (tile, share, split)
             for m in (200, 300) if tile == 256 else (200,):

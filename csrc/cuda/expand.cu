@@ -1,11 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // Packed codes to folded rows.
+#include "fold_rows.cuh"
 #include "fold_scan.cuh"
 
 namespace pyfmt {
 namespace cuda {
 
 namespace {
+
+// Where a block of threads keeps its table.
+PYFMT_DEVICE uint32_t fold_table() {
+#if defined(__CUDA_ARCH__)
+  __shared__ __align__(16) uint8_t table[kFoldTable];
+  return uint32_t(__cvta_generic_to_shared(table));
+#else
+  return hopper::shared_start();
+#endif
+}
 
 template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
 PYFMT_DEVICE void fold_or_scan(const FoldCodesArgs& p, int64_t blocks, const FoldScanArgs& scan) {
@@ -16,7 +27,8 @@ PYFMT_DEVICE void fold_or_scan(const FoldCodesArgs& p, int64_t blocks, const Fol
     scan_rows(scan, blockIdx.x - blocks);
     return;
   }
-  fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(p, blockIdx.x, shared, of_warp);
+  fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain, true>(p, blockIdx.x, shared, of_warp,
+                                                         fold_table());
 }
 
 template <class E, bool kE5M2, int kUnits, bool kBlock>
@@ -36,16 +48,18 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // Activations and weights at once: the activations are E5M2 where that holds the element.
 template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kUnits == 2 ? 4 : 3)
     fold_two_rows(const __grid_constant__ FoldCodesArgs a, const __grid_constant__ FoldCodesArgs w,
                   int64_t a_blocks) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
   const Mixed b(blockIdx.x, a_blocks, gridDim.x);
   if (b.is_first) {
-    fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain>(a, b.index, shared, of_warp);
+    fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain, false>(a, b.index, shared, of_warp,
+                                                            fold_table());
   } else {
-    fold_codes_row<E, false, kUnits, kBlock, kAgain>(w, b.index, shared, of_warp);
+    fold_codes_row<E, false, kUnits, kBlock, kAgain, false>(w, b.index, shared, of_warp,
+                                                            fold_table());
   }
 }
 

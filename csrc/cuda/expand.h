@@ -18,6 +18,10 @@ struct Folded {
   unsigned long long* total = nullptr;  // how many there were in all calls, or null
   int64_t rows = 0, padded_rows = 0, columns = 0;
   bool e5m2 = false;
+  // Or null: the numbers once more, as matmul_fold.h reads them. By chunks of 128 columns (the last
+  // one may end early), each with all padded rows: 16-byte piece q of row r lies at q ^ (r & 7) and
+  // has numbers 4q to 4q + 3 of each of the chunk's four blocks.
+  uint8_t* panel = nullptr;
 };
 
 // Whether an element of a format with blocks of 32 and E8M0 scales folds into an fp8 type.

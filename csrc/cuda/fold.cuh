@@ -150,6 +150,16 @@ PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const AnyBase& base)
   if (!base.fits && to.total) atomicAdd(to.total, 1ull);
 }
 
+// One unit of a row to the panel; zeros beyond the row's end.
+PYFMT_DEVICE void store_in_panel(const Folded& to, int64_t row, int64_t unit,
+                                 const uint32_t (&words)[8]) {
+  if (!to.panel || unit * kUnit >= (to.columns + 127) / 128 * 128) return;
+  uint32_t* out =
+      reinterpret_cast<uint32_t*>(to.panel) + unit % 4 + (unit / 4 * to.padded_rows + row) * 32;
+#pragma unroll
+  for (int q = 0; q < 8; ++q) out[(q ^ int(row & 7)) * 4] = words[q];
+}
+
 // One unit of a row; all lanes of a warp call, with neighbouring units.
 template <class E, bool kE5M2>
 PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
@@ -166,6 +176,7 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
     for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
   }
   Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
+  store_in_panel(to, row, unit, words);
   if (base.fits || !to.spare || unit >= units) return;
   const float s = as_float(codec::e8m0_decode<uint32_t>(scale));
   uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);
@@ -179,101 +190,6 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
     }
   }
 }
-
-// ---- rows from packed codes -------------------------------------------------------------------
-
-// Codes of a unit and its scale; zeros beyond the row.
-template <class E>
-PYFMT_DEVICE uint32_t load_codes(const FoldCodesArgs& p, int64_t row, int64_t unit, int64_t units,
-                                 uint32_t* codes) {
-  constexpr int kBits = E::spec.bits();  // words of a unit
-#pragma unroll
-  for (int i = 0; i < kBits; ++i) codes[i] = 0;
-  if (unit >= units || row >= p.to.rows) return 0;
-  const uint8_t* from = p.codes + (row * units + unit) * (4 * kBits);
-  if constexpr (kBits % 4 == 0) {
-    const uint4 w = load_once(reinterpret_cast<const uint4*>(from));
-    codes[0] = w.x;
-    codes[1] = w.y;
-    codes[2] = w.z;
-    codes[3] = w.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBits; i += 2) {
-      const uint2 w = reinterpret_cast<const uint2*>(from)[i / 2];
-      codes[i] = w.x;
-      codes[i + 1] = w.y;
-    }
-  }
-  return p.scales[row * units + unit];
-}
-
-// A warp or a block of threads keeps a row in registers; kUnits: a thread's. With kAgain they are
-// the first of more, and the row is read a second time.
-template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
-PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* shared,
-                                 uint32_t* of_warp) {
-  using F = Fold<E, kE5M2>;
-  constexpr int kStep = kBlock ? kThreads : 32;
-  const int first = threadIdx.x & (kStep - 1);
-  const int64_t row = kBlock ? block : block * kWarps + (threadIdx.x >> 5);
-  const int64_t units = p.to.columns / kUnit;
-  if (row >= p.to.padded_rows) return;
-  uint32_t codes[kUnits][E::spec.bits()], scale[kUnits], range = 0;
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    scale[u] = load_codes<E>(p, row, kStep * u + first, units, codes[u]);
-  }
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) range = max_halves(range, F::range(codes[u], scale[u]));
-  if constexpr (kAgain) {
-    for (int64_t next = kStep * kUnits; next < units; next += kStep) {
-      uint32_t more[E::spec.bits()];
-      const uint32_t s = load_codes<E>(p, row, next + first, units, more);
-      range = max_halves(range, F::range(more, s));
-    }
-  }
-  const Base<F> base(range_of_row<kBlock>(range, of_warp));
-  if (first == 0) store_base(p.to, row, base);
-#pragma unroll
-  for (int u = 0; u < kUnits; ++u) {
-    if (kStep * u < units) {
-      store_unit<E, kE5M2>(p.to, row, kStep * u + first, base, codes[u], scale[u], shared);
-    }
-  }
-  if constexpr (kAgain) {
-    for (int64_t next = kStep * kUnits; next < units; next += kStep) {
-      uint32_t more[E::spec.bits()];
-      const uint32_t s = load_codes<E>(p, row, next + first, units, more);
-      store_unit<E, kE5M2>(p.to, row, next + first, base, more, s, shared);
-    }
-  }
-}
-
-// Which of the kernels for few to many units, and its blocks of threads. Few rows are shared by
-// more threads each.
-inline int units_kind(const Folded& to) {
-  const int64_t units = to.columns / kUnit;
-  return units <= 64                              ? 0
-         : units <= 256 && to.padded_rows >= 2048 ? 1
-         : units <= 2 * kThreads                  ? 2
-                                                  : 3;
-}
-inline int64_t blocks_of(const Folded& to, int kind) {
-  return kind < 2 ? (to.padded_rows + kWarps - 1) / kWarps : to.padded_rows;
-}
-
-// Two kinds of blocks spread evenly among each other: `first` of `all` are of the first kind.
-struct Mixed {
-  bool is_first;
-  int64_t index;  // among its kind
-
-  PYFMT_DEVICE Mixed(int64_t block, int64_t first, int64_t all) {
-    const int64_t before = block * first / all;
-    is_first = (block + 1) * first / all != before;
-    index = is_first ? before : block - before;
-  }
-};
 
 }  // namespace cuda
 }  // namespace pyfmt

@@ -30,6 +30,17 @@ PYFMT_DEVICE uint32_t multiply_float16(uint32_t a, uint32_t b) {
 #endif
 }
 
+// pick_bytes by four places below 8, whatever stands above them: without a mask for the latter.
+PYFMT_DEVICE uint32_t look_up(uint32_t a, uint32_t b, uint32_t places) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(places));
+  return d;
+#else
+  return pick_bytes(a, b, places & 0x7777u);
+#endif
+}
+
 // A float16 pair as two E4M3 codes, the low half's first.
 PYFMT_DEVICE uint32_t float16_to_e4m3(uint32_t pair) {
 #if defined(PYFMT_SM89)
@@ -74,26 +85,28 @@ struct PlacedSixBits {
   }
 };
 
-// kXE5M2: what the activations are.
-template <class E, bool kXE5M2>
+// kXE5M2: what the activations are. kE5M2: what the weights become (two binary digits fit E5M2,
+// whose bytes need no conversion). kWide: exponents are in the window of E5M2, not of E4M3.
+template <class E, bool kXE5M2, bool kE5M2 = E::spec.bits() == 6 && E::spec.man == 2,
+          bool kWide = false>
 struct FoldWeights {
-  using F = Fold<E, false>;
+  using F = Fold<E, kWide>;
   static constexpr ElementSpec spec = E::spec;
   static constexpr int kBits = spec.bits();
   static constexpr bool kLookup = kBits == 4, kInt = spec.is_int();
-  // Two binary digits fit E5M2, whose bytes need no conversion; else E4M3.
-  static constexpr bool kE5M2 = kBits == 6 && spec.man == 2;
+  static_assert(!kLookup || kE5M2 == kWide, "the table has numbers of the window's type");
   using Type = hopper::Fp8<kE5M2, kXE5M2>;
-  static constexpr int kDown = kE5M2 ? 4 : 0;
+  static constexpr int kDown = kE5M2 && !kWide ? 4 : 0;
 
   // ---- the table ------------------------------------------------------------------------------
 
   static constexpr int kExponents = F::kHigh - F::kLow + 1;
-  static constexpr uint32_t kEntryBytes = kInt ? 16 : 8;  // of 16 exponents
+  static constexpr uint32_t kEntryBytes = kInt ? 16 : 8;
+  static constexpr int kEntries = kExponents <= 16 ? 16 : 32;
 
   PYFMT_DEVICE static void fill_table(uint32_t at, int thread) {
     if constexpr (kLookup) {
-      if (thread >= 16) return;
+      if (thread >= kEntries) return;
       const int e = F::kLow + (thread < kExponents ? thread : kExponents - 1);
       const typename F::Table t(as_float(uint32_t(e + 127) << 23));
       const uint32_t to = at + uint32_t(thread) * kEntryBytes;
@@ -139,16 +152,16 @@ struct FoldWeights {
     for (int w = 0; w < 4; ++w) {
       const uint32_t word = words[w], up = word << 4, places = word & 0x77777777u;
       if constexpr (kInt) {
-        out[2 * w] = select_bits(pick_bytes(t[2], t[3], places), pick_bytes(t[0], t[1], places),
+        out[2 * w] = select_bits(look_up(t[2], t[3], places), look_up(t[0], t[1], places),
                                  pick_signs(up, word, 0x5140));
         out[2 * w + 1] =
-            select_bits(pick_bytes(t[2], t[3], places >> 16), pick_bytes(t[0], t[1], places >> 16),
+            select_bits(look_up(t[2], t[3], places >> 16), look_up(t[0], t[1], places >> 16),
                         pick_signs(up, word, 0x7362));
       } else {
         out[2 * w] =
-            select_bits(pick_bytes(up, word, 0x5140), pick_bytes(t[0], t[1], places), 0x80808080u);
+            select_bits(pick_bytes(up, word, 0x5140), look_up(t[0], t[1], places), 0x80808080u);
         out[2 * w + 1] = select_bits(pick_bytes(up, word, 0x7362),
-                                     pick_bytes(t[0], t[1], places >> 16), 0x80808080u);
+                                     look_up(t[0], t[1], places >> 16), 0x80808080u);
       }
     }
   }
@@ -157,7 +170,8 @@ struct FoldWeights {
   static constexpr int kField = 15 - spec.bias;
   // The exponent of the largest factor may be more than float16 has.
   static constexpr int kLowest = kField + F::kLow - kDown;
-  static constexpr int kTwice = kLowest + kExponents - 1 > 15 ? 15 : 0;
+  static constexpr int kTop = kLowest + kExponents - 1;
+  static constexpr int kTwice = kTop <= 15 ? 0 : kLowest >= 1 ? 15 : kTop - 15;
 
   // Codes i, i + 1, i + 8, i + 9 of the pairs i and i + 1.
   PYFMT_DEVICE static uint32_t four(const uint32_t* pairs) {

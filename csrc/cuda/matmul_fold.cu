@@ -17,9 +17,6 @@ Kernel find_fold(const FormatSpec& f, bool x_e5m2) {
 int chunks_of(const MatmulFoldArgs& a) {
   return int((a.a.columns + kChunk - 1) / kChunk);
 }
-int64_t panel_bytes(const MatmulFoldArgs& a) {
-  return panel_rows(a.a.rows, a.plan.tokens) * chunks_of(a) * kChunk;
-}
 
 }  // namespace
 }  // namespace wide
@@ -31,20 +28,24 @@ const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a) {
   return a.plan.tokens ? a.plan
-                       : wide::cheapest_plan(a.a.rows, a.n, a.a.columns, 740.0, 1000.0, 0.0);
+                       : wide::cheapest_plan(a.a.rows, a.n, a.a.columns,
+                                             {{64, 740}, {96, 870}, {128, 1000}, {256, 1600}});
+}
+
+int64_t matmul_fold_panel(const MatmulFoldArgs& a) {
+  return a.a.padded_rows * wide::chunks_of(a) * wide::kChunk;
 }
 
 int64_t matmul_fold_workspace(const MatmulFoldArgs& a) {
-  return wide::panel_bytes(a) +
-         wide::aligned_codes_bytes(a.codes, a.format.row_bytes(a.a.columns), a.n);
+  return wide::aligned_codes_bytes(a.codes, a.format.row_bytes(a.a.columns), a.n);
 }
 
 void matmul_fold(const MatmulFoldArgs& a, Stream stream) {
   using namespace wide;
   const int64_t k = a.a.columns;
   Params p;
-  p.panel = static_cast<const uint8_t*>(a.workspace);
-  p.panel_rows = int(panel_rows(a.a.rows, a.plan.tokens));
+  p.panel = a.a.panel;
+  p.panel_rows = int(a.a.padded_rows);
   p.codes = a.codes;
   p.scales = a.scales;
   p.x_scale = a.a.scale;
@@ -65,9 +66,8 @@ void matmul_fold(const MatmulFoldArgs& a, Stream stream) {
   p.n_clusters = unsigned((a.n + kRows * p.share - 1) / (kRows * p.share));
   WideCall call;
   call.tokens = a.plan.tokens;
-  call.x = {a.a.fp8, k, p.m, k};
   call.codes = align_codes({a.codes, p.row_bytes, a.n, p.row_bytes},
-                           static_cast<uint8_t*>(a.workspace) + panel_bytes(a), stream);
+                           static_cast<uint8_t*>(a.workspace), stream);
   p.copied_codes = call.codes.data == a.codes;
   find_fold(a.format, a.a.e5m2).launch(p, call, stream);
 }

@@ -15,7 +15,7 @@ namespace pyfmt {
 namespace cuda {
 
 struct MatmulFoldArgs {
-  Folded a;
+  Folded a;  // with its panel; padded to whole tiles of the plan
   int64_t n = 0;
   const uint8_t* codes = nullptr;   // (n, row_bytes)
   const uint8_t* scales = nullptr;  // (n, blocks)
@@ -30,8 +30,10 @@ struct MatmulFoldArgs {
 
 // Why this kernel cannot serve a weight's format on the current device; null where it can.
 const char* matmul_fold_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
-// The plan that would be chosen for `a`, and bytes of scratch that `a` needs with its plan.
+// The plan that would be chosen for the rows and columns of `a` and n, bytes of a's panel, and of
+// scratch that `a` needs.
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a);
+int64_t matmul_fold_panel(const MatmulFoldArgs& a);
 int64_t matmul_fold_workspace(const MatmulFoldArgs& a);
 // The kernels before it on the stream may let it start early; it waits for them by itself.
 void matmul_fold(const MatmulFoldArgs&, Stream);

@@ -52,11 +52,17 @@ bool scales_aligned(const MatmulWideArgs& a, const Params& p) {
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
   if (!has_groups(a.format, a.format.element)) {
-    return cheapest_plan(a.m, a.n, a.k, 1000.0, 1600.0, 2600.0);
+    return cheapest_plan(a.m, a.n, a.k, {{64, 1000}, {128, 1600}, {192, 2100}, {256, 2600}});
   }
   const int columns = int(a.format.block_columns);
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
-  return cheapest_plan(a.m, a.n, a.k, 910.0 + 220 * (parts - 1), 1280.0 + 260 * (parts - 1), 0.0);
+  const double more = parts - 1;
+  return cheapest_plan(a.m, a.n, a.k,
+                       {{64, 910 + 220 * more},
+                        {96, 1095 + 240 * more},
+                        {128, 1280 + 260 * more},
+                        // Registers hold no more than 128 tokens of groups of 32 columns.
+                        {parts == 4 ? 128 : 256, (parts == 4 ? 1280 : 2400) + 260 * more}});
 }
 
 }  // namespace

@@ -300,6 +300,7 @@ void launch_elements(Params& p, const WideCall& call, Stream stream) {
          static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
          p.panel_rows, p.tiles, aligned);
   if (call.tokens == 256) return launch_tokens<F, 256>(p, call, stream);
+  if (call.tokens == 192) return launch_tokens<F, 192>(p, call, stream);
   if (call.tokens == 128) return launch_tokens<F, 128>(p, call, stream);
   launch_tokens<F, 64>(p, call, stream);
 }

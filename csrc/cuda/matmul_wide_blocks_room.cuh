@@ -21,7 +21,10 @@ struct Room {
   static constexpr int kPhases = kTokens == 64 ? 2 : 1;
   static constexpr int kMultipliers = kConsumers * kPhases, kThreads = kMultipliers + 128;
   // A stage has 64 columns of x, half a chunk.
-  static constexpr uint32_t kStages = kTokens == 64 ? 12 : kTokens == 128 ? 8 : 5;
+  static constexpr uint32_t kStages = kTokens == 64    ? 12
+                                      : kTokens == 128 ? 8
+                                      : kTokens == 192 ? 6
+                                                       : 5;
   static constexpr uint32_t kStage = kTokens * 128;
   // Codes of one chunk, or of two where that makes rows of 128 bytes, with their scales.
   static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;

@@ -8,6 +8,8 @@
 // match.
 #pragma once
 
+#include <initializer_list>
+
 #include "launch.cuh"
 #include "matmul_wide_tiles.cuh"
 
@@ -89,41 +91,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same of fp8 numbers: a chunk is one tile, and a product takes of lane t four numbers that lie
-// together, twice.
-static __global__ void __launch_bounds__(kThreads)
-    write_fp8_panel(const uint8_t* x, uint8_t* panel, int m, int64_t k, int panel_rows,
-                    int chunks) {
-  __shared__ uint32_t shared[kWarps][256];
-  hopper::start_dependents();
-  const int lane = threadIdx.x & 31, token8 = panel_rows / 8;
-  const int64_t unit = int64_t(blockIdx.x) * kWarps + (threadIdx.x >> 5);
-  if (unit >= int64_t(token8) * chunks) return;
-  const int tokens = int(unit % token8) * 8, chunk = int(unit / token8);
-  const int row = lane / 4, t = lane % 4;
-  uint32_t* mine = shared[threadIdx.x >> 5];
-  hopper::wait_for_previous();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t column = int64_t(chunk) * kChunk + 32 * t + 16 * i;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (tokens + row < m && column < k) {
-      v = *reinterpret_cast<const uint4*>(x + int64_t(tokens + row) * k + column);
-    }
-    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int w = 0; w < 4; ++w) mine[row * 32 + ((4 * i + w) ^ row) * 4 + t] = words[w];
-  }
-  hopper::warp_sync();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int piece = i * 32 + lane;  // of the 64 pieces of 8 tokens
-    const int64_t to = (int64_t(chunk) * panel_rows + tokens) * 128 + piece * 16;
-    const uint32_t* v = mine + piece * 4;
-    *reinterpret_cast<uint4*>(panel + to) = make_uint4(v[0], v[1], v[2], v[3]);
-  }
-}
-
 // ---- the host's side --------------------------------------------------------------------------
 
 // Rows of k numbers to rows of pitch, so that each starts at a multiple of 16 bytes.
@@ -136,25 +103,29 @@ __global__ void __launch_bounds__(kThreads)
   to[i] = column < k ? x[row * k + column] : T(0);
 }
 
-// The plan that takes the least time, by the clocks that a chunk takes on an H200 with 64, 128 and
-// 256 tokens (0: not served).
-inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k, double with_64, double with_128,
-                              double with_256) {
+// The clocks that a chunk takes on an H200 by a kernel for so many tokens.
+struct TileCost {
+  int tokens;
+  double chunk;
+};
+
+// The plan that takes the least time.
+inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k,
+                              std::initializer_list<TileCost> tiles) {
   const int sms = multiprocessors();
   const int64_t n_tiles = (n + kRows - 1) / kRows, chunks = (k + kChunk - 1) / kChunk;
   WidePlan best;
   double least = 0;
-  for (int tokens : {64, 128, 256}) {
-    const double chunk = tokens == 64 ? with_64 : tokens == 128 ? with_128 : with_256;
-    if (chunk == 0) break;
+  for (const TileCost& tile : tiles) {
     for (int split : {1, 2}) {
       if (split > chunks) break;
-      const int64_t blocks = n_tiles * ((m + tokens - 1) / tokens) * split;
+      const int64_t blocks = n_tiles * ((m + tile.tokens - 1) / tile.tokens) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      const double cost = double(waves) * (double(chunks) / split * chunk + 9000 + 30 * tokens);
+      const double own = double(chunks) / split * tile.chunk + 9000 + 30 * tile.tokens;
+      const double cost = double(waves) * own;
       if (!best.tokens || cost < least) {
         least = cost;
-        best.tokens = tokens;
+        best.tokens = tile.tokens;
         best.split = split;
       }
     }

@@ -3,8 +3,9 @@
 // which their scales multiply, and those of 128 columns of fp8 products (matmul_fold.h). A block
 // owns 128 rows of w and kTokens rows of x; two warpgroups of 64 rows each decode codes into
 // fragments, in registers, and multiply. They take turns at the tensor cores: while one has its
-// products of a group there, the other scales those it had and decodes what comes next. A third
-// warpgroup has the copy engine bring x and codes, and scales.
+// products of a group there, the other scales those it had and decodes what comes next. Of 256 rows
+// of x half are multiplied at a time, and fragments decoded after both halves. A third warpgroup
+// has the copy engine bring x and codes, and scales.
 #pragma once
 
 #include "matmul_wide.cuh"
@@ -21,9 +22,11 @@ namespace turns {
 template <class F, int kTokens>
 struct Multiplier {
   using R = Room<F, kTokens>;
-  using Product = hopper::RegisterProduct<typename F::Type, kTokens>;
-  static constexpr int kCount = kTokens / 2, kParts = R::kParts;
-  static constexpr int kSteps = F::kOut / 2 / kParts;  // of a part
+  using Product = hopper::RegisterProduct<typename F::Type, R::kWide>;
+  static constexpr int kCount = R::kWide / 2, kAll = kTokens / 2, kParts = R::kParts;
+  static constexpr int kSteps = F::kOut / 2 / kParts;                         // of a part
+  static constexpr int kMost = R::kHalves == 2 && F::kOut == 16 ? 240 : 232;  // registers
+  static constexpr bool kReadsAhead = R::kHalves == 2 && F::kFolded;
   using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
@@ -127,6 +130,30 @@ struct Multiplier {
     if constexpr (kCodes > F::kPiece) decode<kFrom + F::kPiece>(i, to);
   }
 
+  // What a lane has of a chunk before it is decoded.
+  struct Packed {
+    uint32_t words[2][F::kBits], place[2];
+  };
+  PYFMT_DEVICE void read_chunk(int i, Packed& c) {
+    const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      read<0, 32>(which * 64, r, c.words[r]);
+      c.place[r] = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
+                                                which * (kRows * 4) + uint32_t(r * 32));
+      seen |= c.place[r];
+    }
+  }
+  PYFMT_DEVICE void decode_packed(const Packed& c, Fragments& to) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t out[F::kOut];
+      F::decode(c.words[r], c.place[r], at.base + kTableAt, out);
+#pragma unroll
+      for (int j = 0; j < F::kOut; ++j) to[j / 2][r + 2 * (j & 1)] = out[j];
+    }
+  }
+
   PYFMT_DEVICE void wait_codes() const {
     hopper::barrier_wait(at.base + kCodesFull + 8 * slot.place, slot.parity);
   }
@@ -163,13 +190,12 @@ struct Multiplier {
     stage.next();
   }
 
-  // Part kPart of chunk i, by fragments `now`; those of the next chunk become `next`.
-  template <int kPart>
-  PYFMT_DEVICE void part(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
-                         Fragments& next) {
-    const uint32_t x = at.base + kHeader + stage.place * R::kStage;
+  // Starts the products of part kPart of a chunk and half kHalf of the tokens.
+  template <int kPart, int kHalf>
+  PYFMT_DEVICE void multiply(float (&fresh)[kCount], const Fragments& now) {
+    const uint32_t x = at.base + kHeader + stage.place * R::kStage + kHalf * (R::kWide * 128);
     wait_turn();
-    if constexpr (kPart == 0) {
+    if constexpr (kPart == 0 && kHalf == 0) {
       hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
     }
     hopper::products_fence();
@@ -181,30 +207,69 @@ struct Multiplier {
                       s > kPart * kSteps ? 1 : 0);
     }
     hopper::products_commit();
-    if (i + 1 < steps) {
-      constexpr bool kFirst = kPart == 0, kLast = kPart == kParts - 1;
-      if constexpr (kFirst) wait_codes();
-      decode_part<kPart>(i + 1, next);
-      if constexpr (kLast) release_codes(i + 1);
-    }
-    float factor[2] = {1.0f, 1.0f};
+  }
+  template <int kPart>
+  PYFMT_DEVICE void read_factors(float (&factor)[2]) const {
+    factor[0] = factor[1] = 1.0f;
     if constexpr (F::kGroups) {
       const uint32_t from = factors + stage.place * R::kFactors + uint32_t(kPart * kRows * 4);
       factor[0] = as_float(hopper::load_shared_small<4>(from));
       factor[1] = as_float(hopper::load_shared_small<4>(from + 32));
     }
+  }
+  // kHalf of the tokens; kLast: the stage has no more use.
+  template <int kHalf, bool kLast>
+  PYFMT_DEVICE void add(float (&sums)[kAll], float (&fresh)[kCount], const float (&factor)[2]) {
     hopper::products_wait<0>();
     hopper::pin(fresh);
-    if constexpr (kPart == kParts - 1) {
-      release_stage(factor);
-    }
+    if constexpr (kLast) release_stage(factor);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      sums[j] = F::kGroups ? fused(factor[j >> 1 & 1], fresh[j], sums[j]) : sums[j] + fresh[j];
+      float& sum = sums[kHalf * kCount + j];
+      sum = F::kGroups ? fused(factor[j >> 1 & 1], fresh[j], sum) : sum + fresh[j];
     }
   }
 
-  PYFMT_DEVICE void chunk(int i, float (&sums)[kCount], float (&fresh)[kCount], Fragments& now,
+  // Part kPart of chunk i, by fragments `now`; those of the next chunk become `next`.
+  template <int kPart>
+  PYFMT_DEVICE void part(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
+                         Fragments& next) {
+    constexpr bool kFirst = kPart == 0, kLast = kPart == kParts - 1;
+    float factor[2];
+    if constexpr (R::kHalves == 2) {
+      multiply<kPart, 0>(fresh, now);
+      read_factors<kPart>(factor);
+      add<0, false>(sums, fresh, factor);
+      multiply<kPart, 1>(fresh, now);
+      if constexpr (kReadsAhead) {
+        // Nothing else is to be done while these products last.
+        Packed c;
+        const bool more = i + 1 < steps;
+        if (more) {
+          wait_codes();
+          read_chunk(i + 1, c);
+        }
+        add<1, kLast>(sums, fresh, factor);
+        if (more) {
+          release_codes(i + 1);
+          decode_packed(c, now);
+        }
+      } else {
+        add<1, kLast>(sums, fresh, factor);
+      }
+    } else {
+      multiply<kPart, 0>(fresh, now);
+      if (i + 1 < steps) {
+        if constexpr (kFirst) wait_codes();
+        decode_part<kPart>(i + 1, next);
+        if constexpr (kLast) release_codes(i + 1);
+      }
+      read_factors<kPart>(factor);
+      add<0, kLast>(sums, fresh, factor);
+    }
+  }
+
+  PYFMT_DEVICE void chunk(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
                           Fragments& next) {
     part<0>(i, sums, fresh, now, next);
     if constexpr (kParts > 1) part<1>(i, sums, fresh, now, next);
@@ -214,23 +279,35 @@ struct Multiplier {
     }
   }
 
-  PYFMT_DEVICE void run(float (&sums)[kCount]) {
+  PYFMT_DEVICE void decode_chunk(int i, Fragments& to) {
+    wait_codes();
+    decode_part<0>(i, to);
+    if constexpr (kParts > 1) decode_part<1>(i, to);
+    if constexpr (kParts > 2) decode_part<2>(i, to);
+    if constexpr (kParts > 2) decode_part<3>(i, to);
+    release_codes(i);
+  }
+
+  PYFMT_DEVICE void run(float (&sums)[kAll]) {
     float fresh[kCount];
-    Fragments a, b;
+    Fragments a;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
-    if (steps > 0) {
-      wait_codes();
-      decode_part<0>(0, a);
-      if constexpr (kParts > 1) decode_part<1>(0, a);
-      if constexpr (kParts > 2) decode_part<2>(0, a);
-      if constexpr (kParts > 2) decode_part<3>(0, a);
-      release_codes(0);
-    }
+    for (int j = 0; j < kAll; ++j) sums[j] = 0.0f;
+    if (steps > 0) decode_chunk(0, a);
+    if constexpr (R::kHalves == 2) {
+      // Registers hold the fragments of one chunk: they are decoded beside the other's products.
 #pragma unroll 1
-    for (int i = 0; i < steps; i += 2) {
-      chunk(i, sums, fresh, a, b);
-      if (i + 1 < steps) chunk(i + 1, sums, fresh, b, a);
+      for (int i = 0; i < steps; ++i) {
+        chunk(i, sums, fresh, a, a);
+        if (!kReadsAhead && i + 1 < steps) decode_chunk(i + 1, a);
+      }
+    } else {
+      Fragments b;
+#pragma unroll 1
+      for (int i = 0; i < steps; i += 2) {
+        chunk(i, sums, fresh, a, b);
+        if (i + 1 < steps) chunk(i + 1, sums, fresh, b, a);
+      }
     }
   }
 };
@@ -245,11 +322,11 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   if (p.share == 1 || F::kFolded) __syncthreads();
   // Registers: 168 for each of 384 threads, shared out anew.
   if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<40>();
+    hopper::fewer_registers<Multiplier<F, kTokens>::kMost == 240 ? 24 : 40>();
     hopper::start_dependents();
     Bringer<F, kTokens>{p, at, at.last - at.first}.run();
   } else {
-    hopper::more_registers<232>();
+    hopper::more_registers<Multiplier<F, kTokens>::kMost>();
     float sums[kTokens / 2];
     Multiplier<F, kTokens>(p, at).run(sums);
     if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
@@ -285,7 +362,12 @@ void launch_turns(Params& p, const WideCall& call, Stream stream) {
 
 template <class F>
 void launch_tokens(Params& p, const WideCall& call, Stream stream) {
+  // Of groups of 32 columns registers hold no more than 128 tokens.
+  if constexpr (F::kRun > 8) {
+    if (call.tokens == 256) return launch_turns<F, 256>(p, call, stream);
+  }
   if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
+  if (call.tokens == 96) return launch_turns<F, 96>(p, call, stream);
   launch_turns<F, 64>(p, call, stream);
 }
 
@@ -309,10 +391,6 @@ void launch_groups(Params& p, const WideCall& call, Stream stream) {
 
 template <class W>
 void launch_fold(Params& p, const WideCall& call, Stream stream) {
-  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles;
-  launch(write_fp8_panel, (units + kWarps - 1) / kWarps, kThreads, stream,
-         static_cast<const uint8_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m,
-         call.x.row_bytes, p.panel_rows, p.tiles);
   launch_tokens<Folding<W>>(p, call, stream);
 }
 

@@ -16,7 +16,13 @@ constexpr int kThreadsHere = kConsumers + 128;
 template <class F, int kTokens>
 struct Room {
   static constexpr int kParts = 32 / F::kRun;  // of a chunk, with sums of their own
-  static constexpr uint32_t kStages = kTokens == 64 || F::kOut == 8 ? 6 : 4;
+  // Fresh sums of more tokens find no registers: these go by halves.
+  static constexpr int kHalves = kTokens > 128 ? 2 : 1, kWide = kTokens / kHalves;
+  static constexpr bool kLarge = kTokens == 256 && F::kOut == 16;  // stages of 64 KB
+  static constexpr uint32_t kStages = kLarge                          ? kParts == 1 ? 3 : 2
+                                      : kTokens == 256                ? 5
+                                      : kTokens < 128 || F::kOut == 8 ? 6
+                                                                      : 4;
   static constexpr int kTiles = F::kOut / 8;  // of x, of 128 bytes a row, in a chunk
   static constexpr uint32_t kTile = kTokens * 128, kStage = kTiles * kTile;
   static constexpr uint32_t kFactors = F::kGroups ? kParts * kRows * 4 : 0;
@@ -26,7 +32,10 @@ struct Room {
   static constexpr uint32_t kSlot = kRows * kRowBytes;
   static constexpr uint32_t kPlaces = F::kFolded ? kSpan * kRows * 4 : 0;
   static constexpr uint32_t kCodesAt = (kFactorsAt + kStages * kFactors + 1023) / 1024 * 1024;
-  static constexpr uint32_t kDepth = kTokens == 64 ? 5 : 4;
+  static constexpr uint32_t kDepth = kTokens == 64               ? 5
+                                     : kLarge && kParts == 1     ? 2
+                                     : !kLarge && kTokens == 256 ? 3
+                                                                 : 4;
   static constexpr uint32_t kPlacesAt = kCodesAt + kDepth * kSlot;
   static constexpr uint32_t kLoop = kPlacesAt + kDepth * kPlaces;
   static constexpr uint32_t kEnd = kHeader + kTokens * kPitch * 4;

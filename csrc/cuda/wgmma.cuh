@@ -168,6 +168,8 @@ void emulated_register_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint6
   PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39)                     \
   ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47) ", " PYFMT_S8( \
       48, 49, 50, 51, 52, 53, 54, 55) ", " PYFMT_S8(56, 57, 58, 59, 60, 61, 62, 63)
+#define PYFMT_S16_1 \
+  PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39) ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47)
 #define PYFMT_S32_2                                            \
   PYFMT_S8(64, 65, 66, 67, 68, 69, 70, 71)                     \
   ", " PYFMT_S8(72, 73, 74, 75, 76, 77, 78, 79) ", " PYFMT_S8( \
@@ -248,14 +250,19 @@ using E5M2ByE5M2 = Fp8<true, true>;
   };
 #endif
 
-// For 64 and 128 rows of b.
+// For 64, 96 and 128 rows of b.
 #define PYFMT_REGISTER_PRODUCTS(type, count, k, kinds, tail)                                       \
   PYFMT_REGISTER_PRODUCT(type, count, 64, "m64n64" k kinds, tail, PYFMT_S32_0, 32, 33, 34, 35, 36, \
                          37, PYFMT_R32(0))                                                         \
+  PYFMT_REGISTER_PRODUCT(type, count, 96, "m64n96" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S16_1,    \
+                         48, 49, 50, 51, 52, 53, PYFMT_R32(0), PYFMT_R16(32))                      \
   PYFMT_REGISTER_PRODUCT(type, count, 128, "m64n128" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S32_1,  \
                          64, 65, 66, 67, 68, 69, PYFMT_R32(0), PYFMT_R32(32))
 
 PYFMT_REGISTER_PRODUCTS(Bf16, 16, "k16", ".f32.bf16.bf16", ", 0")
+PYFMT_REGISTER_PRODUCT(Bf16, 16, 192, "m64n192k16.f32.bf16.bf16", ", 0",
+                       PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2, 96, 97, 98, 99, 100, 101,
+                       PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64))
 PYFMT_REGISTER_PRODUCT(Bf16, 16, 256, "m64n256k16.f32.bf16.bf16", ", 0",
                        PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129,
                        130, 131, 132, 133, PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64),
