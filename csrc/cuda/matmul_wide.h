@@ -16,9 +16,9 @@ namespace pyfmt {
 namespace cuda {
 
 struct WidePlan {
-  int tokens = 0;  // rows of x of one tile: 64, 128 or 256
+  int tokens = 0;  // rows of x of one tile: 16, 32, 64, 128 or 256
   int share = 1;   // neighbouring tiles of w in a cluster, which share what is read of x
-  int split = 1;   // parts of K in a cluster: 1 or 2
+  int split = 1;   // parts of K in a cluster: 1 or 2, of tiles of up to 64 rows up to 8
 };
 
 struct MatmulWideArgs {

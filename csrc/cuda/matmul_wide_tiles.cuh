@@ -16,7 +16,9 @@ constexpr int kConsumers = 256;  // threads that multiply
 
 struct Params {
   hopper::TensorMap x, codes_map;
-  const uint8_t* panel = nullptr;  // x again, as matmul_wide_panel.cuh writes it
+  const uint8_t* panel = nullptr;    // x again, as matmul_wide_panel.cuh writes it
+  const uint16_t* x_rows = nullptr;  // x as it lies, rows x_pitch (a multiple of 8) apart
+  int64_t x_pitch = 0;
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const float* tensor_scale = nullptr;
@@ -29,13 +31,14 @@ struct Params {
   int64_t row_bytes = 0, blocks = 0;        // of a row of w
   bool copied_codes = false;                // aligned for codes_map
   bool wide_scales = false;                 // aligned for loads of a batch
+  int scales_align = 1;                     // bytes (up to 16) to which scales of rows are aligned
   int group_runs = 1;                       // groups: of so many runs of 32 columns
   int m = 0, n = 0, tiles = 0, middle = 0;  // middle: where the second part of K begins
   int panel_rows = 0;
   unsigned n_clusters = 1;
-  int share = 1, split = 1, share_bits = 0;  // split: 1 or 2
-  float up = 1.0f;                           // what the decoder leaves out
-  uint32_t nothing = 0;                      // of hopper::after_reading
+  int share = 1, split = 1, share_bits = 0;
+  float up = 1.0f;       // what the decoder leaves out
+  uint32_t nothing = 0;  // of hopper::after_reading
 };
 
 // How the host asks for a launch: matrices without their boxes.
