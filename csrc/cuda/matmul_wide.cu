@@ -25,7 +25,7 @@ Kernel find(const FormatSpec& f, Form form) {
 }
 // One tile of 256 rows has the panel cost more than what the shared form loses; more share it.
 Kernel find(const MatmulWideArgs& a) {
-  if (a.plan.tokens <= 64) {
+  if (a.plan.tokens < 64) {
     if (const Kernel tall = find(a.format, Form::kTall); tall.launch) return tall;
   }
   return find(a.format, a.plan.tokens == 256 && a.m <= 256 ? Form::kShared : Form::kTurns);
@@ -59,10 +59,10 @@ int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
 }
 
 // What a chunk takes. Of groups by the sums that are kept apart for it.
-// Up to 64 rows of x: the warpgroups of a block have rows of w of their own, or take turns.
+// Up to 32 rows of x: the warpgroups of a block have rows of w of their own, or take turns.
 WidePlan tall_plan(const MatmulWideArgs& a) {
   WidePlan best;
-  best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
+  best.tokens = a.m <= 16 ? 16 : 32;
   const int64_t chunks = (a.k + kChunk - 1) / kChunk, sms = multiprocessors();
   double least = 0;
   for (int share : {4, 2, 1}) {
@@ -70,8 +70,8 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
       if (split > chunks) break;
       const int64_t blocks = (a.n + 64 * share - 1) / (64 * share) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      const double chunk = 300.0 * share + 6 * best.tokens, fixed = 7000 + 1500 * (split - 1);
-      const double cost = double(waves) * (double(chunks) / split * chunk + fixed);
+      const double chunk = best.tokens == 16 ? 370.0 * share : 330.0 * share + 190;
+      const double cost = double(waves) * (double(chunks) / split * chunk + 8500 + 500 * split);
       if (least != 0 && cost >= least) continue;
       least = cost;
       best.share = share;
@@ -82,8 +82,8 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
 }
 WidePlan plan_of(const MatmulWideArgs& a) {
   if (!has_groups(a.format, a.format.element)) {
-    if (a.m <= 64) return tall_plan(a);
-    return cheapest_plan(a.m, a.n, a.k, 0.0, 1600.0, 2600.0);
+    if (a.m <= 32) return tall_plan(a);
+    return cheapest_plan(a.m, a.n, a.k, 1000.0, 1600.0, 2600.0);
   }
   const int columns = int(a.format.block_columns);
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
@@ -164,8 +164,6 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
     call.x.data = a.workspace;
     call.x.pitch = pitch * 2;
   }
-  p.x_rows = static_cast<const uint16_t*>(call.x.data);
-  p.x_pitch = call.x.pitch / 2;
   kernel.launch(p, call, stream);
 }
 

@@ -146,7 +146,7 @@ inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k, double with_64, d
   double least = 0;
   for (int tokens : {64, 128, 256}) {
     const double chunk = tokens == 64 ? with_64 : tokens == 128 ? with_128 : with_256;
-    if (chunk == 0) continue;
+    if (chunk == 0) break;
     for (int split : {1, 2}) {
       if (split > chunks) break;
       const int64_t blocks = n_tiles * ((m + tokens - 1) / tokens) * split;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of matmul_wide.h for up to 64 rows of x, elements with scales of their blocks. A block
+// The kernel of matmul_wide.h for up to 32 rows of x, elements with scales of their blocks. A block
 // owns 256 rows of w and all of x's: four warpgroups decode 64 rows each into fragments, in
 // registers, and multiply, each at its own pace, so that some decode while others' products are
 // under way. One thread asks for codes, a warp for scales, and two warps bring x, whose columns
@@ -145,11 +145,10 @@ struct Multiplier {
   // After chunk i.
   PYFMT_DEVICE void next_stage(int i) {
     stage.place += R::kSpan == 1 || i & 1 ? 1 + skip : 1;
-    do {
-      if (stage.place < R::kStages) break;
+    if (stage.place >= R::kStages) {
       stage.place -= R::kStages;
       stage.parity ^= 1;
-    } while (R::kStages < 8);
+    }
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
@@ -315,8 +314,7 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
 template <class F>
 void launch_elements(Params& p, const WideCall& call, Stream stream) {
   if (call.tokens == 16) return launch_tokens<F, 16>(p, call, stream);
-  if (call.tokens == 32) return launch_tokens<F, 32>(p, call, stream);
-  launch_tokens<F, 64>(p, call, stream);
+  launch_tokens<F, 32>(p, call, stream);
 }
 
 }  // namespace tall

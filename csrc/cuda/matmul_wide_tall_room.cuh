@@ -21,7 +21,7 @@ template <class F, int kTokens>
 struct Room {
   // A stage is a chunk of x. Each warpgroup has a ring of its own of slots: a box of its rows of
   // one chunk, or of two where that makes rows of 128 bytes, and their scales.
-  static constexpr uint32_t kStages = kTokens == 16 ? 16 : kTokens == 32 ? 9 : 6;
+  static constexpr uint32_t kStages = kTokens == 16 ? 16 : 9;
   static constexpr uint32_t kStage = kTokens * kChunk * 2;
   static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
@@ -37,8 +37,6 @@ struct Room {
   // What a warp has of sums: there is room for those of all warps, and as many of another block.
   static constexpr uint32_t kSums = kTokens * 64;
   static_assert(kHeader + 8 * kGroups * kSums <= kBytes, "sums");
-  // Warps that put x in order take so many units of eight tokens each, of a chunk.
-  static constexpr int kUnits = kTokens / 8 < 4 ? kTokens / 8 : 4, kSharers = kTokens / 8 / kUnits;
 };
 
 // Barriers of the header: of slots (full, empty; [place][warpgroup]), of stages (as they come, in
@@ -52,8 +50,7 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   if (at > kSumsThere) return;
   const uint32_t arrivals = at < kCodesEmpty  ? 1 + 32
                             : at < kRaw       ? 4
-                            : at < kFull      ? 1
-                            : at < kEmpty     ? Room<F, kTokens>::kSharers
+                            : at < kEmpty     ? 1
                             : at < kSumsThere ? 4 * uint32_t(p.share)
                                               : 1;
   hopper::barrier_init(base + at, arrivals);
@@ -180,8 +177,9 @@ struct Bringer {
     }
   }
 
-  // Two warps put x in order, where it lies: of each token a lane takes the 32 columns whose codes
-  // lane t of a quad has, and lays their pairs where that lane's fragments want them.
+  // Two warps, a chunk in turn, put x in order, where it lies: of each token a lane takes the 32
+  // columns whose codes lane t of a quad has, and lays their pairs where that lane's fragments want
+  // them.
   struct Columns {
     uint32_t words[16];
   };
@@ -209,32 +207,32 @@ struct Bringer {
     }
   }
   PYFMT_DEVICE void order_x(int warp, int lane) const {
-    constexpr int kEvery = 2 / R::kSharers;  // of so many chunks
+    constexpr int kUnits = kTokens / 8;  // of eight tokens
     const uint32_t row = uint32_t(lane) % 8, piece = uint32_t(lane) / 8;
     const uint32_t token = uint32_t(lane) / 4, t = uint32_t(lane) % 4;
-    const uint32_t start = at.base + kHeader + uint32_t(warp % R::kSharers * R::kUnits * 1024);
+    const uint32_t start = at.base + kHeader;
     const uint32_t from =
         start + t / 2 * (R::kStage / 2) + token * 128 + ((t & 1) * 4 ^ token) * 16;
     const uint32_t to = start + row * 128 + (piece ^ row) * 16;
     const int chunks = at.slots * int(R::kSpan);
     Ring<R::kStages> ring;
     int i = 0;
-    if (kEvery == 2 && warp) ring.next(), ++i;
+    if (warp) ring.next(), ++i;
 #pragma unroll 1
-    for (; i < chunks; i += kEvery) {
+    for (; i < chunks; i += 2) {
       const uint32_t stage = ring.place * R::kStage;
       hopper::barrier_wait(at.base + kRaw + 8 * ring.place, ring.parity);
-      Columns c[R::kUnits];
+      Columns c[kUnits];
 #pragma unroll
-      for (int u = 0; u < R::kUnits; ++u) load_x(from + stage + uint32_t(u * 1024), c[u]);
+      for (int u = 0; u < kUnits; ++u) load_x(from + stage + uint32_t(u * 1024), c[u]);
       hopper::warp_sync();
 #pragma unroll
-      for (int u = 0; u < R::kUnits; ++u) store_x(to + stage + uint32_t(u * 1024), c[u]);
+      for (int u = 0; u < kUnits; ++u) store_x(to + stage + uint32_t(u * 1024), c[u]);
       hopper::stores_fence();
       hopper::warp_sync();
       if (lane == 0) hopper::barrier_arrive_here(at.base + kFull + 8 * ring.place);
       ring.next();
-      if (kEvery == 2) ring.next();
+      ring.next();
     }
   }
 

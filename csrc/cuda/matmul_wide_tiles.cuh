@@ -16,9 +16,7 @@ constexpr int kConsumers = 256;  // threads that multiply
 
 struct Params {
   hopper::TensorMap x, codes_map;
-  const uint8_t* panel = nullptr;    // x again, as matmul_wide_panel.cuh writes it
-  const uint16_t* x_rows = nullptr;  // x as it lies, rows x_pitch (a multiple of 8) apart
-  int64_t x_pitch = 0;
+  const uint8_t* panel = nullptr;  // x again, as matmul_wide_panel.cuh writes it
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   const float* tensor_scale = nullptr;
