@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of matmul_wide.h for up to 32 rows of x, elements with scales of their blocks. A block
-// owns 256 rows of w and all of x's: four warpgroups decode 64 rows each into fragments, in
-// registers, and multiply, each at its own pace, so that some decode while others' products are
-// under way. One thread asks for codes, a warp for scales, and two warps bring x, whose columns
-// they permute. K is divided among the blocks of a cluster.
+// The kernel of matmul_wide.h for up to 32 rows of x, elements with scales of their blocks. Four
+// warpgroups of a block decode 64 rows of w each into fragments, in registers, and multiply, each
+// at its own pace, so that some decode while others' products are under way; those that share rows
+// take columns in turn. One thread asks for x, a warp for codes and scales, and two warps put x in
+// the order of the codes, in shared memory. K may be divided between two blocks of a cluster.
 #pragma once
 
 #include "matmul_wide.cuh"
