@@ -62,6 +62,8 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
   a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1)};
+  options::expect(!tile || tile >= 64 || f.scale == Scale::kE8M0 || f.scale == Scale::kE4M3,
+                  "tile: expected 64 rows or more for groups of integers, got ", tile);
   a.plan = cuda::matmul_wide_plan(a);
   Tensor aligned;  // x again, where its rows are not
   if (const int64_t bytes = cuda::matmul_wide_workspace(a)) {

@@ -115,10 +115,10 @@ def test_ragged_shapes(ops: Any, name: str) -> None:
         check_sums(ops, Weights(name, n, k), m)
 
 
-@pytest.mark.parametrize("tile", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("tile", [16, 32, 64, 96, 128, 192, 256])
 def test_every_tile(ops: Any, tile: int) -> None:
     for name in ("mxfp8_e4m3", "int8"):
-        if tile != (192 if name == "int8" else 96):
+        if tile not in ((16, 32, 192) if name == "int8" else (96,)):
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
 
 
@@ -142,6 +142,19 @@ def test_clusters(ops: Any, share: int, split: int) -> None:
         ("mxfp4", 256),
     ):
         check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
+
+
+@pytest.mark.parametrize("share,split", [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+def test_few_tokens(ops: Any, share: int, split: int) -> None:
+    for name, tile, m, n, k in (
+        ("mxfp4", 16, 9, 300, 2200),
+        ("nvfp4", 32, 40, 257, 1100),
+        ("mxint8", 32, 32, 40, 1001),
+        ("mxfp6_e3m2", 32, 17, 70, 1304),
+    ):
+        w = Weights(name, n, k)
+        check_single_columns(ops, w, m, plan=(tile, share, split))
+        check_sums(ops, w, m, plan=(tile, share, split))
 
 
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
@@ -171,7 +184,7 @@ def test_output_dtypes(ops: Any, dtype: str) -> None:
         check_sums(ops, Weights("mxfp4", n, 96), 4, dtype)
 
 
-@pytest.mark.parametrize("tile", [64, 128, 192, 256])
+@pytest.mark.parametrize("tile", [16, 64, 128, 192, 256])
 @pytest.mark.parametrize("name", [n for n, f in FORMATS.items() if f.scale == "e8m0"])
 def test_every_scale_and_code(ops: Any, name: str, tile: int) -> None:
     fmt: Format = FORMATS[name]
@@ -202,7 +215,7 @@ def test_codes_that_are_no_numbers(ops: Any, name: str) -> None:
     x[0, 40] = 1
     want = w.decoded[:, 40].astype(np.float32)
     assert np.isnan(want).any()
-    for tile in (64, 128, 192, 256):
+    for tile in (32, 64, 128, 192, 256):
         got = w.times(ops, x, plan=(tile, 1, 1))[0]
         assert np.array_equal(got, want, equal_nan=True)
 
@@ -256,10 +269,11 @@ def test_on_the_device(device_ops: Any, name: str) -> None:
 )
 def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     w = Weights(name, 700, 2048)
-    tiles = (64, 96, 128, 256) if name.startswith("int") else (64, 128, 192, 256)
-    for tile in tiles[: 3 if name == "int8-b32-fp32" else 4]:
+    groups = name.startswith("int")
+    tiles = (64, 96, 128, 256) if groups else (16, 32, 64, 128, 192, 256)
+    for tile in tiles[: 3 if name == "int8-b32-fp32" else 6]:
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2)):
             plan = (tile, share, split)
-            for m in (200, 300) if tile == 256 else (200,):
+            for m in (200, 300) if tile == 256 else (tile, 77) if tile < 64 else (200,):
                 check_single_columns(device_ops, w, m, plan=plan, device="cuda")
                 check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")

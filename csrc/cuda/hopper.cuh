@@ -317,6 +317,28 @@ PYFMT_DEVICE void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint3
 #endif
 }
 
+// Copies kBytes (4, 8 or 16) of which the first `real` are read and the others zeros, in the
+// background.
+template <int kBytes>
+PYFMT_DEVICE void copy_small(uint32_t to, const void* from, int real) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2, %3;" ::"r"(to), "l"(from),
+               "n"(kBytes), "r"(real)
+               : "memory");
+#else
+  memset(emulated_at(to), 0, kBytes);
+  memcpy(emulated_at(to), from, size_t(real));
+#endif
+}
+// Arrives once this thread's small copies so far are there.
+PYFMT_DEVICE void arrive_after_copies(uint32_t bar) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+#else
+  barrier_arrive_here(bar);
+#endif
+}
+
 // ---- clusters, dependent launches -------------------------------------------------------------
 
 PYFMT_DEVICE uint32_t cluster_rank() {

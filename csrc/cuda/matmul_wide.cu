@@ -16,16 +16,19 @@ int64_t padded_row(const MatmulWideArgs& a) {
   return (a.k + 7) / 8 * 8;
 }
 
-Kernel find(const FormatSpec& f, bool shared) {
+Kernel find(const FormatSpec& f, Form form) {
   for (auto of : {fp4_kernel, fp6_kernel, fp8_kernel, int_kernel, group_kernel, mxint_kernel}) {
-    const Kernel found = of(f, shared);
+    const Kernel found = of(f, form);
     if (found.launch) return found;
   }
   return {};
 }
 // One tile of 256 rows has the panel cost more than what the shared form loses; more share it.
 Kernel find(const MatmulWideArgs& a) {
-  return find(a.format, a.plan.tokens == 256 && a.m <= 256);
+  if (a.plan.tokens < 64) {
+    if (const Kernel tall = find(a.format, Form::kTall); tall.launch) return tall;
+  }
+  return find(a.format, a.plan.tokens == 256 && a.m <= 256 ? Form::kShared : Form::kTurns);
 }
 
 // Of the workspace: x as the kernel reads it, where that is not as it lies.
@@ -49,9 +52,38 @@ bool scales_aligned(const MatmulWideArgs& a, const Params& p) {
   return reinterpret_cast<uintptr_t>(a.scales) % uintptr_t(bytes) == 0 && p.blocks % bytes == 0;
 }
 
+// Up to what power of two, at most 16 bytes, the scales of each row are aligned.
+int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(a.scales) | uintptr_t(p.blocks) | 16u;
+  return int(bits & (~bits + 1));
+}
+
+// Up to 32 rows of x: the warpgroups of a block have rows of w of their own, or take turns.
+WidePlan tall_plan(const MatmulWideArgs& a) {
+  WidePlan best;
+  best.tokens = a.m <= 16 ? 16 : 32;
+  const int64_t chunks = (a.k + kChunk - 1) / kChunk, sms = multiprocessors();
+  double least = 0;
+  for (int share : {4, 2, 1}) {
+    for (int split : {1, 2}) {
+      if (split > chunks) break;
+      const int64_t blocks = (a.n + 64 * share - 1) / (64 * share) * split;
+      const int64_t waves = (blocks + sms - 1) / sms;
+      const double chunk = best.tokens == 16 ? 370.0 * share : 330.0 * share + 190;
+      const double cost = double(waves) * (double(chunks) / split * chunk + 8500 + 500 * split);
+      if (least != 0 && cost >= least) continue;
+      least = cost;
+      best.share = share;
+      best.split = split;
+    }
+  }
+  return best;
+}
+
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
   if (!has_groups(a.format, a.format.element)) {
+    if (a.m <= 32) return tall_plan(a);
     return cheapest_plan(a.m, a.n, a.k, {{64, 1000}, {128, 1600}, {192, 2100}, {256, 2600}});
   }
   const int columns = int(a.format.block_columns);
@@ -70,7 +102,8 @@ WidePlan plan_of(const MatmulWideArgs& a) {
 
 const char* matmul_wide_refuses(const FormatSpec& f, int64_t m, int64_t n, int64_t k) {
   using namespace wide;
-  if (!find(f, false).launch || f.block_rows != 1) return "the format is none of those compiled in";
+  if (!find(f, Form::kTurns).launch || f.block_rows != 1)
+    return "the format is none of those compiled in";
   if (has_groups(f, f.element) && f.block_columns % 32) {
     return "groups of integers must be multiples of 32 columns, or whole rows";
   }
@@ -109,6 +142,7 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.row_bytes = a.format.row_bytes(a.k);
   p.blocks = a.format.blocks(a.k);
   p.wide_scales = scales_aligned(a, p);
+  p.scales_align = alignment_of_scales(a, p);
   p.group_runs = a.format.block_columns ? a.format.block_columns / 32 : 1 << 30;
   p.m = int(a.m);
   p.n = int(a.n);
@@ -117,7 +151,8 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.split = a.plan.split;
   while (1 << p.share_bits < p.share) ++p.share_bits;
   p.middle = (p.tiles + kBatch - 1) / kBatch / 2 * kBatch;
-  p.n_clusters = unsigned((a.n + kRows * p.share - 1) / (kRows * p.share));
+  const int64_t rows = int64_t(kernel.rows) * p.share;  // of a cluster
+  p.n_clusters = unsigned((a.n + rows - 1) / rows);
 
   WideCall call;
   call.tokens = a.plan.tokens;

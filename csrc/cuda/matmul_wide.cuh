@@ -15,10 +15,9 @@ namespace wide {
 #define PYFMT_WIDE_THREADS(count) 32  // tells the host that there is nothing to launch
 #endif
 
-// Launches a kernel whose blocks own 128 rows of w and `tokens` of x, in clusters of p's.
-inline void launch_wide(void (*kernel)(const Params), const Params& p, int tokens, int threads,
-                        uint32_t bytes, Stream stream) {
-  const int cluster = p.share * p.split;
+// Launches a kernel whose blocks own `tokens` rows of x, in clusters of p's.
+inline void launch_clusters(void (*kernel)(const Params), const Params& p, int cluster, int tokens,
+                            int threads, uint32_t bytes, Stream stream) {
   const int blocks = int(p.n_clusters) * ((p.m + tokens - 1) / tokens) * cluster;
 #if defined(__CUDACC__)
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
@@ -45,6 +44,12 @@ inline void launch_wide(void (*kernel)(const Params), const Params& p, int token
 #endif
 }
 
+// Those whose clusters share what is read of x.
+inline void launch_wide(void (*kernel)(const Params), const Params& p, int tokens, int threads,
+                        uint32_t bytes, Stream stream) {
+  launch_clusters(kernel, p, p.share * p.split, tokens, threads, bytes, stream);
+}
+
 inline bool is_mx(const FormatSpec& f, const ElementSpec& e) {
   return f.element == e && f.scale == Scale::kE8M0 && f.block_columns == 32;
 }
@@ -60,16 +65,21 @@ struct Kernel {
   void (*launch)(Params&, const WideCall&, Stream) = nullptr;
   int columns = 0;     // of a tile
   bool panel = false;  // reads x from a panel (matmul_wide_panel.cuh)
+  int rows = kRows;    // of w, in a block
 };
 
-// By element and scale; no launch where there is none. shared: of matmul_wide_shared.cuh. One a
-// file, so that they compile side by side.
-Kernel fp4_kernel(const FormatSpec&, bool shared);
-Kernel fp6_kernel(const FormatSpec&, bool shared);
-Kernel fp8_kernel(const FormatSpec&, bool shared);
-Kernel int_kernel(const FormatSpec&, bool shared);
-Kernel group_kernel(const FormatSpec&, bool shared);
-Kernel mxint_kernel(const FormatSpec&, bool shared);
+// Which of the kernels: of matmul_wide_tall.cuh, of matmul_wide_blocks.cuh and
+// matmul_wide_turns.cuh, of matmul_wide_shared.cuh.
+enum class Form { kTall, kTurns, kShared };
+
+// By element and scale; no launch where there is none. One a file, so that they compile side by
+// side.
+Kernel fp4_kernel(const FormatSpec&, Form);
+Kernel fp6_kernel(const FormatSpec&, Form);
+Kernel fp8_kernel(const FormatSpec&, Form);
+Kernel int_kernel(const FormatSpec&, Form);
+Kernel group_kernel(const FormatSpec&, Form);
+Kernel mxint_kernel(const FormatSpec&, Form);
 
 // Whether kernels were compiled, or left empty for want of architecture 90a.
 bool compiled();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // y = x w^T for middle-sized M on Hopper: packed weights are decoded beside the products, into
-// registers (matmul_wide_blocks.cuh, matmul_wide_turns.cuh) or shared memory
+// registers (matmul_wide_tall.cuh, matmul_wide_blocks.cuh, matmul_wide_turns.cuh) or shared memory
 // (matmul_wide_shared.cuh), and multiplied by tiles of activations.
 //
 // y[m, n] = RNE(tensor_scale * sum_k x[m, k] * element[n, k] * scale[n, k / block] + bias[n])
@@ -16,9 +16,11 @@ namespace pyfmt {
 namespace cuda {
 
 struct WidePlan {
-  int tokens = 0;  // rows of x of one tile: 64, 96, 128, 192 or 256
-  int share = 1;   // neighbouring tiles of w in a cluster, which share what is read of x
-  int split = 1;   // parts of K in a cluster: 1 or 2
+  int tokens = 0;  // rows of x of one tile: 16, 32, 64, 96, 128, 192 or 256
+  // Tiles of w that share what is read of x: blocks of a cluster, or, of up to 32 rows of x,
+  // warpgroups of a block (1, 2 or 4).
+  int share = 1;
+  int split = 1;  // parts of K in a cluster: 1 or 2
 };
 
 struct MatmulWideArgs {

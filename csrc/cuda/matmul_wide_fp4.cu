@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // matmul_wide.h for e2m1.
-#include "matmul_wide_blocks.cuh"
-#include "matmul_wide_shared.cuh"
+#include "matmul_wide_forms.cuh"
 
 namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Kernel fp4_kernel(const FormatSpec& f, bool shared) {
+Kernel fp4_kernel(const FormatSpec& f, Form form) {
   if (is_mx(f, elements::e2m1)) {
-    return shared ? shared_kernel<e2m1_element, Scale::kE8M0>()
-                  : blocks_kernel<e2m1_element, Scale::kE8M0>();
+    return block_kernel<e2m1_element, Scale::kE8M0>(form);
   }
   if (is_nv(f, elements::e2m1)) {
-    return shared ? shared_kernel<e2m1_element, Scale::kE4M3>()
-                  : blocks_kernel<e2m1_element, Scale::kE4M3>();
+    return block_kernel<e2m1_element, Scale::kE4M3>(form);
   }
   return {};
 }

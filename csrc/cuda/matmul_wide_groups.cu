@@ -7,7 +7,8 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-Kernel group_kernel(const FormatSpec& f, bool /*shared*/) {
+Kernel group_kernel(const FormatSpec& f, Form form) {
+  if (form != Form::kTurns) return {};
   if (has_groups(f, elements::int4)) return {turns::launch_groups<4>, kChunk, true};
   if (has_groups(f, elements::int8)) return {turns::launch_groups<8>, kChunk, true};
   return {};

@@ -29,13 +29,14 @@ struct Params {
   int64_t row_bytes = 0, blocks = 0;        // of a row of w
   bool copied_codes = false;                // aligned for codes_map
   bool wide_scales = false;                 // aligned for loads of a batch
+  int scales_align = 1;                     // bytes (up to 16) to which scales of rows are aligned
   int group_runs = 1;                       // groups: of so many runs of 32 columns
   int m = 0, n = 0, tiles = 0, middle = 0;  // middle: where the second part of K begins
   int panel_rows = 0;
   unsigned n_clusters = 1;
-  int share = 1, split = 1, share_bits = 0;  // split: 1 or 2
-  float up = 1.0f;                           // what the decoder leaves out
-  uint32_t nothing = 0;                      // of hopper::after_reading
+  int share = 1, split = 1, share_bits = 0;
+  float up = 1.0f;       // what the decoder leaves out
+  uint32_t nothing = 0;  // of hopper::after_reading
 };
 
 // How the host asks for a launch: matrices without their boxes.

@@ -20,6 +20,28 @@ PYFMT_DEVICE uint64_t tile_descriptor(uint32_t tile, int step) {
   return uint64_t(kRowsOf8 | kSwizzle128) << 32 | (tile + 2u * uint32_t(step));
 }
 
+// Words of four matrices of 8 rows of 16 bytes: lane 4 r + t has word t of row r of each, and says
+// where row `lane % 8` of matrix `lane / 8` goes.
+PYFMT_DEVICE void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+#elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
+  static uint32_t places[8 * 1024];
+  const int me = ::emulation::block().current, warp = me & ~31, lane = me & 31;
+  places[me] = at;
+  emulated_warp_sync();
+  const uint32_t words[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) {
+    memcpy(emulated_at(places[warp + 8 * i + lane / 4]) + lane % 4 * 4, words + i, 4);
+  }
+  emulated_warp_sync();
+#else
+  (void)at, (void)a, (void)b, (void)c, (void)d;
+#endif
+}
+
 // Registers written before are seen by the products that follow.
 PYFMT_DEVICE void products_fence() {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
@@ -249,6 +271,14 @@ using E5M2ByE5M2 = Fp8<true, true>;
     }                                                                                    \
   };
 #endif
+
+#define PYFMT_S8_0 PYFMT_S8(0, 1, 2, 3, 4, 5, 6, 7)
+#define PYFMT_S16_0 PYFMT_S8_0 ", " PYFMT_S8(8, 9, 10, 11, 12, 13, 14, 15)
+
+PYFMT_REGISTER_PRODUCT(Bf16, 16, 16, "m64n16k16.f32.bf16.bf16", ", 0", PYFMT_S8_0, 8, 9, 10, 11, 12,
+                       13, PYFMT_R4(0), PYFMT_R4(4))
+PYFMT_REGISTER_PRODUCT(Bf16, 16, 32, "m64n32k16.f32.bf16.bf16", ", 0", PYFMT_S16_0, 16, 17, 18, 19,
+                       20, 21, PYFMT_R16(0))
 
 // For 64, 96 and 128 rows of b.
 #define PYFMT_REGISTER_PRODUCTS(type, count, k, kinds, tail)                                       \

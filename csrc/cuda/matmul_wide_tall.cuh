@@ -1,0 +1,330 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernel of matmul_wide.h for up to 32 rows of x, elements with scales of their blocks. Four
+// warpgroups of a block decode 64 rows of w each into fragments, in registers, and multiply, each
+// at its own pace, so that some decode while others' products are under way; those that share rows
+// take columns in turn. One thread asks for x, a warp for codes and scales, and two warps put x in
+// the order of the codes, in shared memory. K may be divided between two blocks of a cluster.
+#pragma once
+
+#include "matmul_wide.cuh"
+#include "matmul_wide_tall_room.cuh"
+#include "matmul_wide_weights.cuh"
+#include "wgmma.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+namespace tall {
+
+// ---- what multiplies --------------------------------------------------------------------------
+
+template <class F, int kTokens>
+struct Multiplier {
+  using R = Room<F, kTokens>;
+  using Product = hopper::RegisterProduct<hopper::Bf16, kTokens>;
+  static constexpr int kCount = kTokens / 2;
+  static constexpr int kTogether = F::kBits == 6 ? 2 : 4;  // words of a load
+  using Fragments = uint32_t[8][4];                        // of the steps of a chunk
+
+  static constexpr int kLoads = F::kBits == 4 ? 1 : F::kBits == 8 ? 2 : 3;  // of a row
+
+  const Params& p;
+  const Place& at;
+  int lane;
+  uint32_t codes[kLoads], scales;  // where this lane reads, but for turns
+  uint32_t bars, tiles;            // its warpgroup's barriers; x
+  Ring<R::kStages> stage;
+  Ring<R::kDepth> slot;
+  uint32_t used = 0, skip;  // the barrier of the stage that products read; others' chunks
+  int chunks;
+
+  // Rows change places within eight, so that lanes which read together never share a bank.
+  PYFMT_DEVICE static int row_of(int lane) {
+    const int g = lane / 4;
+    return F::kBits == 4 ? g >> 1 | (g & 1) << 2 : g;
+  }
+
+  PYFMT_DEVICE Multiplier(const Params& p, const Place& at)
+      : p(p), at(at), lane(int(threadIdx.x) & 31) {
+    const uint32_t group = uint32_t(hopper::uniform(int(threadIdx.x) >> 7));
+    const int turn = int(group) >> p.share_bits;
+    chunks = (at.slots - turn + at.turns - 1) / at.turns * int(R::kSpan);
+    skip = uint32_t(at.turns - 1) * R::kSpan;
+    stage.place = uint32_t(turn) * R::kSpan % R::kStages;
+    stage.parity = uint32_t(turn) * R::kSpan / R::kStages & 1;
+    const uint32_t row = uint32_t(16 * (threadIdx.x >> 5 & 3) + row_of(lane));
+    const uint32_t turned = F::kBits == 6 ? 0 : (row & 7) << 4;
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const uint32_t mine = uint32_t(lane % 4 * 4 * F::kBits + 4 * kTogether * j);
+      codes[j] = at.base + R::kCodesAt + group * R::kSlot + row * R::kRowBytes + (mine ^ turned);
+      hopper::keep(codes[j]);
+    }
+    scales = at.base + R::kScalesAt + group * R::kScales + row * R::kRowScales +
+             uint32_t(lane % 4 * F::kEntry);
+    bars = at.base + 8 * group;
+    tiles = uint32_t(hopper::uniform(int(hopper::tile_code(at.base + kHeader))));
+    hopper::keep(scales);
+  }
+
+  // What a lane has of a chunk: its 32 codes and their scales, of two rows.
+  struct Packed {
+    uint32_t words[2][F::kBits], raw[2];
+  };
+  // Of chunk i, once it is there.
+  PYFMT_DEVICE void load(int i, Packed& c) const {
+    const uint32_t half = R::kSpan == 2 ? uint32_t(i & 1) : 0;
+    if (!half) hopper::barrier_wait(bars + kCodesFull + 8 * kGroups * slot.place, slot.parity);
+#pragma unroll
+    for (uint32_t r = 0; r < 2; ++r) {
+      c.raw[r] =
+          hopper::load_shared_small<F::kEntry>(scales + slot.place * (kGroups * R::kScales) +
+                                               r * 8 * R::kRowScales + half * R::kHalfScales);
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const uint32_t from = ((codes[j] + slot.place * (kGroups * R::kSlot)) ^ half * R::kHalf) +
+                              r * 8 * R::kRowBytes;
+        uint32_t* to = c.words[r] + kTogether * j;
+        if constexpr (kTogether == 4) {
+          const uint4 v = hopper::load_shared16(from);
+          to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+        } else {
+          const uint2 v = hopper::load_shared8(from);
+          to[0] = v.x, to[1] = v.y;
+        }
+      }
+    }
+  }
+  // Chunk i has been decoded and its products asked for: nothing of it is still being read.
+  PYFMT_DEVICE void release_codes(int i) {
+    if (R::kSpan == 2 && !(i & 1)) return;
+    hopper::warp_sync();
+    if (lane == 0) hopper::barrier_arrive_here(bars + kCodesEmpty + 8 * kGroups * slot.place);
+    slot.next();
+  }
+
+  template <bool kAll>
+  PYFMT_DEVICE static void to_fragments(const Packed& c, Fragments& to) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t pairs[16];
+      F::template decode<kAll>(c.words[r], c.raw[r], pairs);
+#pragma unroll
+      for (int j = 0; j < 16; ++j) to[j / 2][r + 2 * (j & 1)] = pairs[j];
+    }
+  }
+  PYFMT_DEVICE static void decode(const Packed& c, Fragments& to) {
+    bool special = false;
+    if constexpr (F::kHasSpecials) {
+      special = F::special(c.words[0], c.raw[0]) || F::special(c.words[1], c.raw[1]);
+      special = hopper::any_lane(special);
+    }
+    if (special) {
+      to_fragments<F::kHasSpecials>(c, to);
+    } else {
+      to_fragments<false>(c, to);
+    }
+  }
+
+  PYFMT_DEVICE void multiply(float (&sums)[kCount], const Fragments& w) {
+    hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
+    const uint32_t x = uint32_t(hopper::uniform(int(tiles + stage.place * (R::kStage / 16))));
+    hopper::products_fence();
+#pragma unroll
+    for (int s = 0; s < 8; ++s) {
+      Product::add_to(sums, w[s], hopper::tile_descriptor(x + uint32_t(s / 4 * kTokens * 8), s % 4),
+                      1);
+    }
+    hopper::products_commit();
+    used = at.base + kEmpty + 8 * stage.place;
+  }
+  PYFMT_DEVICE void finish_products() const {
+    hopper::products_wait<0>();
+    if (lane == 0) hopper::barrier_arrive_here(used);
+  }
+  // After chunk i.
+  PYFMT_DEVICE void next_stage(int i) {
+    stage.place += R::kSpan == 1 || i & 1 ? 1 + skip : 1;
+    if (stage.place >= R::kStages) {
+      stage.place -= R::kStages;
+      stage.parity ^= 1;
+    }
+  }
+
+  PYFMT_DEVICE void run(float (&sums)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
+    hopper::pin(sums);
+    if (chunks > 0) {
+      Packed c;
+      load(0, c);
+#pragma unroll 1
+      for (int i = 0;;) {
+        Fragments w;
+        decode(c, w);
+        multiply(sums, w);
+        release_codes(i);
+        next_stage(i);
+        if (++i == chunks) break;
+        load(i, c);
+        finish_products();
+      }
+    }
+    hopper::products_wait<0>();
+    hopper::pin(sums);
+  }
+};
+
+// ---- sums to y --------------------------------------------------------------------------------
+
+// Sums of a warp in shared memory.
+template <int kCount>
+PYFMT_DEVICE void add_sums(uint32_t from, float (&sums)[kCount]) {
+#pragma unroll
+  for (int j = 0; j < kCount; j += 4) {
+    const float4 v = hopper::load_floats(from + uint32_t(j * 128));
+    sums[j] += v.x, sums[j + 1] += v.y, sums[j + 2] += v.z, sums[j + 3] += v.w;
+  }
+}
+
+// What warpgroups without rows of their own have is added to the others', in their order. Whether
+// this one is of the others.
+template <class R, int kCount>
+PYFMT_DEVICE bool add_turns(const Params& p, const Place& at, float (&sums)[kCount]) {
+  const int warp = int(threadIdx.x) >> 5, warps = 4 * p.share;
+  const uint32_t lane16 = at.base + kHeader + (threadIdx.x & 31) * 16;
+  hopper::partial_sync<kMultipliers>();
+  if (warp >= warps) {
+#pragma unroll
+    for (int j = 0; j < kCount; j += 4) {
+      hopper::store_shared16(lane16 + uint32_t(warp) * R::kSums + uint32_t(j * 128),
+                             as_uint(sums[j]), as_uint(sums[j + 1]), as_uint(sums[j + 2]),
+                             as_uint(sums[j + 3]));
+    }
+  }
+  hopper::partial_sync<kMultipliers>();
+  if (warp >= warps) return false;
+#pragma unroll 1
+  for (int other = warp + warps; other < 4 * kGroups; other += warps) {
+    add_sums<kCount>(lane16 + uint32_t(other) * R::kSums, sums);
+  }
+  return true;
+}
+
+// Two parts of K: each block finishes half of the warps' rows, and is given their sums by the
+// other. Two summands: the order does not matter. Whether this warp's rows are finished here.
+template <class R>
+PYFMT_DEVICE void expect_sums(const Params& p, const Place& at) {
+  hopper::barrier_expect(at.base + kSumsThere, uint32_t(2 * p.share) * R::kSums);
+}
+template <class R, int kCount>
+PYFMT_DEVICE bool add_parts(const Params& p, const Place& at, float (&sums)[kCount]) {
+  const int warp = hopper::uniform(int(threadIdx.x) >> 5), owner = warp / (2 * p.share);
+  const uint32_t place =
+      at.base + kHeader + uint32_t(4 * kGroups + warp) * R::kSums + (threadIdx.x & 31) * 16;
+  if (owner == at.part) {
+    hopper::barrier_wait(at.base + kSumsThere, 0);
+    add_sums<kCount>(place, sums);
+    return true;
+  }
+  const uint32_t there = hopper::cluster_address(place, uint32_t(owner));
+  const uint32_t bar = hopper::cluster_address(at.base + kSumsThere, uint32_t(owner));
+#pragma unroll
+  for (int j = 0; j < kCount; j += 4) {
+    hopper::store_counted(there + uint32_t(j * 128), sums[j], sums[j + 1], sums[j + 2], sums[j + 3],
+                          bar);
+  }
+  return false;
+}
+
+template <int kTokens>
+PYFMT_DEVICE void write(const Params& p, const Place& at, const float (&sums)[kTokens / 2],
+                        int row) {
+  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
+  const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int n = at.n0 + 16 * warp + row + 8 * r;
+    if (n >= p.n) continue;
+    const float bias = p.bias ? p.bias[n] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTokens / 2; j += 4) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int token = at.m0 + 2 * j + lane % 4 * 2 + c;
+        if (token >= p.m) continue;
+        store_element(p.y, p.dtype, int64_t(token) * p.n + n,
+                      sums[j + 2 * r + c] * p.up * scale + bias);
+      }
+    }
+  }
+}
+
+// ---- the kernel -------------------------------------------------------------------------------
+
+template <class F, int kTokens>
+PYFMT_DEVICE void work(const Params& p) {
+  using R = Room<F, kTokens>;
+  const Place at = Place::of<R, kTokens>(p);
+  tall::init_barriers<F, kTokens>(p, at.base);
+  if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
+  __syncthreads();
+  if (threadIdx.x >= kMultipliers) {
+    hopper::start_dependents();
+    Bringer<F, kTokens>{p, at}.run();
+    return;
+  }
+  float sums[kTokens / 2];
+  Multiplier<F, kTokens>(p, at).run(sums);
+  hopper::wait_for_previous();
+  if (p.share < kGroups && !add_turns<R>(p, at, sums)) return;
+  if (p.split > 1) {
+    if (threadIdx.x == 0) expect_sums<R>(p, at);
+    // No block is written to while it may still need its slots.
+    hopper::cluster_meet();
+    if (!add_parts<R>(p, at, sums)) return;
+  }
+  write<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
+}
+
+template <class F, int kTokens>
+__global__ void __launch_bounds__(PYFMT_WIDE_THREADS(kBlockThreads), 1)
+    matmul_tall_kernel(const __grid_constant__ Params p) {
+#if defined(PYFMT_SM90A)
+  work<F, kTokens>(p);
+#endif
+}
+
+template <class F, int kTokens>
+void launch_tokens(Params& p, const WideCall& call, Stream stream) {
+  using R = Room<F, kTokens>;
+  hopper::MatrixBox codes = call.codes;
+  codes.box_bytes = int(R::kRowBytes);
+  codes.box_rows = 64;
+  p.codes_map = hopper::encode(codes);
+  hopper::MatrixBox x = call.x;
+  x.box_bytes = kChunk;
+  x.box_rows = kTokens;
+  p.x = hopper::encode(x);
+  p.up = L::as_float(power_of_two_bits(F::kDown));
+  launch_clusters(matmul_tall_kernel<F, kTokens>, p, p.split, kTokens, kBlockThreads, R::kBytes,
+                  stream);
+}
+
+template <class F>
+void launch_elements(Params& p, const WideCall& call, Stream stream) {
+  if (call.tokens == 16) return launch_tokens<F, 16>(p, call, stream);
+  launch_tokens<F, 32>(p, call, stream);
+}
+
+}  // namespace tall
+
+// The kernel of few rows of x for elements E with scales of their blocks.
+template <class E, Scale kScale>
+Kernel tall_kernel() {
+  return {tall::launch_elements<Weights<E, kScale, false>>, kChunk, false, 64};
+}
+
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt

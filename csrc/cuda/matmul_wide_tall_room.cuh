@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// What lies where in the shared memory of matmul_wide_tall.cuh, and the warps that fill it.
+#pragma once
+
+#include "matmul_wide_panel.cuh"
+#include "matmul_wide_turns_room.cuh"
+
+namespace pyfmt {
+namespace cuda {
+namespace wide {
+namespace tall {
+
+using turns::Ring;
+
+constexpr int kGroups = 4;  // warpgroups that multiply
+constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
+
+// ---- shared memory ----------------------------------------------------------------------------
+
+template <class F, int kTokens>
+struct Room {
+  // A stage is a chunk of x. Each warpgroup has a ring of its own of slots: a box of its rows of
+  // one chunk, or of two where that makes rows of 128 bytes, and their scales.
+  static constexpr uint32_t kStages = kTokens == 16 ? 16 : 9;
+  static constexpr uint32_t kStage = kTokens * kChunk * 2;
+  static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
+  static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
+  static constexpr uint32_t kSlot = 64 * kRowBytes;
+  static constexpr uint32_t kHalfScales = 4 * F::kEntry, kRowScales = kHalfScales * kSpan;
+  static constexpr uint32_t kScales = 64 * kRowScales;
+  static constexpr uint32_t kCodesAt = kHeader + kStages * kStage;
+  static constexpr uint32_t kFit = (hopper::kMostShared - kCodesAt) / (kGroups * (kSlot + kScales));
+  static constexpr uint32_t kDepth = kFit < 8 ? kFit : 8;
+  static constexpr uint32_t kScalesAt = kCodesAt + kDepth * kGroups * kSlot;
+  static constexpr uint32_t kBytes = kScalesAt + kDepth * kGroups * kScales;
+  static_assert(kBytes <= hopper::kMostShared && kDepth >= 3, "the block's shared memory");
+  // What a warp has of sums: there is room for those of all warps, and as many of another block.
+  static constexpr uint32_t kSums = kTokens * 64;
+  static_assert(kHeader + 8 * kGroups * kSums <= kBytes, "sums");
+};
+
+// Barriers of the header: of slots (full, empty; [place][warpgroup]), of stages (as they come, in
+// order, empty), for sums.
+constexpr uint32_t kCodesFull = 0, kCodesEmpty = 256, kRaw = 512, kFull = 640, kEmpty = 768,
+                   kSumsThere = 896;
+
+template <class F, int kTokens>
+PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
+  const uint32_t i = threadIdx.x, at = 8 * i;
+  if (at > kSumsThere) return;
+  const uint32_t arrivals = at < kCodesEmpty  ? 1 + 32
+                            : at < kRaw       ? 4
+                            : at < kEmpty     ? 1
+                            : at < kSumsThere ? 4 * uint32_t(p.share)
+                                              : 1;
+  hopper::barrier_init(base + at, arrivals);
+  hopper::barrier_init_fence();
+}
+
+// ---- the part of a block ----------------------------------------------------------------------
+
+// A block has 64 p.share rows of w by kTokens rows of x, a cluster the two parts of K. Where not
+// every warpgroup has rows of its own, they take slots in turn.
+struct Place {
+  uint32_t base;
+  int part, n0, m0, first, slots, turns;  // first: chunk
+
+  template <class R, int kTokens>
+  PYFMT_DEVICE static Place of(const Params& p) {
+    Place at;
+    at.base = hopper::shared_start();
+    hopper::keep(at.base);
+    at.part = p.split > 1 ? hopper::uniform(int(hopper::cluster_rank())) : 0;
+    const unsigned cluster = blockIdx.x / unsigned(p.split), m_tile = cluster / p.n_clusters;
+    at.n0 = int(cluster - m_tile * p.n_clusters) * (64 * p.share);
+    at.m0 = int(m_tile) * kTokens;
+    const int slots = (p.tiles + int(R::kSpan) - 1) / int(R::kSpan);
+    const int first = slots * at.part / p.split;
+    at.first = first * int(R::kSpan);
+    at.slots = slots * (at.part + 1) / p.split - first;
+    at.turns = kGroups >> p.share_bits;
+    return at;
+  }
+};
+
+// ---- what brings things -----------------------------------------------------------------------
+
+template <class F, int kTokens>
+struct Bringer {
+  using R = Room<F, kTokens>;
+  const Params& p;
+  const Place& at;
+
+  // One thread: x as it lies, by halves of chunks.
+  PYFMT_DEVICE void bring_x() const {
+    hopper::wait_for_previous();
+    Ring<R::kStages> ring;
+    const int chunks = at.slots * int(R::kSpan);
+#pragma unroll 1
+    for (int i = 0; i < chunks; ++i, ring.next()) {
+      const uint32_t raw = at.base + kRaw + 8 * ring.place;
+      const uint32_t to = at.base + kHeader + ring.place * R::kStage;
+      hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
+      hopper::barrier_expect(raw, R::kStage);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        hopper::copy_box(to + uint32_t(h) * (R::kStage / 2), p.x,
+                         (at.first + i) * (2 * kChunk) + 128 * h, at.m0, raw, 0, false);
+      }
+    }
+  }
+
+  // Scales of a row and a slot. Past the end codes are zeros: any scale but NaN serves.
+  PYFMT_DEVICE void copy_scales(uint32_t to, const uint8_t* from, int left) const {
+    constexpr int kBytes = int(R::kRowScales);
+    left = max(0, min(left, kBytes));
+    if (p.scales_align >= kBytes) {
+      hopper::copy_small<kBytes>(to, from, left);
+    } else if (p.scales_align >= 4) {
+#pragma unroll
+      for (int i = 0; i < kBytes; i += 4) {
+        hopper::copy_small<4>(to + uint32_t(i), from + i, max(0, min(left - i, 4)));
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kBytes; i += 4) {
+        uint32_t word = 0;
+#pragma unroll
+        for (int b = 0; b < 4; ++b) {
+          if (i + b < left) word |= uint32_t(from[i + b]) << (8 * b);
+        }
+        hopper::store_shared(to + uint32_t(i), word);
+      }
+    }
+  }
+
+  // One warp: codes, which its first lane asks for, and scales.
+  PYFMT_DEVICE void bring_weights(int lane) const {
+    const int64_t first = int64_t(at.first) * int(R::kHalfScales);
+    const uint8_t* row[2 * kGroups];
+    int left[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int turn = g >> p.share_bits, n = at.n0 + 64 * (g & (p.share - 1)) + lane;
+      const int64_t from = first + turn * int(R::kRowScales);
+      row[2 * g] = p.scales + int64_t(min(n, p.n - 1)) * p.blocks + from;
+      row[2 * g + 1] = p.scales + int64_t(min(n + 32, p.n - 1)) * p.blocks + from;
+      left[g] = int(p.blocks - from);
+    }
+    const int by = int(R::kRowScales) << (2 - p.share_bits);
+    if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
+    Ring<R::kDepth> ring;
+#pragma unroll 1
+    for (int i = 0; i < at.slots; i += at.turns, ring.next()) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const int slot = i + (g >> p.share_bits), n = at.n0 + 64 * (g & (p.share - 1));
+        if (slot >= at.slots) break;
+        const uint32_t place = ring.place * kGroups + uint32_t(g);
+        const uint32_t full = at.base + kCodesFull + 8 * place;
+        hopper::barrier_wait(at.base + kCodesEmpty + 8 * place, ring.parity ^ 1);
+        if (lane == 0) {
+          hopper::barrier_expect(full, R::kSlot);
+          hopper::copy_box(at.base + R::kCodesAt + place * R::kSlot, p.codes_map,
+                           at.first * int(R::kHalf) + slot * int(R::kRowBytes), n, full, 0, false);
+        }
+        const uint32_t to =
+            at.base + R::kScalesAt + place * R::kScales + uint32_t(lane) * R::kRowScales;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          copy_scales(to + uint32_t(r) * 32 * R::kRowScales, row[2 * g + r], left[g]);
+          row[2 * g + r] += by;
+        }
+        left[g] -= by;
+        hopper::arrive_after_copies(full);
+      }
+    }
+  }
+
+  // Two warps, a chunk in turn, put x in order, where it lies: of each token a lane takes the 32
+  // columns whose codes lane t of a quad has, and lays their pairs where that lane's fragments want
+  // them.
+  struct Columns {
+    uint32_t words[16];
+  };
+  PYFMT_DEVICE static void load_x(uint32_t from, Columns& c) {
+#pragma unroll
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint4 v = hopper::load_shared16(from ^ 16 * i);
+      c.words[4 * i] = v.x, c.words[4 * i + 1] = v.y;
+      c.words[4 * i + 2] = v.z, c.words[4 * i + 3] = v.w;
+    }
+  }
+  // to: where row lane % 8 of matrix lane / 8 goes.
+  PYFMT_DEVICE static void store_x(uint32_t to, const Columns& c) {
+    uint32_t pairs[16];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const int a = element_of<F::kBits>(j, 0), b = element_of<F::kBits>(j, 1);
+      const uint32_t which = (a & 1 ? 0x32u : 0x10u) | (b & 1 ? 0x7600u : 0x5400u);
+      pairs[j] = pick_bytes(c.words[a / 2], c.words[b / 2], which);
+    }
+#pragma unroll
+    for (int j = 0; j < 16; j += 4) {
+      hopper::store_matrices((to ^ (j & 4 ? 64u : 0u)) + uint32_t(j / 8) * (R::kStage / 2),
+                             pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
+    }
+  }
+  PYFMT_DEVICE void order_x(int warp, int lane) const {
+    constexpr int kUnits = kTokens / 8;  // of eight tokens
+    const uint32_t row = uint32_t(lane) % 8, piece = uint32_t(lane) / 8;
+    const uint32_t token = uint32_t(lane) / 4, t = uint32_t(lane) % 4;
+    const uint32_t start = at.base + kHeader;
+    const uint32_t from =
+        start + t / 2 * (R::kStage / 2) + token * 128 + ((t & 1) * 4 ^ token) * 16;
+    const uint32_t to = start + row * 128 + (piece ^ row) * 16;
+    const int chunks = at.slots * int(R::kSpan);
+    Ring<R::kStages> ring;
+    int i = 0;
+    if (warp) ring.next(), ++i;
+#pragma unroll 1
+    for (; i < chunks; i += 2) {
+      const uint32_t stage = ring.place * R::kStage;
+      hopper::barrier_wait(at.base + kRaw + 8 * ring.place, ring.parity);
+      Columns c[kUnits];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) load_x(from + stage + uint32_t(u * 1024), c[u]);
+      hopper::warp_sync();
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) store_x(to + stage + uint32_t(u * 1024), c[u]);
+      hopper::stores_fence();
+      hopper::warp_sync();
+      if (lane == 0) hopper::barrier_arrive_here(at.base + kFull + 8 * ring.place);
+      ring.next();
+      ring.next();
+    }
+  }
+
+  PYFMT_DEVICE void run() const {
+    const int warp = hopper::uniform((int(threadIdx.x) - kMultipliers) >> 5);
+    const int lane = int(threadIdx.x) & 31;
+    if (warp >= 2) {
+      order_x(warp - 2, lane);
+    } else if (warp == 1) {
+      bring_weights(lane);
+    } else if (lane == 0) {
+      bring_x();
+    }
+  }
+};
+
+}  // namespace tall
+}  // namespace wide
+}  // namespace cuda
+}  // namespace pyfmt
