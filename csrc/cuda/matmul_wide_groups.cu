@@ -8,7 +8,7 @@ namespace cuda {
 namespace wide {
 
 Kernel group_kernel(const FormatSpec& f, Form form) {
-  if (form != Form::kTurns) return {};
+  if (form == Form::kTall) return {};
   if (has_groups(f, elements::int4)) return {turns::launch_groups<4>, kChunk, true};
   if (has_groups(f, elements::int8)) return {turns::launch_groups<8>, kChunk, true};
   return {};
