@@ -118,8 +118,11 @@ def text_of(table: dict[str, list[list[Any]]]) -> str:
     for row, by_size in table.items():
         lines.append(f'    "{row}": (')
         for entries in by_size:
-            words = ", ".join(f'("{path}", {limit})' for path, limit in entries)
-            lines.append(f"        ({words}{',' if len(entries) == 1 else ''}),")
+            words = [f'("{path}", {limit})' for path, limit in entries]
+            line = f"        ({', '.join(words)}{',' * (len(words) == 1)}),"
+            # As the formatter has it.
+            many = ["        (", *(f"            {word}," for word in words), "        ),"]
+            lines += [line] if len(line) <= 100 else many
         lines.append("    ),")
     mine = "TABLE: dict[str, tuple[Entries, ...]] = {\n" + "\n".join(lines) + "\n}\n"
     return head + mine + rest.partition("\n}\n")[2]
