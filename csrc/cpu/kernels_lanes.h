@@ -14,6 +14,8 @@ namespace PYFMT_ISA {
 
 #if PYFMT_AVX512
 constexpr int kLaneGroup = 128, kLaneTile = kLanes * kLaneGroup;
+// How far ahead input is asked for, in the order of memory and all the time: in bursts it waits.
+constexpr int kLanesAhead = 8192;
 
 // v[4 i + k], of 128-bit pieces p: piece p of v[4 i + k] goes to piece i of v[4 p + k].
 PYFMT_INLINE void turn_pieces(__m512i v[16]) {
@@ -202,6 +204,10 @@ static bool rotate_lanes(const void* x, const Rotation& r, float factor, float* 
     widen_lanes<kBytes, kSigns>(v, r.signs, i, r.signs_length, e);
     // The last time there is no next one: any will do.
     p = i < kLaneGroup - 16 ? p + 16 * kBytes : (const char*)x;
+#pragma GCC unroll 16
+    for (int at = 0; at < 256 * kBytes; at += 64) {
+      __builtin_prefetch((const char*)x + kLanesAhead + i * 16 * kBytes + at);
+    }
     negative |= negative_zeros(e[0], e[1]);
     if (size < 16) {
 #pragma GCC unroll 7
@@ -236,14 +242,12 @@ static RotateLanesFn lanes_rotator_of(bool has_signs) {
 }
 
 // Codes of a block of `kSize` vectors, one element of each group in each, to words of each group.
-// What lies ahead of `in` is fetched meanwhile, `bytes` for each element, in an order that the
-// hardware's own prefetching follows.
 template <class Element, class Codec, int kBits, int kSize>
-PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplier, const char* in,
-                                     int bytes, U* words) {
+PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplier, U* words,
+                                     uint8_t* ahead) {
   constexpr int kCodes = kBits == 6 ? 16 : 32 / kBits, kWords = kCodes * kBits / 32;
-  for (int i = 0; i < kSize; i += kCodes, words += kWords) {
-    for (int at = 0; at < kCodes * bytes; at += 64) fetch_ahead(in + i * bytes + at);
+  for (int i = 0; i < kSize; i += kCodes, words += kWords, ahead += 64 * kWords) {
+    fetch_output(ahead, 64 * kWords);
     U w[kWords] = {};
 #pragma GCC unroll 16
     for (int k = 0; k < kCodes; ++k) {
@@ -257,16 +261,16 @@ PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplie
   }
 }
 
+// All codes of the groups; as many bytes are asked for from `ahead` on, to be written next.
 template <class Element, int kBits, int kBlocks>
 PYFMT_INLINE void encode_lanes(const ElementSpec& spec, bool full, const float* x,
-                               const U* multipliers, const void* in, int bytes, U* words) {
-  constexpr int kSize = kLaneGroup / kBlocks;
+                               const U* multipliers, U* words, uint8_t* ahead) {
+  constexpr int kSize = kLaneGroup / kBlocks, kWords = kSize * kBits / 32;
   const auto c = Element::make(spec, full);
   using C = decltype(Element::make(spec, full));
   for (int b = 0; b < kBlocks; ++b) {
     encode_lanes_block<Element, C, kBits, kSize>(c, x + b * kSize * kLanes, (F)multipliers[b],
-                                                 (const char*)in + b * kSize * bytes, bytes,
-                                                 words + b * kSize * kBits / 32);
+                                                 words + b * kWords, ahead + b * kWords * 64);
   }
 }
 
@@ -299,7 +303,7 @@ static void leave_lanes(const U* words, int bits, uint8_t* codes) {
 }
 
 using EncodeLanesFn = void (*)(const ElementSpec&, bool full, const float* x, const U* multipliers,
-                               const void* in, int bytes, U* words);
+                               U* words, uint8_t* ahead);
 
 template <class Element>
 static EncodeLanesFn lanes_encoder_of(int bits, int blocks) {
@@ -355,7 +359,7 @@ class LaneQuantizer {
   // taken here: the caller starts over then.
   PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) const {
     for (int64_t i = 0; i < n; i += kLaneTile) {
-      void* const some = (char*)scales + i / a_.tiling.block_columns;
+      void* const some = (char*)scales + (blocks_ == 4 ? i / 32 : i / 16);
       if (!run_one(at(in, a_.dtype, i), x, some, codes + i / 8 * a_.element.bits())) return false;
     }
     return true;
@@ -363,16 +367,14 @@ class LaneQuantizer {
 
  private:
   PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) const {
-    fetch_output(codes, kLaneTile / 8 * a_.element.bits());
     U amax[8], multipliers[8], words[32];
     const bool negative_zeros = rotator()(in, a_.rotation, stored_factor(), x, amax);
     const bool fine = a_.scale == Scale::kE8M0
                           ? find_scales<Scale::kE8M0>(amax, multipliers, scales)
                           : find_scales<Scale::kE4M3>(amax, multipliers, scales);
     if (!fine) return false;
-    const int bytes = kLanes * int(dtype_bytes(a_.dtype));
     const EncodeLanesFn encode = negative_zeros ? encode_zeros_ : encode_;
-    encode(a_.element, a_.full, x, multipliers, in, bytes, words);
+    encode(a_.element, a_.full, x, multipliers, words, codes + kLaneTile / 8 * a_.element.bits());
     leave_lanes(words, a_.element.bits(), codes);
     return true;
   }

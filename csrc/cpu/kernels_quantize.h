@@ -206,8 +206,14 @@ class Quantizer {
     return scale_tile(s);
   }
 
+  // column / block_columns, by a shift for most blocks.
+  int64_t block_of(int64_t column) const {
+    return t_.block_columns == 32   ? column / 32
+           : t_.block_columns == 16 ? column / 16
+                                    : column / t_.block_columns;
+  }
   void* scales_out(const Tile& tile) const {
-    const int64_t first = tile.strip * blocks_ + tile.column / t_.block_columns;
+    const int64_t first = tile.strip * blocks_ + block_of(tile.column);
     return a_.scales ? (char*)a_.scales + first * scale_bytes(a_.scale) : nullptr;
   }
 
