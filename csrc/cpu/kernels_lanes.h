@@ -112,12 +112,15 @@ class LaneQuantizer {
                         (a.dtype == DType::kBF16 || a.dtype == DType::kFP32) &&
                         (a.scale == Scale::kE8M0 || a.scale == Scale::kE4M3) &&
                         (bits == 4 || bits == 6 || bits == 8);
-    factor_ = rotation_factor(r.size > 1 ? r.size : 1);
-    cells_ = a.element == elements::e2m1;
     if (!served) return;
+    cells_ = a.element == elements::e2m1;
+    group_bytes_ = kLaneTile / 8 * bits;
+    factor_ = stored_factor_ = rotation_factor(r.size);
+    rotate_ = rotator();
     if (!cells_) {
       encode_ = encode_zeros_ = find_lanes_encoder(a.element, a.full, blocks_);
     } else if (a.scale == Scale::kE8M0) {
+      stored_factor_ = tie_factor(r.size);
       encode_ = cell_encoder_of<Cells::kScaled>(blocks_);
       encode_zeros_ = cell_encoder_of<Cells::kZeros>(blocks_);
     } else {
@@ -130,9 +133,12 @@ class LaneQuantizer {
   // A tile of n elements; false where its numbers are too large or too small for the shortcuts
   // taken here: the caller starts over then.
   PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) const {
+    const int64_t step = kLaneTile * dtype_bytes(a_.dtype);
     for (int64_t i = 0; i < n; i += kLaneTile) {
-      void* const some = (char*)scales + (blocks_ == 4 ? i / 32 : i / 16);
-      if (!run_one(at(in, a_.dtype, i), x, some, codes + i / 8 * a_.element.bits())) return false;
+      if (!run_one(in, x, scales, codes)) return false;
+      in = (const char*)in + step;
+      scales = (char*)scales + kLanes * blocks_;
+      codes += group_bytes_;
     }
     return true;
   }
@@ -140,13 +146,13 @@ class LaneQuantizer {
  private:
   PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) const {
     U amax[8], multipliers[8], words[32];
-    const bool negative_zeros = rotator()(in, a_.rotation, stored_factor(), x, amax);
+    const bool negative_zeros = rotate_(in, a_.rotation, stored_factor_, x, amax);
     const bool fine = a_.scale == Scale::kE8M0
                           ? find_scales<Scale::kE8M0>(amax, multipliers, scales)
                           : find_scales<Scale::kE4M3>(amax, multipliers, scales);
     if (!fine) return false;
     const EncodeLanesFn encode = negative_zeros ? encode_zeros_ : encode_;
-    encode(a_.element, a_.full, x, multipliers, words, codes + kLaneTile / 8 * a_.element.bits());
+    encode(a_.element, a_.full, x, multipliers, words, codes + group_bytes_);
     leave_lanes(words, a_.element.bits(), codes);
     return true;
   }
@@ -154,10 +160,6 @@ class LaneQuantizer {
   // A power of two commutes with rounding: the rotation's factor is left to the multipliers of
   // E8M0 blocks, or breaks ties for cells. That holds while values are normal numbers or round to
   // zero anyhow.
-  float stored_factor() const {
-    return cells_ && a_.scale == Scale::kE8M0 ? tie_factor(a_.rotation.size) : factor_;
-  }
-
   template <DType kDType, int kBlocks>
   RotateLanesFn rotator_of() const {
     const bool signs = a_.rotation.signs != nullptr;
@@ -220,8 +222,10 @@ class LaneQuantizer {
   const QuantizeArgs& a_;
   int blocks_;
   ScaleConstants constants_;
-  float factor_;
-  bool cells_;
+  int group_bytes_ = 0;
+  float factor_ = 1.0f, stored_factor_ = 1.0f;
+  bool cells_ = false;
+  RotateLanesFn rotate_ = nullptr;
   EncodeLanesFn encode_ = nullptr, encode_zeros_ = nullptr;
 };
 #else
