@@ -112,3 +112,17 @@ def test_rotated_zeros(every_room: list[Room], name: str, size: int) -> None:
             same_quantized(
                 every_room, x.astype(DTYPES[dtype]), get_format(name), rotation=size, signs=given
             )
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3"])
+def test_codes_past_the_caches(every_room: list[Room], name: str) -> None:
+    """16 MB of codes, from where on they are stored past the caches: those of one part, repeated."""
+    fmt = get_format(name)
+    part = np.random.default_rng(10).standard_normal((32, COLUMNS), np.float32)
+    x = np.tile(part.astype(DTYPES["bf16"]), ((16 << 20) * 8 // fmt.bits // part.size, 1))
+    want = reference.quantize(x[:32], fmt, rotation=32)
+    for room in every_room:
+        got = room.quantize(x, fmt, rotation=32)
+        for parts, wanted in zip(got[:2], want[:2], strict=True):
+            parts = np.asarray(parts).reshape(-1, *wanted.shape)
+            assert (parts == wanted).all(), room.name

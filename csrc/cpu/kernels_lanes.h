@@ -54,13 +54,21 @@ PYFMT_INLINE void turn_words(const U* words, int count, __m512i v[16]) {
   for (int k = 0; k < 16; k += 4) turn_lanes(v + k);
   turn_pieces(v);
 }
-static void leave_lanes(const U* words, int bits, uint8_t* codes) {
+static void leave_lanes(const U* words, int bits, bool past_caches, uint8_t* codes) {
   const int count = kLaneGroup * bits / 32;  // 16, 24 or 32
+  past_caches &= count % 16 == 0 && (uintptr_t(codes) & 63) == 0;
   for (int first = 0; first < count; first += 16) {
     const int some = count - first;
     __m512i v[16];
     if (some >= 16) {
       turn_words(words + first, 16, v);
+      if (past_caches) {
+#pragma GCC unroll 16
+        for (int k = 0; k < 16; ++k) {
+          _mm512_stream_si512((__m512i*)(codes + (k * count + first) * 4), v[k]);
+        }
+        continue;
+      }
 #pragma GCC unroll 16
       for (int k = 0; k < 16; ++k) _mm512_storeu_si512(codes + (k * count + first) * 4, v[k]);
       continue;
@@ -98,6 +106,9 @@ static EncodeLanesFn find_lanes_encoder(const ElementSpec& e, bool full, int blo
   return lanes_encoder_of<SymmetricInt>(e.bits(), blocks);
 }
 
+// Codes of so many bytes are stored past the caches, which could not keep them.
+constexpr int64_t kPastCaches = 16 << 20;
+
 class LaneQuantizer {
  public:
   PYFMT_HD explicit LaneQuantizer(const QuantizeArgs& a)
@@ -115,6 +126,7 @@ class LaneQuantizer {
     if (!served) return;
     cells_ = a.element == elements::e2m1;
     group_bytes_ = kLaneTile / 8 * bits;
+    past_caches_ = t.batches * t.rows * a.row_bytes >= kPastCaches;
     factor_ = stored_factor_ = rotation_factor(r.size);
     rotate_ = rotator();
     if (!cells_) {
@@ -126,6 +138,11 @@ class LaneQuantizer {
     } else {
       encode_ = encode_zeros_ = cell_encoder_of<Cells::kNumbers>(blocks_);
     }
+  }
+
+  // Once all tiles are done: others may read what went past the caches.
+  PYFMT_HD void finish() const {
+    if (past_caches_) _mm_sfence();
   }
 
   bool serves(const Tile& tile) const { return encode_ && tile.width % kLaneTile == 0; }
@@ -152,8 +169,10 @@ class LaneQuantizer {
                           : find_scales<Scale::kE4M3>(amax, multipliers, scales);
     if (!fine) return false;
     const EncodeLanesFn encode = negative_zeros ? encode_zeros_ : encode_;
-    encode(a_.element, a_.full, x, multipliers, words, codes + group_bytes_);
-    leave_lanes(words, a_.element.bits(), codes);
+    // Nothing is to be fetched for stores past the caches.
+    uint8_t* const ahead = past_caches_ ? (uint8_t*)x : codes + group_bytes_;
+    encode(a_.element, a_.full, x, multipliers, words, ahead);
+    leave_lanes(words, a_.element.bits(), past_caches_, codes);
     return true;
   }
 
@@ -223,6 +242,7 @@ class LaneQuantizer {
   int blocks_;
   ScaleConstants constants_;
   int group_bytes_ = 0;
+  bool past_caches_ = false;
   float factor_ = 1.0f, stored_factor_ = 1.0f;
   bool cells_ = false;
   RotateLanesFn rotate_ = nullptr;
@@ -233,6 +253,7 @@ struct LaneQuantizer {
   PYFMT_HD explicit LaneQuantizer(const QuantizeArgs&) {}
   bool serves(const Tile&) const { return false; }
   bool run(const void*, int64_t, float*, void*, uint8_t*) const { return false; }
+  void finish() const {}
 };
 #endif
 

@@ -136,6 +136,8 @@ class Quantizer {
     }
   }
 
+  void finish() const { lanes_.finish(); }
+
  private:
   static constexpr int64_t most_blocks(const QuantizeArgs& a) {
     return round_up(a.tiling.tile_columns / a.tiling.block_columns + 2, kGroup);
@@ -313,6 +315,7 @@ static void quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
   GradualUnderflow guard;
   Quantizer quantizer(a);
   for (int64_t item = begin; item < end; ++item) quantizer.run(item);
+  quantizer.finish();
 }
 
 }  // namespace PYFMT_ISA
