@@ -106,6 +106,22 @@ static EncodeLanesFn find_lanes_encoder(const ElementSpec& e, bool full, int blo
   return lanes_encoder_of<SymmetricInt>(e.bits(), blocks);
 }
 
+// rotate_across, and meanwhile the codes of another group.
+struct CellWords {
+  const float* x;
+  const U* multipliers;
+  U* words;
+  uint8_t* ahead;
+
+  PYFMT_HD void run(int i) const {
+    fetch_output(ahead + 64 * i, 64);
+    words[i] = cell_word<Cells::kScaled>(x + 8 * i * kLanes, multipliers[i / 4]);
+  }
+};
+static void rotate_across_encoding(int size, float factor, float* x, U* amax, CellWords other) {
+  rotate_across<4, true>(size, factor, x, amax, other);
+}
+
 // Codes of so many bytes are stored past the caches, which could not keep them.
 constexpr int64_t kPastCaches = 16 << 20;
 
@@ -129,27 +145,33 @@ class LaneQuantizer {
     past_caches_ = t.batches * t.rows * a.row_bytes >= kPastCaches;
     factor_ = stored_factor_ = rotation_factor(r.size);
     rotate_ = rotator();
+    if (r.size > 32) across_ = across();
     if (!cells_) {
       encode_ = encode_zeros_ = find_lanes_encoder(a.element, a.full, blocks_);
     } else if (a.scale == Scale::kE8M0) {
       stored_factor_ = tie_factor(r.size);
       encode_ = cell_encoder_of<Cells::kScaled>(blocks_);
       encode_zeros_ = cell_encoder_of<Cells::kZeros>(blocks_);
+      waits_ = across_ && blocks_ == 4;
     } else {
       encode_ = encode_zeros_ = cell_encoder_of<Cells::kNumbers>(blocks_);
     }
   }
 
-  // Once all tiles are done: others may read what went past the caches.
-  PYFMT_HD void finish() const {
-    if (past_caches_) _mm_sfence();
+  // Once all tiles are done, or the caller does one: what the last one left to be done.
+  PYFMT_HD void finish() {
+    if (waiting_.codes) {
+      encode(waiting_.x, false, waiting_.codes);
+      waiting_.codes = nullptr;
+    }
+    if (past_caches_) _mm_sfence();  // others may read it
   }
 
   bool serves(const Tile& tile) const { return encode_ && tile.width % kLaneTile == 0; }
 
   // A tile of n elements; false where its numbers are too large or too small for the shortcuts
-  // taken here: the caller starts over then.
-  PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) const {
+  // taken here: the caller starts over then. x has room for two groups.
+  PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) {
     const int64_t step = kLaneTile * dtype_bytes(a_.dtype);
     for (int64_t i = 0; i < n; i += kLaneTile) {
       if (!run_one(in, x, scales, codes)) return false;
@@ -161,20 +183,39 @@ class LaneQuantizer {
   }
 
  private:
-  PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) const {
-    U amax[8], multipliers[8], words[32];
+  PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) {
+    U amax[8];
+    if (waiting_.codes && waiting_.x == x) x += kLaneTile;
     const bool negative_zeros = rotate_(in, a_.rotation, stored_factor_, x, amax);
+    if (waiting_.codes) {
+      U words[32];
+      const CellWords other{waiting_.x, multipliers_, words, ahead(waiting_.codes)};
+      rotate_across_encoding(a_.rotation.size, stored_factor_, x, amax, other);
+      leave_lanes(words, 4, past_caches_, waiting_.codes);
+      waiting_.codes = nullptr;
+    } else if (across_) {
+      across_(a_.rotation.size, stored_factor_, x, amax);
+    }
     const bool fine = a_.scale == Scale::kE8M0
-                          ? find_scales<Scale::kE8M0>(amax, multipliers, scales)
-                          : find_scales<Scale::kE4M3>(amax, multipliers, scales);
+                          ? find_scales<Scale::kE8M0>(amax, multipliers_, scales)
+                          : find_scales<Scale::kE4M3>(amax, multipliers_, scales);
     if (!fine) return false;
-    const EncodeLanesFn encode = negative_zeros ? encode_zeros_ : encode_;
-    // Nothing is to be fetched for stores past the caches.
-    uint8_t* const ahead = past_caches_ ? (uint8_t*)x : codes + group_bytes_;
-    encode(a_.element, a_.full, x, multipliers, words, ahead);
-    leave_lanes(words, a_.element.bits(), past_caches_, codes);
+    if (waits_ && !negative_zeros) {
+      waiting_ = {x, codes};
+    } else {
+      encode(x, negative_zeros, codes);
+    }
     return true;
   }
+
+  PYFMT_HD void encode(const float* x, bool negative_zeros, uint8_t* codes) {
+    U words[32];
+    (negative_zeros ? encode_zeros_ : encode_)(a_.element, a_.full, x, multipliers_, words,
+                                               ahead(codes));
+    leave_lanes(words, a_.element.bits(), past_caches_, codes);
+  }
+  // Where codes are to be written next; nothing is to be fetched for stores past the caches.
+  uint8_t* ahead(uint8_t* codes) { return past_caches_ ? spare_ : codes + group_bytes_; }
 
   // A power of two commutes with rounding: the rotation's factor is left to the multipliers of
   // E8M0 blocks, or breaks ties for cells. That holds while values are normal numbers or round to
@@ -184,6 +225,11 @@ class LaneQuantizer {
     const bool signs = a_.rotation.signs != nullptr;
     return a_.scale == Scale::kE8M0 && !cells_ ? lanes_rotator_of<kDType, kBlocks, false>(signs)
                                                : lanes_rotator_of<kDType, kBlocks, true>(signs);
+  }
+  AcrossFn across() const {
+    const bool plain = a_.scale == Scale::kE8M0 && !cells_;
+    if (blocks_ == 4) return plain ? rotate_across_alone<4, false> : rotate_across_alone<4, true>;
+    return plain ? rotate_across_alone<8, false> : rotate_across_alone<8, true>;
   }
   RotateLanesFn rotator() const {
     if (a_.dtype == DType::kBF16) {
@@ -246,14 +292,26 @@ class LaneQuantizer {
   float factor_ = 1.0f, stored_factor_ = 1.0f;
   bool cells_ = false;
   RotateLanesFn rotate_ = nullptr;
+  AcrossFn across_ = nullptr;
   EncodeLanesFn encode_ = nullptr, encode_zeros_ = nullptr;
+
+  // A group of a large rotation that has its scales: its codes are made beside the next one's
+  // butterflies, for which there are other units.
+  struct Waiting {
+    float* x = nullptr;
+    uint8_t* codes = nullptr;
+  };
+  bool waits_ = false;
+  Waiting waiting_;
+  U multipliers_[8];
+  uint8_t spare_[2048];
 };
 #else
 struct LaneQuantizer {
   PYFMT_HD explicit LaneQuantizer(const QuantizeArgs&) {}
   bool serves(const Tile&) const { return false; }
   bool run(const void*, int64_t, float*, void*, uint8_t*) const { return false; }
-  void finish() const {}
+  void finish() {}
 };
 #endif
 

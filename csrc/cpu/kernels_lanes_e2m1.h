@@ -63,37 +63,39 @@ PYFMT_INLINE F cell_operand(const float* x, F multiplier) {
   return y;
 }
 
-// Words of eight codes of each group, sixteen in all. Meanwhile as many bytes are asked for from
-// `ahead` on, to be written.
-template <Cells kCells, int kBlocks>
-static void encode_cells(const ElementSpec&, bool, const float* x, const U* multipliers, U* words,
-                         uint8_t* ahead) {
-  constexpr int kSize = 128 / kBlocks, kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+// A word of eight codes of each group, from eight elements of each.
+template <Cells kCells>
+PYFMT_INLINE U cell_word(const float* x, U multiplier) {
+  constexpr int kDown = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+  constexpr float kFour = 4.0f * kBelowOne * (kCells == Cells::kNumbers ? 1.0f : kTieScale);
   static constexpr CellCodes codes;
   // Units of the sum's last place, and of its upper half.
   const __m512 low = _mm512_set1_ps(0x1.8p23f), high = _mm512_set1_ps(0x1.8p7f);
-  const F four = (F)_mm512_set1_ps(kCells == Cells::kNumbers ? 4.0f * kBelowOne
-                                                             : 4.0f * kBelowOne * kTieScale);
-  for (int b = 0; b < kBlocks; ++b) {
-    const F m = (F)multipliers[b];
-    const __m512 times = (__m512)(kCells == Cells::kNumbers ? four : m * four);
-    for (int i = 0; i < kSize; i += 8, x += 8 * kLanes, ++words, ahead += 64) {
-      fetch_output(ahead, 64);
-      __m512i w[4];
+  const F m = (F)multiplier, four = (F)_mm512_set1_ps(kFour);
+  const __m512 times = (__m512)(kCells == Cells::kNumbers ? four : m * four);
+  __m512i w[4];
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        const F first = cell_operand<kCells>(x + k * kLanes, m);
-        const F second = cell_operand<kCells>(x + (k + 4) * kLanes, m);
-        const __m512i cell =
-            _mm512_castps_si512(_mm512_fmadd_round_ps((__m512)first, times, low, kDown));
-        const __m512i upper =
-            _mm512_castps_si512(_mm512_fmadd_round_ps((__m512)second, times, high, kDown));
-        w[k] = _mm512_permutex2var_epi16(_mm512_load_si512(codes.of[k]),
-                                         _mm512_mask_mov_epi16(cell, 0xaaaaaaaau, upper),
-                                         _mm512_load_si512(codes.of[k] + 32));
-      }
-      *words = (U)_mm512_or_si512(_mm512_ternarylogic_epi32(w[0], w[1], w[2], 0xfe), w[3]);
-    }
+  for (int k = 0; k < 4; ++k) {
+    const __m512 first = (__m512)cell_operand<kCells>(x + k * kLanes, m);
+    const __m512 second = (__m512)cell_operand<kCells>(x + (k + 4) * kLanes, m);
+    const __m512 lower = _mm512_fmadd_round_ps(first, times, low, kDown);
+    const __m512 upper = _mm512_fmadd_round_ps(second, times, high, kDown);
+    w[k] = _mm512_permutex2var_epi16(
+        _mm512_load_si512(codes.of[k]),
+        _mm512_mask_mov_epi16((__m512i)lower, 0xaaaaaaaau, (__m512i)upper),
+        _mm512_load_si512(codes.of[k] + 32));
+  }
+  return (U)_mm512_or_si512(_mm512_ternarylogic_epi32(w[0], w[1], w[2], 0xfe), w[3]);
+}
+
+// All sixteen. Meanwhile as many bytes are asked for from `ahead` on, to be written.
+template <Cells kCells, int kBlocks>
+static void encode_cells(const ElementSpec&, bool, const float* x, const U* multipliers, U* words,
+                         uint8_t* ahead) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; ++i) {
+    fetch_output(ahead + 64 * i, 64);
+    words[i] = cell_word<kCells>(x + 8 * i * kLanes, multipliers[i * kBlocks / 16]);
   }
 }
 

@@ -172,9 +172,9 @@ PYFMT_INLINE void finish_pair(__m512* e, float factor, float* to, U* amax) {
   if (kBlocks == 8) amax[-1] = lower;
 }
 
-// The strides from 16 on of larger ones, in place.
-template <int kBlocks, bool kFactor>
-PYFMT_INLINE void rotate_across(int size, float factor, float* x, U* amax) {
+// The strides from 16 on of larger ones, in place; `between` is called sixteen times meanwhile.
+template <int kBlocks, bool kFactor, class Between>
+PYFMT_INLINE void rotate_across(int size, float factor, float* x, U* amax, const Between& between) {
   U most[kBlocks] = {};
   for (int i = 0; i < 16; ++i, x += kLanes) {
     __m512 d[8];
@@ -182,10 +182,19 @@ PYFMT_INLINE void rotate_across(int size, float factor, float* x, U* amax) {
     cross_all<1, 8>(d);
     cross_all<2, 8>(d);
     if (size > 64) cross_all<4, 8>(d);
+    between.run(i);
     largest_of_blocks<kBlocks>(d, most);
     put_lanes<kFactor, 8>(d, factor, 16, x);
   }
   for (int b = 0; b < kBlocks; ++b) amax[b] = most[b];
+}
+struct Nothing {
+  PYFMT_HD void run(int) const {}
+};
+using AcrossFn = void (*)(int size, float factor, float* x, U* amax);
+template <int kBlocks, bool kFactor>
+static void rotate_across_alone(int size, float factor, float* x, U* amax) {
+  rotate_across<kBlocks, kFactor>(size, factor, x, amax, Nothing{});
 }
 
 // Where a is -0 and b a zero: only there can a rotation give -0, a and b being its first terms.
@@ -196,7 +205,8 @@ PYFMT_INLINE __mmask16 negative_zeros(__m512 a, __m512 b) {
 }
 
 // A rotation of x, without its factor: vector e of `out` holds element e of each group, times
-// `factor` with kFactor, amax the largest magnitudes of the groups' blocks (not times it). Returns
+// `factor` with kFactor, amax the largest magnitudes of the groups' blocks (not times it). Of
+// rotations above 32 these are the strides below 16 only: rotate_across does the rest. Returns
 // whether a result may be -0. Signs repeat in a group.
 //
 // While sixteen elements' butterflies are computed, the next sixteen are loaded and turned, a step
@@ -250,7 +260,6 @@ static bool rotate_lanes(const void* x, const Rotation& r, float factor, float* 
     amax[i / kSize] = most;
     put_lanes<kFactor, 16>(e, factor, 1, to);
   }
-  if (size > 32) rotate_across<kBlocks, kFactor>(size, factor, out, amax);
   return negative != 0;
 }
 

@@ -71,7 +71,7 @@ class Quantizer {
         padded_(t_.padded()),
         one_row_(t_.batches * t_.rows == 1),
         scratch_(bytes(a)),
-        x_(scratch_.take<uint32_t>(width_ * t_.block_rows)),
+        x_(scratch_.take<uint32_t>(staged(a))),
         codes_(scratch_.take<uint8_t>(width_)),
         random_(scratch_.take<uint32_t>(width_ + 64)),
         amax_(scratch_.take<uint32_t>(2 * most_blocks(a))),
@@ -96,6 +96,7 @@ class Quantizer {
         lanes_.run(source(tile, 0), tile.width, (float*)x_, scales_out(tile), codes_out(tile, 0))) {
       return;
     }
+    lanes_.finish();
     const int64_t blocks = tile.padded / t_.block_columns;
     const bool direct =
         by_group_ && t_.block_rows == 1 && !a_.rotation.size && tile.padded == tile.width;
@@ -136,15 +137,20 @@ class Quantizer {
     }
   }
 
-  void finish() const { lanes_.finish(); }
+  void finish() { lanes_.finish(); }
 
  private:
   static constexpr int64_t most_blocks(const QuantizeArgs& a) {
     return round_up(a.tiling.tile_columns / a.tiling.block_columns + 2, kGroup);
   }
+  // A tile as float32, and at least two of LaneQuantizer's groups.
+  static constexpr int64_t staged(const QuantizeArgs& a) {
+    const int64_t n = round_up(a.tiling.tile_columns, kGroup) * a.tiling.block_rows;
+    return n > 4096 ? n : 4096;
+  }
   static constexpr int64_t bytes(const QuantizeArgs& a) {
     const int64_t width = round_up(a.tiling.tile_columns, kGroup);
-    return width * (a.tiling.block_rows * 4 + 5) + most_blocks(a) * 16 + 1024;
+    return staged(a) * 4 + width * 5 + most_blocks(a) * 16 + 1024;
   }
 
   // As tile_at, without its divisions.
