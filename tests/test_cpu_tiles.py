@@ -103,7 +103,7 @@ def test_rotated_near_thresholds(
 def test_rotated_zeros(every_room: list[Room], name: str, size: int) -> None:
     """Zeros of both signs and numbers that vanish beside large ones keep their sign."""
     rng = np.random.default_rng(9)
-    x = rng.choice(np.float32([0, -0.0, 1, 1e-38, -1e-38, 3e-41]), (3, COLUMNS // 32, 32))
+    x = rng.choice(np.array([0, -0.0, 1, 1e-38, -1e-38, 3e-41], np.float32), (3, COLUMNS // 32, 32))
     x *= rng.choice(np.float32([0, 1]), (3, COLUMNS // 32, 1))
     x = x.reshape(3, COLUMNS)
     for dtype in ("bf16", "fp32"):
@@ -116,7 +116,7 @@ def test_rotated_zeros(every_room: list[Room], name: str, size: int) -> None:
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3"])
 def test_codes_past_the_caches(every_room: list[Room], name: str) -> None:
-    """16 MB of codes, from where on they are stored past the caches: those of one part, repeated."""
+    """16 MB of codes, from where on they are stored past the caches: one part, repeated."""
     fmt = get_format(name)
     part = np.random.default_rng(10).standard_normal((32, COLUMNS), np.float32)
     x = np.tile(part.astype(DTYPES["bf16"]), ((16 << 20) * 8 // fmt.bits // part.size, 1))
