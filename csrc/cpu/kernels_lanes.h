@@ -1,181 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rotate and quantize sixteen groups of 128 elements side by side, one to a lane: butterflies,
-// largest magnitudes, multipliers and codes need no shuffles then, only the input and the codes are
-// turned. AVX-512; bfloat16 or float32, rotations up to 128, blocks of 16 or 32, byte scales.
+// Rotate and quantize sixteen groups of 128 elements side by side, one to a lane: multipliers and
+// codes need no shuffles either, until the codes are turned back. AVX-512; bfloat16 or float32,
+// rotations up to 128, blocks of 16 or 32, byte scales.
 #pragma once
 
 #include "kernels_encode.h"
-#include "kernels_rotate.h"
+#include "kernels_lanes_e2m1.h"
+#include "kernels_lanes_rotate.h"
 #include "kernels_scale.h"
 
 namespace pyfmt {
 namespace PYFMT_ISA {
 
 #if PYFMT_AVX512
-constexpr int kLaneGroup = 128, kLaneTile = kLanes * kLaneGroup;
-
-// v[4 i + k], of 128-bit pieces p: piece p of v[4 i + k] goes to piece i of v[4 p + k].
-PYFMT_INLINE void turn_pieces(__m512i v[16]) {
-#pragma GCC unroll 16
-  for (int k = 0; k < 4; ++k) {
-    const __m512i a = _mm512_shuffle_i32x4(v[k], v[4 + k], 0x88);
-    const __m512i b = _mm512_shuffle_i32x4(v[k], v[4 + k], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(v[8 + k], v[12 + k], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(v[8 + k], v[12 + k], 0xdd);
-    v[k] = _mm512_shuffle_i32x4(a, c, 0x88);
-    v[4 + k] = _mm512_shuffle_i32x4(b, d, 0x88);
-    v[8 + k] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    v[12 + k] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-}
-// Within each piece: lane k of v[j] goes to lane j of v[k].
-PYFMT_INLINE void turn_lanes(__m512i v[4]) {
-  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
-  const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
-  v[0] = _mm512_unpacklo_epi64(a, c);
-  v[1] = _mm512_unpackhi_epi64(a, c);
-  v[2] = _mm512_unpacklo_epi64(b, d);
-  v[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-// a + b and a - b, one of them as a fused multiply-add by 1, which other units compute.
-PYFMT_INLINE void cross(__m512* a, __m512* b) {
-  const __m512 sum = _mm512_add_ps(*a, *b);
-  *b = _mm512_fnmadd_ps(*b, _mm512_set1_ps(1.0f), *a);
-  *a = sum;
-}
-
-// Butterflies of vectors kStride apart; spelt out, so that the vectors stay in registers.
-template <int kStride, int kCount>
-PYFMT_INLINE void cross_all(__m512* v) {
-#pragma GCC unroll 16
-  for (int m = 0; m < kCount / 2; ++m) {
-    __m512* const a = v + m / kStride * 2 * kStride + m % kStride;
-    cross(a, a + kStride);
-  }
-}
-
-// Store finished vectors, times the factor if need be, and note their largest magnitude.
-template <bool kFactor, int kCount>
-PYFMT_INLINE void keep_lanes(const __m512* v, float factor, U* amax, float* out) {
-  U most = *amax;
-#pragma GCC unroll 16
-  for (int k = 0; k < kCount; ++k) {
-    const __m512 y = kFactor ? _mm512_mul_ps(v[k], _mm512_set1_ps(factor)) : v[k];
-    most = max_u(most, (U)y & 0x7fffffffu);
-    _mm512_store_ps(out + k * kLanes, y);
-  }
-  *amax = most;
-}
-
-template <int kCount>
-PYFMT_INLINE void put_lanes(const __m512* v, float* out) {
-#pragma GCC unroll 16
-  for (int k = 0; k < kCount; ++k) _mm512_store_ps(out + k * kLanes, v[k]);
-}
-template <int kCount>
-PYFMT_INLINE void get_lanes(const float* in, int64_t stride, __m512* v) {
-#pragma GCC unroll 16
-  for (int k = 0; k < kCount; ++k) v[k] = _mm512_load_ps(in + k * stride * kLanes);
-}
-
-// 64 bytes of each group, turned up to turn_lanes.
-PYFMT_INLINE void load_groups(const char* x, int64_t stride, __m512i* v) {
-#pragma GCC unroll 16
-  for (int row = 0; row < 16; ++row) {
-    v[row] = _mm512_loadu_si512(x + row * stride);
-  }
-  turn_pieces(v);
-}
-
-// Sixteen elements of each group as float32, times their signs.
-template <DType kDType, bool kSigns>
-PYFMT_INLINE void widen_lanes(__m512i* v, const float* signs, int64_t place, int64_t period,
-                              __m512* e) {
-  constexpr int kEach = 4 / dtype_bytes(kDType);  // elements to a lane of 32 bits
-#pragma GCC unroll 4
-  for (int k = 0; k < 16 / kEach; k += 4) turn_lanes(v + k);
-#pragma GCC unroll 16
-  for (int k = 0; k < 16 / kEach; ++k) {
-    if constexpr (kEach == 2) {
-      e[2 * k] = _mm512_castsi512_ps(_mm512_slli_epi32(v[k], 16));
-      e[2 * k + 1] = _mm512_castsi512_ps((__m512i)((U)v[k] & 0xffff0000u));
-    } else {
-      e[k] = _mm512_castsi512_ps(v[k]);
-    }
-  }
-  if constexpr (kSigns) {
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; ++k) e[k] *= _mm512_set1_ps(signs[(place + k) % period]);
-  }
-}
-
-// A rotation of x: vector e of `out` holds element e of each group, amax the largest magnitudes of
-// the groups' blocks. kFactor: the rotation's factor is multiplied in. Signs repeat in a group.
-template <DType kDType, bool kSigns, int kBlocks, bool kFactor>
-static void rotate_lanes(const void* x, const Rotation& r, float factor, float* out, U* amax) {
-  constexpr int kBytes = dtype_bytes(kDType), kStride = kLaneGroup * kBytes;
-  constexpr int kSize = kLaneGroup / kBlocks;
-  const int size = r.size;
-  for (int b = 0; b < kBlocks; ++b) amax[b] = U{};
-  for (int first = 0; first < kLaneGroup; first += 32) {
-    const char* const p = (const char*)x + first * kBytes;
-    float* const lower = out + first * kLanes;
-    float* const upper = lower + 16 * kLanes;
-    U* const low_most = amax + first / kSize;
-    U* const high_most = amax + (first + 16) / kSize;
-    __m512i v[16];
-    __m512 e[16];
-    load_groups(p, kStride, v);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      if (kBytes == 4 && half) load_groups(p + 64, kStride, v);
-      widen_lanes<kDType, kSigns>(v + (kBytes == 2 ? 8 * half : 0), r.signs, first + 16 * half,
-                                  r.signs_length, e);
-      cross_all<1, 16>(e);
-      if (size > 2) cross_all<2, 16>(e);
-      if (size > 4) cross_all<4, 16>(e);
-      if (size > 8) cross_all<8, 16>(e);
-      if (size <= 16) {
-        keep_lanes<kFactor, 16>(e, factor, half ? high_most : low_most, half ? upper : lower);
-      } else {
-        put_lanes<16>(e, half ? upper : lower);
-      }
-    }
-  }
-  if (size <= 16) return;
-  U most[kBlocks] = {};
-  for (int i = 0; i < 16; ++i) {
-    __m512 d[8];
-    get_lanes<8>(out + i * kLanes, 16, d);
-    cross_all<1, 8>(d);
-    if (size > 32) cross_all<2, 8>(d);
-    if (size > 64) cross_all<4, 8>(d);
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      keep_lanes<kFactor, 1>(d + k, factor, most + 16 * k / kSize, out + (16 * k + i) * kLanes);
-    }
-  }
-  for (int b = 0; b < kBlocks; ++b) amax[b] = most[b];
-}
-
-using RotateLanesFn = void (*)(const void* x, const Rotation&, float factor, float* out, U* amax);
-
-template <DType kDType, int kBlocks, bool kFactor>
-static RotateLanesFn lanes_rotator_of(bool has_signs) {
-  return has_signs ? rotate_lanes<kDType, true, kBlocks, kFactor>
-                   : rotate_lanes<kDType, false, kBlocks, kFactor>;
-}
-
 // Codes of a block of `kSize` vectors, one element of each group in each, to words of each group.
-// What lies ahead of `in` is fetched meanwhile, `bytes` for each element, in an order that the
-// hardware's own prefetching follows.
 template <class Element, class Codec, int kBits, int kSize>
-PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplier, const char* in,
-                                     int bytes, U* words) {
+PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplier, U* words,
+                                     uint8_t* ahead) {
   constexpr int kCodes = kBits == 6 ? 16 : 32 / kBits, kWords = kCodes * kBits / 32;
-  for (int i = 0; i < kSize; i += kCodes, words += kWords) {
-    for (int at = 0; at < kCodes * bytes; at += 64) fetch_ahead(in + i * bytes + at);
+  for (int i = 0; i < kSize; i += kCodes, words += kWords, ahead += 64 * kWords) {
+    fetch_output(ahead, 64 * kWords);
     U w[kWords] = {};
 #pragma GCC unroll 16
     for (int k = 0; k < kCodes; ++k) {
@@ -189,42 +33,57 @@ PYFMT_INLINE void encode_lanes_block(const Codec& c, const float* x, F multiplie
   }
 }
 
+// All codes of the groups; as many bytes are asked for from `ahead` on, to be written next.
 template <class Element, int kBits, int kBlocks>
 PYFMT_INLINE void encode_lanes(const ElementSpec& spec, bool full, const float* x,
-                               const U* multipliers, const void* in, int bytes, U* words) {
-  constexpr int kSize = kLaneGroup / kBlocks;
+                               const U* multipliers, U* words, uint8_t* ahead) {
+  constexpr int kSize = kLaneGroup / kBlocks, kWords = kSize * kBits / 32;
   const auto c = Element::make(spec, full);
   using C = decltype(Element::make(spec, full));
   for (int b = 0; b < kBlocks; ++b) {
     encode_lanes_block<Element, C, kBits, kSize>(c, x + b * kSize * kLanes, (F)multipliers[b],
-                                                 (const char*)in + b * kSize * bytes, bytes,
-                                                 words + b * kSize * kBits / 32);
+                                                 words + b * kWords, ahead + b * kWords * 64);
   }
 }
 
 // Words of each group to the groups' codes one after the other.
-static void leave_lanes(const U* words, int bits, uint8_t* codes) {
+PYFMT_INLINE void turn_words(const U* words, int count, __m512i v[16]) {
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; ++k) v[k] = k < count ? (__m512i)words[k] : _mm512_setzero_si512();
+#pragma GCC unroll 16
+  for (int k = 0; k < 16; k += 4) turn_lanes(v + k);
+  turn_pieces(v);
+}
+static void leave_lanes(const U* words, int bits, bool past_caches, uint8_t* codes) {
   const int count = kLaneGroup * bits / 32;  // 16, 24 or 32
+  past_caches &= count % 16 == 0 && (uintptr_t(codes) & 63) == 0;
   for (int first = 0; first < count; first += 16) {
-    const int some = count - first < 16 ? count - first : 16;
+    const int some = count - first;
     __m512i v[16];
+    if (some >= 16) {
+      turn_words(words + first, 16, v);
+      if (past_caches) {
 #pragma GCC unroll 16
-    for (int k = 0; k < 16; ++k) {
-      v[k] = k < some ? (__m512i)words[first + k] : _mm512_setzero_si512();
+        for (int k = 0; k < 16; ++k) {
+          _mm512_stream_si512((__m512i*)(codes + (k * count + first) * 4), v[k]);
+        }
+        continue;
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < 16; ++k) _mm512_storeu_si512(codes + (k * count + first) * 4, v[k]);
+      continue;
     }
-#pragma GCC unroll 16
-    for (int k = 0; k < 16; k += 4) turn_lanes(v + k);
-    turn_pieces(v);
-    const __mmask16 present = __mmask16((1u << some) - 1);
+    turn_words(words + first, 8, v);
 #pragma GCC unroll 16
     for (int k = 0; k < 16; ++k) {
-      _mm512_mask_storeu_epi32(codes + (k * count + first) * 4, present, v[k]);
+      _mm256_storeu_si256((__m256i*)(codes + (k * count + first) * 4),
+                          _mm512_castsi512_si256(v[k]));
     }
   }
 }
 
 using EncodeLanesFn = void (*)(const ElementSpec&, bool full, const float* x, const U* multipliers,
-                               const void* in, int bytes, U* words);
+                               U* words, uint8_t* ahead);
 
 template <class Element>
 static EncodeLanesFn lanes_encoder_of(int bits, int blocks) {
@@ -247,6 +106,25 @@ static EncodeLanesFn find_lanes_encoder(const ElementSpec& e, bool full, int blo
   return lanes_encoder_of<SymmetricInt>(e.bits(), blocks);
 }
 
+// rotate_across, and meanwhile the codes of another group.
+struct CellWords {
+  const float* x;
+  const U* multipliers;
+  U* words;
+  uint8_t* ahead;
+
+  PYFMT_HD void run(int i) const {
+    fetch_output(ahead + 64 * i, 64);
+    words[i] = cell_word<Cells::kScaled>(x + 8 * i * kLanes, multipliers[i / 4]);
+  }
+};
+static void rotate_across_encoding(int size, float factor, float* x, U* amax, CellWords other) {
+  rotate_across<4, true>(size, factor, x, amax, other);
+}
+
+// Codes of so many bytes are stored past the caches, which could not keep them.
+constexpr int64_t kPastCaches = 16 << 20;
+
 class LaneQuantizer {
  public:
   PYFMT_HD explicit LaneQuantizer(const QuantizeArgs& a)
@@ -261,68 +139,140 @@ class LaneQuantizer {
                         (a.dtype == DType::kBF16 || a.dtype == DType::kFP32) &&
                         (a.scale == Scale::kE8M0 || a.scale == Scale::kE4M3) &&
                         (bits == 4 || bits == 6 || bits == 8);
-    encode_ = served ? find_lanes_encoder(a.element, a.full, blocks_) : nullptr;
-    factor_ = rotation_factor(r.size > 1 ? r.size : 1);
+    if (!served) return;
+    cells_ = a.element == elements::e2m1;
+    group_bytes_ = kLaneTile / 8 * bits;
+    past_caches_ = t.batches * t.rows * a.row_bytes >= kPastCaches;
+    factor_ = stored_factor_ = rotation_factor(r.size);
+    rotate_ = rotator();
+    if (r.size > 32) across_ = across();
+    if (!cells_) {
+      encode_ = encode_zeros_ = find_lanes_encoder(a.element, a.full, blocks_);
+    } else if (a.scale == Scale::kE8M0) {
+      stored_factor_ = tie_factor(r.size);
+      encode_ = cell_encoder_of<Cells::kScaled>(blocks_);
+      encode_zeros_ = cell_encoder_of<Cells::kZeros>(blocks_);
+      waits_ = across_ && blocks_ == 4;
+    } else {
+      encode_ = encode_zeros_ = cell_encoder_of<Cells::kNumbers>(blocks_);
+    }
+  }
+
+  // Once all tiles are done, or the caller does one: what the last one left to be done.
+  PYFMT_HD void finish() {
+    if (waiting_.codes) {
+      encode(waiting_.x, false, waiting_.codes);
+      waiting_.codes = nullptr;
+    }
+    if (past_caches_) _mm_sfence();  // others may read it
   }
 
   bool serves(const Tile& tile) const { return encode_ && tile.width % kLaneTile == 0; }
 
   // A tile of n elements; false where its numbers are too large or too small for the shortcuts
-  // taken here: the caller starts over then.
-  PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) const {
+  // taken here: the caller starts over then. x has room for two groups.
+  PYFMT_HD bool run(const void* in, int64_t n, float* x, void* scales, uint8_t* codes) {
+    const int64_t step = kLaneTile * dtype_bytes(a_.dtype);
     for (int64_t i = 0; i < n; i += kLaneTile) {
-      void* const some = (char*)scales + i / a_.tiling.block_columns;
-      if (!run_one(at(in, a_.dtype, i), x, some, codes + i / 8 * a_.element.bits())) return false;
+      if (!run_one(in, x, scales, codes)) return false;
+      in = (const char*)in + step;
+      scales = (char*)scales + kLanes * blocks_;
+      codes += group_bytes_;
     }
     return true;
   }
 
  private:
-  PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) const {
-    fetch_output(codes, kLaneTile / 8 * a_.element.bits());
-    U multipliers[8], words[32];
-    const bool fine = a_.scale == Scale::kE8M0 ? rotate<Scale::kE8M0>(in, x, multipliers, scales)
-                                               : rotate<Scale::kE4M3>(in, x, multipliers, scales);
+  PYFMT_HD bool run_one(const void* in, float* x, void* scales, uint8_t* codes) {
+    U amax[8];
+    if (waiting_.codes && waiting_.x == x) x += kLaneTile;
+    const bool negative_zeros = rotate_(in, a_.rotation, stored_factor_, x, amax);
+    if (waiting_.codes) {
+      U words[32];
+      const CellWords other{waiting_.x, multipliers_, words, ahead(waiting_.codes)};
+      rotate_across_encoding(a_.rotation.size, stored_factor_, x, amax, other);
+      leave_lanes(words, 4, past_caches_, waiting_.codes);
+      waiting_.codes = nullptr;
+    } else if (across_) {
+      across_(a_.rotation.size, stored_factor_, x, amax);
+    }
+    const bool fine = a_.scale == Scale::kE8M0
+                          ? find_scales<Scale::kE8M0>(amax, multipliers_, scales)
+                          : find_scales<Scale::kE4M3>(amax, multipliers_, scales);
     if (!fine) return false;
-    const int bytes = kLanes * int(dtype_bytes(a_.dtype));
-    encode_(a_.element, a_.full, x, multipliers, in, bytes, words);
-    leave_lanes(words, a_.element.bits(), codes);
+    if (waits_ && !negative_zeros) {
+      waiting_ = {x, codes};
+    } else {
+      encode(x, negative_zeros, codes);
+    }
     return true;
   }
 
+  PYFMT_HD void encode(const float* x, bool negative_zeros, uint8_t* codes) {
+    U words[32];
+    (negative_zeros ? encode_zeros_ : encode_)(a_.element, a_.full, x, multipliers_, words,
+                                               ahead(codes));
+    leave_lanes(words, a_.element.bits(), past_caches_, codes);
+  }
+  // Where codes are to be written next; nothing is to be fetched for stores past the caches.
+  uint8_t* ahead(uint8_t* codes) { return past_caches_ ? spare_ : codes + group_bytes_; }
+
   // A power of two commutes with rounding: the rotation's factor is left to the multipliers of
-  // E8M0 blocks. That holds while values are normal numbers or round to zero anyhow.
+  // E8M0 blocks, or breaks ties for cells. That holds while values are normal numbers or round to
+  // zero anyhow.
+  template <DType kDType, int kBlocks>
+  RotateLanesFn rotator_of() const {
+    const bool signs = a_.rotation.signs != nullptr;
+    return a_.scale == Scale::kE8M0 && !cells_ ? lanes_rotator_of<kDType, kBlocks, false>(signs)
+                                               : lanes_rotator_of<kDType, kBlocks, true>(signs);
+  }
+  AcrossFn across() const {
+    const bool plain = a_.scale == Scale::kE8M0 && !cells_;
+    if (blocks_ == 4) return plain ? rotate_across_alone<4, false> : rotate_across_alone<4, true>;
+    return plain ? rotate_across_alone<8, false> : rotate_across_alone<8, true>;
+  }
+  RotateLanesFn rotator() const {
+    if (a_.dtype == DType::kBF16) {
+      return blocks_ == 4 ? rotator_of<DType::kBF16, 4>() : rotator_of<DType::kBF16, 8>();
+    }
+    return blocks_ == 4 ? rotator_of<DType::kFP32, 4>() : rotator_of<DType::kFP32, 8>();
+  }
+
+  // As scales_of, of a normal number or zero.
+  U e8m0_of_normal(U amax, U* encode) const {
+    const I biased = (I)((amax + constants_.addend) >> 23) - constants_.emax;
+    const U code = (U)_mm512_max_epi32((__m512i)biased, _mm512_setzero_si512());
+    *encode = (254u - code) << 23;
+    return code;
+  }
+
   template <Scale kScale>
-  PYFMT_HD bool rotate(const void* in, float* x, U* multipliers, void* scales) const {
-    return blocks_ == 4 ? rotate_blocks<kScale, 4>(in, x, multipliers, scales)
-                        : rotate_blocks<kScale, 8>(in, x, multipliers, scales);
+  PYFMT_HD bool find_scales(const U* amax, U* multipliers, void* scales) const {
+    return blocks_ == 4 ? find_scales_of<kScale, 4>(amax, multipliers, scales)
+                        : find_scales_of<kScale, 8>(amax, multipliers, scales);
   }
 
   template <Scale kScale, int kBlocks>
-  PYFMT_HD bool rotate_blocks(const void* in, float* x, U* multipliers, void* scales) const {
+  PYFMT_HD bool find_scales_of(const U* amax, U* multipliers, void* scales) const {
     constexpr bool kFold = kScale == Scale::kE8M0;
-    constexpr uint32_t kLeast = kFold ? power_of_two_bits(-90) : 1;
-    constexpr uint32_t kMost = kFold ? power_of_two_bits(90) : kFloatInf;
-    const Rotation& r = a_.rotation;
-    const auto turn = a_.dtype == DType::kBF16
-                          ? lanes_rotator_of<DType::kBF16, kBlocks, !kFold>(r.signs != nullptr)
-                          : lanes_rotator_of<DType::kFP32, kBlocks, !kFold>(r.signs != nullptr);
-    U amax[kBlocks];
-    turn(in, r, factor_, x, amax);
-    bool fine = true;
-    for (int b = 0; b < kBlocks; ++b) {
-      const __m512i above = _mm512_sub_epi32((__m512i)amax[b], _mm512_set1_epi32(int(kLeast)));
-      const __mmask16 outside =
-          _mm512_cmpge_epu32_mask(above, _mm512_set1_epi32(int(kMost - kLeast)));
-      fine &= _mm512_mask_test_epi32_mask(outside, (__m512i)amax[b], (__m512i)amax[b]) == 0;
+    constexpr uint32_t kLeast = kFold ? power_of_two_bits(-80) : 1;
+    constexpr uint32_t kMost = kFold ? power_of_two_bits(80) : kFloatInf;
+    U most = amax[0], least = amax[0] - 1u;  // zero is as good as a large number there
+    for (int b = 1; b < kBlocks; ++b) {
+      most = max_u(most, amax[b]);
+      least = min_u(least, amax[b] - 1u);
     }
-    if (!fine) return false;
-    const F factor = (F)broadcast(codec::Lane<uint32_t>::as_uint(kFold ? factor_ : 1.0f));
+    const __mmask16 outside =
+        _mm512_cmpge_epu32_mask((__m512i)most, _mm512_set1_epi32(int(kMost))) |
+        _mm512_cmplt_epu32_mask((__m512i)least, _mm512_set1_epi32(int(kLeast - 1)));
+    if (outside) return false;
+    const F factor = (F)broadcast(codec::Lane<uint32_t>::as_uint(factor_));
     U words[kBlocks / 4] = {};
     for (int b = 0; b < kBlocks; ++b) {
       U encode;
-      const U code = scales_of<kScale>(constants_, (U)((F)amax[b] * factor), &encode);
-      multipliers[b] = (U)((F)encode * factor);
+      const U code = kFold ? e8m0_of_normal((U)((F)amax[b] * factor), &encode)
+                           : scales_of<kScale>(constants_, (U)((F)amax[b] * factor), &encode);
+      multipliers[b] = kFold && !cells_ ? (U)((F)encode * factor) : encode;
       words[b / 4] |= code << (b % 4 * 8);
     }
     if constexpr (kBlocks == 4) {
@@ -337,14 +287,31 @@ class LaneQuantizer {
   const QuantizeArgs& a_;
   int blocks_;
   ScaleConstants constants_;
-  float factor_;
-  EncodeLanesFn encode_;
+  int group_bytes_ = 0;
+  bool past_caches_ = false;
+  float factor_ = 1.0f, stored_factor_ = 1.0f;
+  bool cells_ = false;
+  RotateLanesFn rotate_ = nullptr;
+  AcrossFn across_ = nullptr;
+  EncodeLanesFn encode_ = nullptr, encode_zeros_ = nullptr;
+
+  // A group of a large rotation that has its scales: its codes are made beside the next one's
+  // butterflies, for which there are other units.
+  struct Waiting {
+    float* x = nullptr;
+    uint8_t* codes = nullptr;
+  };
+  bool waits_ = false;
+  Waiting waiting_;
+  U multipliers_[8];
+  uint8_t spare_[2048];
 };
 #else
 struct LaneQuantizer {
   PYFMT_HD explicit LaneQuantizer(const QuantizeArgs&) {}
   bool serves(const Tile&) const { return false; }
   bool run(const void*, int64_t, float*, void*, uint8_t*) const { return false; }
+  void finish() {}
 };
 #endif
 

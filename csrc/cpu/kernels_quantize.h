@@ -67,8 +67,11 @@ class Quantizer {
       : a_(a),
         t_(a.tiling),
         width_(round_up(t_.tile_columns, kGroup)),
+        blocks_(t_.blocks()),
+        padded_(t_.padded()),
+        one_row_(t_.batches * t_.rows == 1),
         scratch_(bytes(a)),
-        x_(scratch_.take<uint32_t>(width_ * t_.block_rows)),
+        x_(scratch_.take<uint32_t>(staged(a))),
         codes_(scratch_.take<uint8_t>(width_)),
         random_(scratch_.take<uint32_t>(width_ + 64)),
         amax_(scratch_.take<uint32_t>(2 * most_blocks(a))),
@@ -88,12 +91,13 @@ class Quantizer {
   ~Quantizer() {}
 
   void run(int64_t item) {
-    const Tile tile = tile_at(t_, item);
-    const int64_t blocks = tile.padded / t_.block_columns;
+    const Tile tile = one_row_ ? tile_of_row(item) : tile_at(t_, item);
     if (lanes_.serves(tile) &&
         lanes_.run(source(tile, 0), tile.width, (float*)x_, scales_out(tile), codes_out(tile, 0))) {
       return;
     }
+    lanes_.finish();
+    const int64_t blocks = tile.padded / t_.block_columns;
     const bool direct =
         by_group_ && t_.block_rows == 1 && !a_.rotation.size && tile.padded == tile.width;
     if (!direct) stage(tile);
@@ -103,7 +107,7 @@ class Quantizer {
     if (a_.given) {
       const int64_t block = tile.column / t_.block_columns;
       phase = tile.column - block * t_.block_columns;
-      encode = a_.given + given_row(tile.row) * t_.blocks() + block;
+      encode = a_.given + given_row(tile.row) * blocks_ + block;
     }
     const bool poisoned = !a_.given && find_scales(tile, blocks, direct);
     if (poisoned && direct) stage(tile);
@@ -133,13 +137,31 @@ class Quantizer {
     }
   }
 
+  void finish() { lanes_.finish(); }
+
  private:
   static constexpr int64_t most_blocks(const QuantizeArgs& a) {
     return round_up(a.tiling.tile_columns / a.tiling.block_columns + 2, kGroup);
   }
+  // A tile as float32, and at least two of LaneQuantizer's groups.
+  static constexpr int64_t staged(const QuantizeArgs& a) {
+    const int64_t n = round_up(a.tiling.tile_columns, kGroup) * a.tiling.block_rows;
+    return n > 4096 ? n : 4096;
+  }
   static constexpr int64_t bytes(const QuantizeArgs& a) {
     const int64_t width = round_up(a.tiling.tile_columns, kGroup);
-    return width * (a.tiling.block_rows * 4 + 5) + most_blocks(a) * 16 + 1024;
+    return staged(a) * 4 + width * 5 + most_blocks(a) * 16 + 1024;
+  }
+
+  // As tile_at, without its divisions.
+  Tile tile_of_row(int64_t item) const {
+    Tile tile{};
+    tile.rows = 1;
+    tile.column = item * t_.tile_columns;
+    const int64_t left = t_.columns - tile.column, room = padded_ - tile.column;
+    tile.width = left < t_.tile_columns ? left : t_.tile_columns;
+    tile.padded = room < t_.tile_columns ? room : t_.tile_columns;
+    return tile;
   }
 
   PYFMT_HD const void* source(const Tile& tile, int64_t r) const {
@@ -192,8 +214,14 @@ class Quantizer {
     return scale_tile(s);
   }
 
+  // column / block_columns, by a shift for most blocks.
+  int64_t block_of(int64_t column) const {
+    return t_.block_columns == 32   ? column / 32
+           : t_.block_columns == 16 ? column / 16
+                                    : column / t_.block_columns;
+  }
   void* scales_out(const Tile& tile) const {
-    const int64_t first = tile.strip * t_.blocks() + tile.column / t_.block_columns;
+    const int64_t first = tile.strip * blocks_ + block_of(tile.column);
     return a_.scales ? (char*)a_.scales + first * scale_bytes(a_.scale) : nullptr;
   }
 
@@ -269,13 +297,14 @@ class Quantizer {
     d.tensor_scale = a_.recipe.tensor_scale;
     const int64_t block = tile.column / t_.block_columns;
     const uint32_t* scales =
-        a_.given ? a_.given_decode + given_row(row) * t_.blocks() + block : decode_;
+        a_.given ? a_.given_decode + given_row(row) * blocks_ + block : decode_;
     decoder_.run(d, scales, tile.column - block * t_.block_columns, random_);
   }
 
   const QuantizeArgs& a_;
   const Tiling& t_;
-  int64_t width_;
+  int64_t width_, blocks_, padded_;
+  bool one_row_;
   Scratch scratch_;
   uint32_t* x_;
   uint8_t* codes_;
@@ -292,6 +321,7 @@ static void quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
   GradualUnderflow guard;
   Quantizer quantizer(a);
   for (int64_t item = begin; item < end; ++item) quantizer.run(item);
+  quantizer.finish();
 }
 
 }  // namespace PYFMT_ISA
