@@ -30,6 +30,7 @@ PROCESSES = [
     ["wide:int8-b32-fp32:200x700x2048:64,1,1", "wide:int4:200x700x2048:128,1,1"],
     ["wide:mxfp4:300x700x2048:64,1,1", "wide:nvfp4:300x700x2048:64,1,1"],
     ["wide:mxint8:200x700x2048:256,1,1", "wide:mxint8:300x700x2048:128,1,1"],
+    ["wide:mxfp4:16x1400x2048", "wide:mxint8:16x700x2048:16,1,2", "wide:nvfp4:32x1400x2048"],
     ["fold:mxfp4:200x700x2048:64,1,1", "fold:mxfp6_e3m2:200x700x2048:128,2,1"],
     [f"skinny:{name}:1x1400x2048" for name in FEW],
     [f"skinny:{name}:{m}x6000x1024" for name in FEW for m in (4, 8)],
