@@ -60,6 +60,16 @@ inline bool has_groups(const FormatSpec& f, const ElementSpec& e) {
   return f.element == e && f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
 }
 
+// Of weights F: boxes of so many of codes' bytes and rows, and what the decoder leaves out.
+template <class F>
+void describe_codes(Params& p, const WideCall& call, int box_bytes, int box_rows) {
+  hopper::MatrixBox codes = call.codes;
+  codes.box_bytes = box_bytes;
+  codes.box_rows = box_rows;
+  p.codes_map = hopper::encode(codes);
+  p.up = L::as_float(power_of_two_bits(F::kDown));
+}
+
 // What the host needs to know of a kernel.
 struct Kernel {
   void (*launch)(Params&, const WideCall&, Stream) = nullptr;

@@ -262,14 +262,7 @@ PYFMT_DEVICE void take_turns(const Params& p) {
       if (threadIdx.x >= kConsumers) return;
     }
     hopper::wait_for_previous();
-    if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
-    // No block leaves, or is written to, while another of its cluster may still need its tiles.
-    if (p.share * p.split > 1) {
-      hopper::cluster_meet();
-    } else {
-      hopper::partial_sync<kConsumers>();
-    }
-    finish<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
+    meet_and_finish<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
   }
 }
 
@@ -284,21 +277,13 @@ __global__ void __launch_bounds__(PYFMT_WIDE_THREADS((Room<F, kTokens>::kThreads
 template <class F, int kTokens>
 void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   using R = Room<F, kTokens>;
-  hopper::MatrixBox codes = call.codes;
-  codes.box_bytes = int(R::kRowBytes);
-  codes.box_rows = kRows;
-  p.codes_map = hopper::encode(codes);
-  p.up = L::as_float(power_of_two_bits(F::kDown));
+  describe_codes<F>(p, call, int(R::kRowBytes), kRows);
   launch_wide(matmul_blocks_kernel<F, kTokens>, p, kTokens, R::kThreads, R::kBytes, stream);
 }
 
 template <class F>
 void launch_elements(Params& p, const WideCall& call, Stream stream) {
-  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles, k = call.x.row_bytes / 2;
-  const bool aligned = aligned16(call.x.data) && k % 8 == 0;
-  launch(write_panel<F::kBits, 32>, (units + kWarps - 1) / kWarps, kThreads, stream,
-         static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
-         p.panel_rows, p.tiles, aligned);
+  launch_panel<F::kBits, 32>(p, call, stream);
   if (call.tokens == 256) return launch_tokens<F, 256>(p, call, stream);
   if (call.tokens == 192) return launch_tokens<F, 192>(p, call, stream);
   if (call.tokens == 128) return launch_tokens<F, 128>(p, call, stream);

@@ -96,20 +96,6 @@ struct Bringer {
     }
   }
 
-  // One thread.
-  PYFMT_DEVICE void bring_codes() const {
-    Ring<R::kDepth> ring;
-    if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
-#pragma unroll 1
-    for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {
-      const uint32_t full = at.base + kCodesFull + 8 * ring.place;
-      hopper::barrier_wait(at.base + kCodesEmpty + 8 * ring.place, ring.parity ^ 1);
-      hopper::barrier_expect(full, R::kSlot);
-      hopper::copy_box(at.base + R::kCodesAt + ring.place * R::kSlot, p.codes_map,
-                       (at.first + i) * int(R::kHalf), at.n0, full, 0, false);
-    }
-  }
-
   // Of a row and the chunks of a slot. Past the end codes are zeros: any scale but NaN serves.
   PYFMT_DEVICE void load_scales(const uint8_t* row, int i, uint32_t* words) const {
     constexpr int kBytes = 4 * F::kEntry;
@@ -168,7 +154,7 @@ struct Bringer {
     if (warp >= 2) {
       bring_scales(int(threadIdx.x) & 63);
     } else if (lane == 0) {
-      warp ? bring_codes() : bring_x();
+      warp ? turns::bring_codes<R, kCodesFull, kCodesEmpty>(p, at, steps) : bring_x();
     }
   }
 };

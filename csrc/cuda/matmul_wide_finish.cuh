@@ -109,6 +109,20 @@ PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens
   }
 }
 
+// The same, once this warp's products are over: nothing is written to before all others' are.
+template <int kTokens>
+PYFMT_DEVICE void meet_and_finish(const Params& p, const Place& at, float (&sums)[kTokens / 2],
+                                  int row) {
+  if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
+  // No block leaves, or is written to, while another of its cluster may still need its tiles.
+  if (p.share * p.split > 1) {
+    hopper::cluster_meet();
+  } else {
+    hopper::partial_sync<kConsumers>();
+  }
+  finish<kTokens>(p, at, sums, row);
+}
+
 }  // namespace wide
 }  // namespace cuda
 }  // namespace pyfmt

@@ -93,6 +93,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- the host's side --------------------------------------------------------------------------
 
+template <int kBits, int kRun>
+void launch_panel(const Params& p, const WideCall& call, Stream stream) {
+  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles, k = call.x.row_bytes / 2;
+  const bool aligned = aligned16(call.x.data) && k % 8 == 0;
+  launch(write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps, kThreads, stream,
+         static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
+         p.panel_rows, p.tiles, aligned);
+}
+
 // Rows of k numbers to rows of pitch, so that each starts at a multiple of 16 bytes.
 template <class T>
 __global__ void __launch_bounds__(kThreads)

@@ -144,14 +144,11 @@ __global__ void __launch_bounds__(PYFMT_WIDE_THREADS(Layout<F>::kThreads), 1)
 template <class F>
 void launch(Params& p, const WideCall& call, Stream stream) {
   using S = Layout<F>;
-  hopper::MatrixBox x = call.x, codes = call.codes;
+  hopper::MatrixBox x = call.x;
   x.box_bytes = 128;
   x.box_rows = kTokens / (p.share * p.split);
   p.x = hopper::encode(x);
-  codes.box_bytes = S::kRowBytes;
-  codes.box_rows = kRows;
-  p.codes_map = hopper::encode(codes);
-  p.up = L::as_float(power_of_two_bits(F::kDown));
+  describe_codes<F>(p, call, S::kRowBytes, kRows);
   launch_wide(matmul_shared_kernel<F>, p, kTokens, S::kThreads, S::kBytes, stream);
 }
 

@@ -298,15 +298,11 @@ __global__ void __launch_bounds__(PYFMT_WIDE_THREADS(kBlockThreads), 1)
 template <class F, int kTokens>
 void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   using R = Room<F, kTokens>;
-  hopper::MatrixBox codes = call.codes;
-  codes.box_bytes = int(R::kRowBytes);
-  codes.box_rows = 64;
-  p.codes_map = hopper::encode(codes);
+  describe_codes<F>(p, call, int(R::kRowBytes), 64);
   hopper::MatrixBox x = call.x;
   x.box_bytes = kChunk;
   x.box_rows = kTokens;
   p.x = hopper::encode(x);
-  p.up = L::as_float(power_of_two_bits(F::kDown));
   launch_clusters(matmul_tall_kernel<F, kTokens>, p, p.split, kTokens, kBlockThreads, R::kBytes,
                   stream);
 }

@@ -329,15 +329,7 @@ PYFMT_DEVICE void take_turns(const Params& p) {
     hopper::more_registers<Multiplier<F, kTokens>::kMost>();
     float sums[kTokens / 2];
     Multiplier<F, kTokens>(p, at).run(sums);
-    if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
-    // No block leaves, or is written to, while another of its cluster may still need its tiles.
-    if (p.share * p.split > 1) {
-      hopper::cluster_meet();
-    } else {
-      hopper::partial_sync<kConsumers>();
-    }
-    const int row = Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31);
-    finish<kTokens>(p, at, sums, row);
+    meet_and_finish<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
   }
 }
 
@@ -352,11 +344,7 @@ __global__ void __launch_bounds__(PYFMT_WIDE_THREADS(kThreadsHere), 1)
 template <class F, int kTokens>
 void launch_turns(Params& p, const WideCall& call, Stream stream) {
   using R = Room<F, kTokens>;
-  hopper::MatrixBox codes = call.codes;
-  codes.box_bytes = int(R::kRowBytes);
-  codes.box_rows = kRows;
-  p.codes_map = hopper::encode(codes);
-  p.up = L::as_float(power_of_two_bits(F::kDown));
+  describe_codes<F>(p, call, int(R::kRowBytes), kRows);
   launch_wide(matmul_turns_kernel<F, kTokens>, p, kTokens, kThreadsHere, R::kBytes, stream);
 }
 
@@ -373,11 +361,7 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
 
 template <int kBits, int kRun>
 void launch_run(Params& p, const WideCall& call, Stream stream) {
-  const int64_t units = int64_t(p.panel_rows / 8) * p.tiles, k = call.x.row_bytes / 2;
-  const bool aligned = aligned16(call.x.data) && k % 8 == 0;
-  launch(write_panel<kBits, kRun>, (units + kWarps - 1) / kWarps, kThreads, stream,
-         static_cast<const uint16_t*>(call.x.data), const_cast<uint8_t*>(p.panel), p.m, k,
-         p.panel_rows, p.tiles, aligned);
+  launch_panel<kBits, kRun>(p, call, stream);
   launch_tokens<Integers<kBits, kRun>>(p, call, stream);
 }
 

@@ -18,17 +18,6 @@ namespace cuda {
 namespace wide {
 namespace turns {
 
-// (a & mask) ^ turn in one instruction, which the compiler makes two where both are constants.
-PYFMT_DEVICE uint32_t turned_bits(uint32_t a, uint32_t mask, uint32_t turn) {
-#if defined(__CUDA_ARCH__)
-  uint32_t d;
-  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(d) : "r"(a), "r"(mask), "r"(turn));
-  return d;
-#else
-  return (a & mask) ^ turn;
-#endif
-}
-
 // Integers of kBits, in groups of a multiple of 4 kRun columns, to bfloat16.
 template <int kBitsOfCode, int kRunOfLane>
 struct Integers {
@@ -48,14 +37,14 @@ struct Integers {
       const uint32_t word = words[i], up = word >> 8;
       if constexpr (kBits == 4) {
         constexpr uint32_t kLow = both(0x7f00u), kHigh = both(0x7d00u), kOff = both(0xbe00u);
-        out[4 * i] = fused_pairs(turned_bits(word, both(0x0fu), both(0x08u)), kLow, kOff);
-        out[4 * i + 1] = fused_pairs(turned_bits(word, both(0xf0u), both(0x80u)), kHigh, kOff);
-        out[4 * i + 2] = fused_pairs(turned_bits(up, both(0x0fu), both(0x08u)), kLow, kOff);
-        out[4 * i + 3] = fused_pairs(turned_bits(up, both(0xf0u), both(0x80u)), kHigh, kOff);
+        out[4 * i] = fused_pairs(mask_xor(word, both(0x0fu), both(0x08u)), kLow, kOff);
+        out[4 * i + 1] = fused_pairs(mask_xor(word, both(0xf0u), both(0x80u)), kHigh, kOff);
+        out[4 * i + 2] = fused_pairs(mask_xor(up, both(0x0fu), both(0x08u)), kLow, kOff);
+        out[4 * i + 3] = fused_pairs(mask_xor(up, both(0xf0u), both(0x80u)), kHigh, kOff);
       } else {
         constexpr uint32_t kBy = both(0x7f00u), kOff = both(0xc000u);
-        out[2 * i] = fused_pairs(turned_bits(word, both(0xffu), both(0x80u)), kBy, kOff);
-        out[2 * i + 1] = fused_pairs(turned_bits(up, both(0xffu), both(0x80u)), kBy, kOff);
+        out[2 * i] = fused_pairs(mask_xor(word, both(0xffu), both(0x80u)), kBy, kOff);
+        out[2 * i + 1] = fused_pairs(mask_xor(up, both(0xffu), both(0x80u)), kBy, kOff);
       }
     }
   }

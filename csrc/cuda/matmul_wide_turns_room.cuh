@@ -76,6 +76,22 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
 
 // ---- what brings things -----------------------------------------------------------------------
 
+// Codes of a block's rows to the slots of R's ring, behind barriers at kFull and kEmpty. One
+// thread.
+template <class R, uint32_t kFull, uint32_t kEmpty>
+PYFMT_DEVICE void bring_codes(const Params& p, const Place& at, int steps) {
+  Ring<R::kDepth> ring;
+  if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
+#pragma unroll 1
+  for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {
+    const uint32_t full = at.base + kFull + 8 * ring.place;
+    hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
+    hopper::barrier_expect(full, R::kSlot);
+    hopper::copy_box(at.base + R::kCodesAt + ring.place * R::kSlot, p.codes_map,
+                     (at.first + i) * int(R::kRowBytes / R::kSpan), at.n0, full, 0, false);
+  }
+}
+
 template <class F, int kTokens>
 struct Bringer {
   using R = Room<F, kTokens>;
@@ -111,20 +127,6 @@ struct Bringer {
         second += pitch;
         to += R::kTile;
       }
-    }
-  }
-
-  // One thread.
-  PYFMT_DEVICE void bring_codes() const {
-    Ring<R::kDepth> ring;
-    if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
-#pragma unroll 1
-    for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {
-      const uint32_t full = at.base + kCodesFull + 8 * ring.place;
-      hopper::barrier_wait(at.base + kCodesEmpty + 8 * ring.place, ring.parity ^ 1);
-      hopper::barrier_expect(full, R::kSlot);
-      hopper::copy_box(at.base + R::kCodesAt + ring.place * R::kSlot, p.codes_map,
-                       (at.first + i) * (kChunk * F::kBits / 8), at.n0, full, 0, false);
     }
   }
 
@@ -239,7 +241,7 @@ struct Bringer {
         bring_factors(int(threadIdx.x) & 63);
       }
     } else if (lane == 0) {
-      warp ? bring_codes() : bring_x();
+      warp ? bring_codes<R, kCodesFull, kCodesEmpty>(p, at, steps) : bring_x();
     }
   }
 };
