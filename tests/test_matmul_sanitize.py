@@ -5,8 +5,8 @@
 
 takes these and those of the codecs; racecheck with -k "sanitizers and not rings". It does not
 follow barriers of shared memory whose readers hand places back: a textbook ring of two places, all
-of whose reading lanes arrive, is reported as ours are (bench/notes/products.md, step 52). What those kernels
-do beside other work is in tests/test_matmul_beside.py. The library's GEMMs are left
+of whose reading lanes arrive, is reported as ours are (bench/notes/products.md, step 52). What
+those kernels do beside other work is in tests/test_matmul_beside.py. The library's GEMMs are left
 out: their kernels are not ours.
 """
 
