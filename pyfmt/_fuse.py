@@ -19,7 +19,7 @@ from pyfmt._model import Slot, match
 from pyfmt.formats import get_format
 
 if TYPE_CHECKING:
-    from pyfmt.nn import QuantLinear
+    from pyfmt.nn_linear import QuantLinear
 
 PARTS = ("weight_codes", "weight_scales")
 

@@ -530,7 +530,8 @@ def test_layers_say_what_they_keep_and_how() -> None:
 @pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("weight", "kind"), [("mxfp6_e2m3", "fold"), ("mxint8", "exact")])
 def test_a_layer_with_an_expanded_weight_gives_the_same(weight: str, kind: str) -> None:
-    from pyfmt.nn import KEPT, QuantLinear
+    from pyfmt.nn import QuantLinear
+    from pyfmt.nn_linear import KEPT
 
     layer = QuantLinear.from_linear(linear_layer(), weight, weight, rotation=32, path=kind)
     x = torch.from_numpy(grids.noise(5, 64)).bfloat16()
