@@ -223,7 +223,7 @@ PYFMT_DEVICE void signal_init(SharedAddress signal, int arrivals) {
 #if defined(__CUDA_ARCH__)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(signal), "r"(arrivals) : "memory");
 #elif !defined(__CUDACC__)
-  emulation::signal(signal) = {0, uint16_t(arrivals), uint16_t(arrivals)};
+  emulation::signal(signal) = {0, uint8_t(arrivals), uint8_t(arrivals), 0};
 #endif
 }
 PYFMT_DEVICE void signal_arrive(SharedAddress signal) {
@@ -244,6 +244,59 @@ PYFMT_DEVICE void signal_wait(SharedAddress signal, unsigned phase) {
       : "memory");
 #elif !defined(__CUDACC__)
   while ((emulation::signal(signal).phase & 1) == (phase & 1)) emulation::yield();
+#endif
+}
+
+// ---- between the blocks of a cluster ------------------------------------------------------------
+
+// Signals that were initialized before this are seen by the cluster after its next barrier.
+PYFMT_DEVICE void signal_init_fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// The address of what lies in block `rank` where `mine` lies in this one.
+PYFMT_DEVICE SharedAddress address_in_block(SharedAddress mine, int rank) {
+#if defined(__CUDA_ARCH__)
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(mine), "r"(rank));
+  return there;
+#elif !defined(__CUDACC__)
+  return emulation::in_block(mine, rank);
+#else
+  return mine;
+#endif
+}
+// Arrives, and has the phase wait for `bytes` that another block sends.
+PYFMT_DEVICE void signal_expect(SharedAddress signal, int bytes) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(signal), "r"(bytes)
+               : "memory");
+#elif !defined(__CUDACC__)
+  emulation::signal(signal).bytes += bytes;
+  emulation::signal(signal).arrive();
+#endif
+}
+// Four numbers to an address_in_block, counted by a signal there when they have arrived.
+PYFMT_DEVICE void send16(SharedAddress there, const float (&v)[4], SharedAddress signal) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
+      "[%5];" ::"r"(there),
+      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(signal)
+      : "memory");
+#elif !defined(__CUDACC__)
+  memcpy(reinterpret_cast<void*>(there), v, 16);
+  emulation::signal(signal).bytes -= 16;
+  emulation::signal(signal).step();
+#endif
+}
+// At a signal of another block, by its address_in_block.
+PYFMT_DEVICE void signal_arrive_there(SharedAddress signal) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(signal) : "memory");
+#elif !defined(__CUDACC__)
+  emulation::signal(signal).arrive();
 #endif
 }
 
