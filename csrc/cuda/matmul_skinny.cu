@@ -36,7 +36,8 @@ bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   const int warps = (parts + p.split - 1) / p.split;
   ClusterLaunch l;
   l.shared = kernel.still(int(a.m), warps, p.split);
-  if (warps > 16 || warps < p.split || p.split > 2 || l.shared > kMostShared) return false;
+  if (warps > 16 || (p.split > 1 && warps < a.m) || p.split > 2 || l.shared > kMostShared)
+    return false;
   // Where two blocks fit a multiprocessor and each has work, one begins while the other ends.
   const int64_t tiles = a.n / 16, places = multiprocessors();
   const bool two = warps <= 8 && 2 * (l.shared + 1024) <= 228 * 1024 && tiles >= 6 * places;

@@ -36,14 +36,16 @@ struct SkinnyStill {
   static constexpr int kScaleUnit = kRowScales / kScaleLanes;
   static constexpr int kStage = kSlots * kSlot + kRows * kRowScales;  // a warp's part of a tile
   static constexpr int kStages = kTiles == 1 ? 2 : 4;
-  static constexpr int kPitch = kRows + 4, kPlaces = 4;  // of sums
-  static constexpr int kInbox = 2;                       // tiles' sums of the other block
-  static constexpr int kInboxTile = 4 * 8 * kTiles * kRows;
-  static constexpr int kSignals = 128;  // bytes
+  // Sums: of tiles that are under way; tiles that are finished together.
+  static constexpr int kPitch = kRows + 4, kPlaces = 4, kRound = 2;
+  static constexpr int kInboxTile = 4 * 8 * kTiles * kRows;      // the other block's sums
+  static constexpr int kSignals = 8 * (2 * 2 + 2 * 8 * kTiles);  // bytes
+  static constexpr int kRoundColumns = 128, kRoundBytes = 2 * kRoundColumns;  // of x, at once
+  static_assert(kRoundBytes <= kPlaces * 4 * kPitch, "x in the places of sums");
 
   static int shared_bytes(int tokens, int warps, int split) {
     const int sums = kPlaces * warps * tokens * kPitch * 4;
-    return warps * kStages * kStage + sums + (split > 1 ? kInbox * kInboxTile : 0) + kSignals;
+    return warps * kStages * kStage + sums + (split > 1 ? 2 * kInboxTile : 0) + kSignals;
   }
 };
 
@@ -99,51 +101,75 @@ struct SkinnyStillWarp {
 
   // ---- activations, once ------------------------------------------------------------------------
 
-  // Asked for in one go: what is beyond k is not used.
-  PYFMT_DEVICE void ask_for_x(const uint16_t* const (&rows)[kTiles][kSlots]) {
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-      for (int s = 0; s < kSpan; ++s) {
-#pragma unroll
-        for (int u = 0; u < W::kUnits; ++u) {
-#pragma unroll
-          for (int i = 0; i < D::kPairs; i += 4) {
-            const uint4 q = load_once16(rows[j][s / kSteps] + s % kSteps * W::kStep +
-                                        W::unit_start(0, u) + 2 * i);
-            x[j][s][u][i] = q.x;
-            x[j][s][u][i + 1] = q.y;
-            x[j][s][u][i + 2] = q.z;
-            x[j][s][u][i + 3] = q.w;
-          }
-        }
-      }
-    }
-  }
-  // Where this lane's are. Tokens beyond the last are read as the last: what they give is never
-  // stored.
+  // Two tokens by 128 columns a load; what is beyond k is not used.
+  static constexpr int kRounds = Still::kColumns / Still::kRoundColumns, kLoads = 4 * kTiles;
+  static_assert(W::kStep == Still::kRoundColumns, "a step of x at a time");
+
+  PYFMT_DEVICE uint32_t* raw(int round, int load) { return x[load / 4][round][load % 4]; }
+
   PYFMT_DEVICE void find_x(int first_token, int tokens,
-                           const uint16_t* (&rows)[kTiles][kSlots]) const {
+                           const uint16_t* (&rows)[kLoads][kSlots]) const {
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int token = first_token + min(8 * j + (lane >> 2), tokens - 1);
+    for (int j = 0; j < kLoads; ++j) {
+      const int token = first_token + min(2 * j + (lane >> 4), tokens - 1);
 #pragma unroll
       for (int v = 0; v < kSlots; ++v) {
         const int column = min(first_column + v * Still::kSlotColumns, p.k - Still::kSlotColumns);
         rows[j][v] = static_cast<const uint16_t*>(p.x) + int64_t(token) * p.x_stride + column +
-                     W::unit_start(t, 0);
-        keep(rows[j][v]);
+                     8 * (lane & 15);
       }
     }
   }
-  PYFMT_DEVICE void order_x() {
+  PYFMT_DEVICE void ask_for_x(const uint16_t* const (&rows)[kLoads][kSlots], int tokens) {
 #pragma unroll
-    for (int i = 0; i < kTiles * kSpan * W::kUnits; ++i) {
-      uint32_t (&pairs)[D::kPairs] = x[i / W::kUnits / kSpan][i / W::kUnits % kSpan][i % W::kUnits];
-      uint32_t raw[D::kPairs];
+    for (int s = 0; s < kRounds; ++s) {
 #pragma unroll
-      for (int j = 0; j < D::kPairs; ++j) raw[j] = pairs[j];
-      order_pairs<D>(raw, pairs);
+      for (int j = 0; j < kLoads; ++j) {
+        if (2 * j >= tokens) break;
+        const uint4 q = load_once16(rows[j][s / kSteps] + s % kSteps * Still::kRoundColumns);
+        uint32_t* const words = raw(s, j);
+        words[0] = q.x;
+        words[1] = q.y;
+        words[2] = q.z;
+        words[3] = q.w;
+      }
+    }
+  }
+  // Sixteen bytes of a token in `room`, placed against conflicts.
+  PYFMT_DEVICE static unsigned x_place(int token, int chunk) {
+    const int turn = W::kVectors == 2 ? token & 1 : chunk >> 3 ^ (token & 1) << 1;
+    return unsigned(Still::kRoundBytes * token + 16 * (chunk ^ turn));
+  }
+  // From lane to lane. Tokens beyond the last are as the last: what they give is never stored.
+  PYFMT_DEVICE void turn_x(SharedAddress room, int tokens) {
+#pragma unroll
+    for (int s = 0; s < kRounds; ++s) {
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        if (2 * j >= tokens) break;
+        const uint32_t* const words = raw(s, j);
+        store_shared16(room + x_place(min(2 * j + (lane >> 4), tokens - 1), lane & 15),
+                       make_uint4(words[0], words[1], words[2], words[3]));
+      }
+      warp_barrier();
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const int token = min(8 * j + (lane >> 2), tokens - 1);
+#pragma unroll
+        for (int u = 0; u < W::kUnits; ++u) {
+          uint32_t raw[D::kPairs];
+#pragma unroll
+          for (int i = 0; i < D::kPairs; i += 4) {
+            const uint4 q = load_shared16(room + x_place(token, W::unit_start(t, u) / 8 + i / 4));
+            raw[i] = q.x;
+            raw[i + 1] = q.y;
+            raw[i + 2] = q.z;
+            raw[i + 3] = q.w;
+          }
+          order_pairs<D>(raw, x[j][s][u]);
+        }
+      }
+      warp_barrier();
     }
   }
 
@@ -281,169 +307,129 @@ struct SkinnyStillWarp {
   }
 };
 
-// Four elements to a place aligned to all of them.
-PYFMT_DEVICE void store_four(void* out, DType dtype, int64_t i, const float (&v)[4]) {
-  if (dtype == DType::kFP32) {
-    *reinterpret_cast<uint4*>(static_cast<uint32_t*>(out) + i) =
-        make_uint4(canonical(v[0]), canonical(v[1]), canonical(v[2]), canonical(v[3]));
-  } else {
-    const bool bf16 = dtype == DType::kBF16;
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out) + i) = make_uint2(
-        bf16 ? to_halves<DType::kBF16>(v[0], v[1]) : to_halves<DType::kFP16>(v[0], v[1]),
-        bf16 ? to_halves<DType::kBF16>(v[2], v[3]) : to_halves<DType::kFP16>(v[2], v[3]));
-  }
-}
-
-// Sums of the warps to y, a tile at a time.
+// Sums of the warps to y, a round of two tiles at a time: a warp takes a token, a lane a row.
 template <class Still>
 struct SkinnyStillSums {
-  static constexpr int kTiles = Still::kTiles, kPlaces = Still::kPlaces;
-  using Sums = float[kTiles][4];  // four rows of a token
+  static constexpr int kPlaces = Still::kPlaces, kRound = Still::kRound, kRows = Still::kRows;
 
   const SkinnyParams& p;
-  const int tokens, warps, rank, first_token, first_tile, count;  // count: of tiles
+  const int tokens, warps, me, rank, first_token, first_tile, count;  // count: of tiles
   const SharedAddress places, inbox, signals;
-  const int bytes;  // of a warp's place
+  const int bytes;  // of a warp's sums of a tile
+  int token;        // whose sums this warp adds up next
+  int waits = -1;   // the round of which the other block's are to come
+  float kept = 0;
 
   PYFMT_DEVICE SharedAddress place(int i, int warp) const {
-    return places + unsigned(((i & (kPlaces - 1)) * warps + warp) * bytes);
+    return places + unsigned((warp * kPlaces + (i & (kPlaces - 1))) * bytes);
   }
-  PYFMT_DEVICE SharedAddress written(int i) const {
-    return signals + unsigned(8 * (i & (kPlaces - 1)));
+  PYFMT_DEVICE SharedAddress written(int r) const { return signals + unsigned(8 * (r & 1)); }
+  PYFMT_DEVICE SharedAddress taken(int r) const { return signals + unsigned(16 + 8 * (r & 1)); }
+  PYFMT_DEVICE SharedAddress sent(int r, int token) const {
+    return signals + unsigned(32 + 8 * (2 * token + (r & 1)));
   }
-  PYFMT_DEVICE SharedAddress taken(int i) const { return written(i) + 8 * kPlaces; }
-  PYFMT_DEVICE static unsigned round(int i) { return unsigned(i) / kPlaces; }
-  // The other block's sums are there; it may send those of four tiles later.
-  PYFMT_DEVICE SharedAddress sent(int i) const {
-    return signals + unsigned(16 * kPlaces + 4 * (i & 2));
-  }
-  PYFMT_DEVICE SharedAddress room(int i) const { return sent(i) + 16; }
 
   // All threads of the block, or of the cluster.
   PYFMT_DEVICE void meet() const {
-    if (threadIdx.x == 0) {
-#pragma unroll
-      for (int i = 0; i < kPlaces; ++i) {
-        signal_init(written(i), warps);
-        signal_init(taken(i), 1);
-      }
-      if (p.split > 1) {
-#pragma unroll
-        for (int i = 0; i < 4; i += 2) {
-          signal_init(sent(i), 1);
-          signal_init(room(i), 1);
-        }
-        signal_init_fence();
-      }
-    }
+    const int i = int(threadIdx.x);
+    if (i < 2) signal_init(written(i), warps);
+    if (i >= 2 && i < 4) signal_init(taken(i), tokens);
     if (p.split > 1) {
+      if (i < 2 * tokens) signal_init(sent(i, i >> 1), 1);
+      signal_init_fence();
       cluster_barrier();
     } else {
       block_barrier();
     }
   }
 
-  // An address, once what this warp has read for s is there: an arrival does not wait for reads
-  // under way, and what they read may be written over after it.
-  PYFMT_DEVICE SharedAddress after(SharedAddress signal, const Sums& s) const {
-    const uint32_t nothing = uint32_t(p.n) >> 31;
-    uint32_t words = 0;
-#pragma unroll
-    for (int i = 0; i < 4 * kTiles; ++i) words |= as_uint(s[i / 4][i % 4]);
-    return signal + (words & nothing);
+  // Before a warp stores its sums of tile i, and after.
+  PYFMT_DEVICE void wait_for_place(int i) const {
+    const int r = i / kRound;
+    if (i % kRound == 0 && r >= 2) signal_wait(taken(r), unsigned(r / 2 - 1));
+  }
+  PYFMT_DEVICE void stored(int i) const {
+    if (i % kRound == 0 && i + 1 < count) return;
+    warp_barrier();
+    if ((threadIdx.x & 31) == 0) signal_arrive(written(i / kRound));
   }
 
-  // A lane has four rows of a token; where there are few tokens, of a share of the warps.
-  struct Lane {
-    int line, at_once, token, share;
-
-    PYFMT_DEVICE explicit Lane(int tokens) {
-      const int lane = int(threadIdx.x & 31);
-      line = 4 * (lane & 3);
-      at_once = tokens > 4 ? 8 : tokens > 2 ? 4 : tokens;
-      token = (lane >> 2) & (at_once - 1);
-      share = (lane >> 2) / at_once;
+  // What follows tile i. A tile later than possible, so that nobody waits for the slowest warp or
+  // for the other block.
+  PYFMT_DEVICE void follow(int i, float factor) {
+    if (i % kRound) {
+      receive(factor);
+    } else if (i) {
+      finish(i / kRound - 1, factor);
     }
-  };
+  }
+  PYFMT_DEVICE void end(float factor) {
+    finish((count - 1) / kRound, factor);
+    receive(factor);
+  }
 
-  // Some time after tile i, by warp i modulo `warps`.
-  PYFMT_DEVICE void finish(int i, float factor) const {
-    const Lane lane(tokens);
-    const bool ours = p.split == 1 || (i & 1) == rank;
-    signal_wait(written(i), round(i));
-    Sums s = {};
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int token = min(8 * j + lane.token, tokens - 1), shares = 8 / lane.at_once;
-      SharedAddress at = place(i, lane.share) + unsigned(4 * (token * Still::kPitch + lane.line));
-#pragma unroll 4
-      for (int w = lane.share; w < warps; w += shares) {
-        add(s[j], at);
-        at += unsigned(shares * bytes);
-      }
-      // The same bits in all shares.
+  PYFMT_DEVICE void finish(int r, float factor) {
+    receive(factor);
 #pragma unroll 1
-      for (int far = 4 * lane.at_once; far < 32; far *= 2) {
+    for (; token < tokens; token += warps) add_up(r, factor);
+    // The blocks of a cluster meet token by token; else warps take turns.
+    token = p.split > 1 ? me : token - tokens;
+  }
+  PYFMT_DEVICE void add_up(int r, float factor) {
+    const int lane = int(threadIdx.x & 31), i = kRound * r + (lane >> 4), row = lane & 15;
+    signal_wait(written(r), unsigned(r / 2));
+    SharedAddress at = place(i, 0) + unsigned(4 * (token * Still::kPitch + row));
+    float s = 0;
+    if (i < count) {
+#pragma unroll 1
+      for (int w = 0; w < warps; w += 8) {
+        float v[8];
 #pragma unroll
-        for (int c = 0; c < 4; ++c) s[j][c] = s[j][c] + as_float(lane_xor(as_uint(s[j][c]), far));
+        for (int j = 0; j < 8; ++j) {
+          v[j] = w + j < warps ? as_float(load_small<4>(at)) : 0.0f;
+          at += unsigned(kPlaces * bytes);
+        }
+        s = s + (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
       }
     }
     warp_barrier();
-    if ((threadIdx.x & 31) == 0) signal_arrive(after(taken(i), s));
-    if (!ours) {
-      send(i, s);
+    // An arrival does not wait for reads under way, and what they read may be written over after
+    // it: hence the address that depends on them.
+    if (lane == 0) signal_arrive(taken(r) + (as_uint(s) & uint32_t(p.n) >> 31));
+    if (p.split == 1) {
+      if (i < count) write(i, row, s, factor);
       return;
     }
-    if (p.split > 1) receive(i, s);
-    write(i, lane, s, factor);
-  }
-
-  PYFMT_DEVICE static void add(float (&s)[4], SharedAddress at) {
-    const uint4 v = load_shared16(at);
-    s[0] = s[0] + as_float(v.x);
-    s[1] = s[1] + as_float(v.y);
-    s[2] = s[2] + as_float(v.z);
-    s[3] = s[3] + as_float(v.w);
-  }
-
-  // The blocks of a cluster finish tiles in turn.
-  PYFMT_DEVICE SharedAddress inbox_of(int i) const {
-    return inbox + unsigned((i >> 1 & 1) * Still::kInboxTile + 16 * int(threadIdx.x & 31));
-  }
-  PYFMT_DEVICE void send(int i, const Sums& s) const {
-    const int turn = i >> 2, owner = i & 1;
-    if (turn) signal_wait(room(i), unsigned(turn - 1));
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      send16(address_in_block(inbox_of(i) + unsigned(512 * j), owner), s[j],
-             address_in_block(sent(i), owner));
+    // Each block finishes one of the tiles. There is room: the other block's warp has read what was
+    // sent two rounds ago before it sent what this one has just received.
+    const int owner = lane >> 4;
+    if (owner != rank && i < count) {
+      send4(address_in_block(inbox_of(r, row), owner), s, address_in_block(sent(r, token), owner));
     }
-  }
-  PYFMT_DEVICE void receive(int i, Sums& s) const {
-    const bool first = (threadIdx.x & 31) == 0;
-    if (first) signal_expect(sent(i), 512 * kTiles);
-    signal_wait(sent(i), unsigned(i >> 2));
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) add(s[j], inbox_of(i) + unsigned(512 * j));
-    warp_barrier();
-    // Only where the other block waits for it: else it might have ended.
-    if (first && i + 4 < count) signal_arrive_there(after(address_in_block(room(i), 1 - rank), s));
+    kept = s;
+    waits = kRound * r + rank < count ? r : -1;
   }
 
-  PYFMT_DEVICE void write(int i, const Lane& lane, const Sums& s, float factor) const {
-    const int row = Still::kRows * (first_tile + i) + lane.line;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      const int token = 8 * j + lane.token;
-      if (lane.share || token >= tokens) continue;
-      float y[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        y[c] = s[j][c] * factor;
-        if (p.bias) y[c] = y[c] + load_element(p.bias, p.bias_dtype, row + c);
-      }
-      store_four(p.out, p.out_dtype, int64_t(first_token + token) * p.n + row, y);
+  PYFMT_DEVICE SharedAddress inbox_of(int r, int row) const {
+    return inbox + unsigned((r & 1) * Still::kInboxTile + 4 * (token * kRows + row));
+  }
+  PYFMT_DEVICE void receive(float factor) {
+    if (waits < 0) return;
+    const int lane = int(threadIdx.x & 31), row = lane & 15;
+    if (lane == 0) signal_expect(sent(waits, token), 4 * kRows);
+    signal_wait(sent(waits, token), unsigned(waits / 2));
+    if (lane >> 4 == rank) {
+      const float other = as_float(load_small<4>(inbox_of(waits, row)));
+      write(kRound * waits + rank, row, kept + other, factor);
     }
+    waits = -1;
+  }
+
+  PYFMT_DEVICE void write(int i, int row, float s, float factor) const {
+    const int n = kRows * (first_tile + i) + row;
+    float y = s * factor;
+    if (p.bias) y = y + load_element(p.bias, p.bias_dtype, n);
+    store_element(p.out, p.out_dtype, int64_t(first_token + token) * p.n + n, y);
   }
 };
 
@@ -463,10 +449,10 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W, kTiles>::kMostWarps, 1)
   const SharedAddress places = base + unsigned(warps * kStages * Still::kStage);
   const int bytes = 4 * tokens * Still::kPitch;
   const SharedAddress inbox = places + unsigned(Still::kPlaces * warps * bytes);
-  const SharedAddress signals =
-      inbox + unsigned(p.split > 1 ? Still::kInbox * Still::kInboxTile : 0);
-  const SkinnyStillSums<Still> sums{p,     tokens, warps, rank,    first_token, first_tile,
-                                    count, places, inbox, signals, bytes};
+  const SharedAddress signals = inbox + unsigned(p.split > 1 ? 2 * Still::kInboxTile : 0);
+  SkinnyStillSums<Still> sums{p,     tokens, warps, me,      rank,  first_token, first_tile,
+                              count, places, inbox, signals, bytes, me};
+
   // The ring is filled but for the slot that was used last.
   const SharedAddress ring = base + unsigned(me * kStages * Still::kStage);
   const SharedAddress last = ring + unsigned((kStages - 1) * Still::kStage);
@@ -491,23 +477,19 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W, kTiles>::kMostWarps, 1)
   };
   // Few of them first: activations must not wait behind them.
   fill_to(min(p.early, kSlots * kStages - 1));
-  const uint16_t* rows[kTiles][kSlots];
+  const uint16_t* rows[Warp::kLoads][kSlots];
   warp.find_x(first_token, tokens, rows);
   sums.meet();
   wait_for_earlier_launch();
   allow_next_launch();
-  warp.ask_for_x(rows);
+  warp.ask_for_x(rows, tokens);
   const float tensor_scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
   fill_to(kSlots * kStages - 1);
-  warp.order_x();
+  warp.turn_x(sums.place(0, me), tokens);
 
   const SharedAddress mine =
       sums.place(0, me) + unsigned(4 * (2 * warp.t * Still::kPitch + (warp.lane >> 2)));
-  int next_mine = me;  // the next tile that this warp finishes
-  const auto finish = [&] {
-    sums.finish(next_mine, tensor_scale * float(1 << W::D::kDown));
-    next_mine += warps;
-  };
+  const auto factor = [&] { return tensor_scale * float(1 << W::D::kDown); };
   SharedAddress before = last;
   stage = ring;
 #pragma unroll 1
@@ -527,15 +509,12 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W, kTiles>::kMostWarps, 1)
     }
     before = stage;
     stage = stage == last ? ring : stage + unsigned(Still::kStage);
-    if (i >= Still::kPlaces) signal_wait(sums.taken(i), sums.round(i) - 1);
-    warp.store_sums(mine + unsigned((i & (Still::kPlaces - 1)) * warps * bytes), tokens);
-    warp_barrier();
-    if (warp.lane == 0) signal_arrive(sums.written(i));
-    // A tile later, so that nobody waits for the slowest warp; two where the other block's sums
-    // have to come.
-    if (next_mine == i - 1 - (p.split > 1 && next_mine % 2 == rank)) finish();
+    sums.wait_for_place(i);
+    warp.store_sums(mine + unsigned((i & (Still::kPlaces - 1)) * bytes), tokens);
+    sums.stored(i);
+    sums.follow(i, factor());
   }
-  if (next_mine < count) finish();
+  sums.end(factor());
 }
 
 }  // namespace cuda

@@ -277,29 +277,19 @@ PYFMT_DEVICE void signal_expect(SharedAddress signal, int bytes) {
   emulation::signal(signal).arrive();
 #endif
 }
-// Four numbers to an address_in_block, counted by a signal there when they have arrived.
-PYFMT_DEVICE void send16(SharedAddress there, const float (&v)[4], SharedAddress signal) {
+// A number to an address_in_block, counted by a signal there when it has arrived.
+PYFMT_DEVICE void send4(SharedAddress there, float v, SharedAddress signal) {
 #if defined(__CUDA_ARCH__)
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, "
-      "[%5];" ::"r"(there),
-      "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(signal)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
+      "f"(v), "r"(signal)
       : "memory");
 #elif !defined(__CUDACC__)
-  memcpy(reinterpret_cast<void*>(there), v, 16);
-  emulation::signal(signal).bytes -= 16;
+  memcpy(reinterpret_cast<void*>(there), &v, 4);
+  emulation::signal(signal).bytes -= 4;
   emulation::signal(signal).step();
 #endif
 }
-// At a signal of another block, by its address_in_block.
-PYFMT_DEVICE void signal_arrive_there(SharedAddress signal) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(signal) : "memory");
-#elif !defined(__CUDACC__)
-  emulation::signal(signal).arrive();
-#endif
-}
-
 struct ClusterLaunch {
   int64_t clusters = 0;
   int cluster = 1, tiles = 1, threads = 0, shared = 0;
