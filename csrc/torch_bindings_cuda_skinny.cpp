@@ -10,7 +10,7 @@ using namespace tensors;
 
 Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
                      std::optional<Tensor> w_tensor_scale, std::string w_format, int64_t k,
-                     std::optional<Tensor> bias, ScalarType dtype, bool,
+                     std::optional<Tensor> bias, ScalarType dtype, bool batch_invariant,
                      std::optional<std::vector<int64_t>> plan) {
   const FormatSpec f = get_format(w_format);
   options::expect(cuda::skinny_serves(f), "w_format: the kernel for few tokens does not serve ",
@@ -69,10 +69,14 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
   }
   a.out = out.mutable_data_ptr();
   a.out_dtype = dtype_of("dtype", dtype);
+  a.batch_invariant = batch_invariant;
   if (plan) {
-    options::expect(plan->size() == 2, "plan: expected two numbers, got ", int64_t(plan->size()));
+    options::expect(plan->size() >= 2 && plan->size() <= 4, "plan: expected two to four numbers, ",
+                    "got ", int64_t(plan->size()));
     a.blocks = int((*plan)[0]);
     a.overlap = (*plan)[1] != 0;
+    if (plan->size() > 2) a.split = int((*plan)[2]);
+    if (plan->size() > 3) a.early = int((*plan)[3]);
   }
   cuda::matmul_skinny(a, device.stream);
   return out;
@@ -83,7 +87,8 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
 
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   // plan: for measurements; blocks that share the rows (0: chosen), whether to start before the
-  // launch ahead ends.
+  // launch ahead ends, blocks that share k where activations stay in registers (0: chosen, -1: no
+  // such kernel).
   m.def(
       "_matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, "
       "str w_format, int k, Tensor? bias, ScalarType dtype, bool batch_invariant=False, "

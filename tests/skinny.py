@@ -33,6 +33,7 @@ class Skinny:
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         plan: list[int] | None = None,
+        invariant: bool = False,
     ) -> torch.Tensor:
         codes, scales, tensor_scale, fmt = weight
 
@@ -43,7 +44,7 @@ class Skinny:
         bias = None if bias is None else bias.to(self.device)
         return self.ops._matmul_skinny(
             x.to(self.device), there(codes), there(scales), one, fmt.key, x.shape[1], bias, dtype,
-            False, plan,
+            invariant, plan,
         )  # fmt: skip
 
 
@@ -206,10 +207,11 @@ def same_in_every_batch(op: Skinny, name: str, n: int, k: int, sizes: tuple[int,
     fmt = get_format(name)
     *parts, _ = weights(fmt, n, k)
     x = tokens(max(sizes), k, torch.bfloat16)
-    whole = op(x, *parts, fmt)
-    assert torch.equal(whole, op(x, *parts, fmt)), "two runs differ"
+    whole = op(x, *parts, fmt, invariant=True)
+    assert torch.equal(whole, op(x, *parts, fmt, invariant=True)), "two runs differ"
     for m in sizes:
-        assert torch.equal(op(x[:m], *parts, fmt), whole[:m]), f"{name}: batch of {m} differs"
+        got = op(x[:m], *parts, fmt, invariant=True)
+        assert torch.equal(got, whole[:m]), f"{name}: batch of {m} differs"
 
 
 def same_by_few_blocks(op: Skinny, name: str, n: int, k: int, sizes: tuple[int, ...]) -> None:
@@ -217,8 +219,30 @@ def same_by_few_blocks(op: Skinny, name: str, n: int, k: int, sizes: tuple[int, 
     fmt = get_format(name)
     *parts, _ = weights(fmt, n, k)
     x = tokens(max(sizes), k, torch.bfloat16)
-    whole = op(x, *parts, fmt, plan=[1 << 20, 0])
+    whole = op(x, *parts, fmt, plan=[1 << 20, 0, -1])
     for m in sizes:
         for blocks in (1, 2):
-            got = op(x[:m], *parts, fmt, plan=[blocks, 0])
+            got = op(x[:m], *parts, fmt, plan=[blocks, 0, -1])
             assert torch.equal(got, whole[:m]), f"{name}: {m} tokens by {blocks} blocks differ"
+
+
+def activations_in_registers(op: Skinny, name: str) -> None:
+    """Shapes that the kernel of matmul_skinny_still.cuh serves: parts of k, rounds, two blocks."""
+    for m, n, k, plan in (
+        (1, 128, 256, [0, 1, 0]),
+        (8, 208, 1536, [1, 1, 0]),
+        (6, 128, 768, [3, 0, 1]),
+        (3, 272, 2816, [2, 1, 2]),
+        (7, 256, 7168, [4, 1, 2]),
+        (4, 160, 4352, [2, 1, 2]),
+        (5, 128, 8448, [2, 1, 0]),
+    ):
+        exact_integers(op, name, m, n, k, plan=plan)
+    fmt = get_format(name)
+    *parts, w = weights(fmt, 176, 1280)
+    for m, plan in ((6, [1, 1, 0]), (2, [2, 1, 2]), (5, [2, 1, 1]), (3, [2, 0, 2])):
+        x = tokens(m, 1280, torch.bfloat16)
+        first = op(x, *parts, fmt, plan=plan)
+        assert worst_error(first, x, w) <= C, f"{name}: {m} tokens, {plan}"
+        for _ in range(3):
+            assert torch.equal(first, op(x, *parts, fmt, plan=plan)), f"{name}: two runs differ"

@@ -81,6 +81,14 @@ def test_blocks_with_many_rows(op: Skinny, name: str) -> None:
     skinny.exact_integers(op, name, 3, 260, 256, plan=[1, 0])
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if get_format(name).bits == 4])
+def test_activations_in_registers(op: Skinny, name: str) -> None:
+    skinny.activations_in_registers(op, name)
+    if get_format(name).scale == "e8m0":
+        for among in ((0, 120, 127), (5, 140), (200, 254)):
+            skinny.decodes_like_the_reference(op, name, 128, 256, torch.bfloat16, among, 16)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [1, 33, 100, 144])
 def test_any_length_of_row(op: Skinny, name: str, k: int) -> None:

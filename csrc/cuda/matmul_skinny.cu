@@ -22,20 +22,36 @@ SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
   return {};
 }
 
-// The kernel that holds all activations, where it can and pays; else none. longest: steps of a
-// part.
-SkinnyKernel find_held(const SkinnyArgs& a, int longest, int64_t blocks) {
+// The kernel whose activations stay in registers, where it can.
+bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   const bool fine = a.format.scale == Scale::kE4M3;
-  if (a.k % 128 != 0 || reinterpret_cast<uintptr_t>(a.scales) % (fine ? 8 : 4) != 0) return {};
-  const SkinnyKernel one = find_kernel(a.format, 8, Inputs::kHeld);
-  if (!one.run || one.held(int(a.m), longest) > kMostShared) return {};
-  const int64_t tiles = (a.n + one.strip - 1) / one.strip;
-  // Short launches gain by blocks of the next one beside them.
-  const SkinnyKernel two = find_kernel(a.format, 8, Inputs::kHeldTwice);
-  const bool is_short = tiles * ((longest + 1) / 2) <= 4 * blocks;
-  if (is_short && two.held(int(a.m), longest) <= kMostShared / 2 - 1024) return two;
-  // Where a warp has few tiles, more than two tokens of E8M0 take longer to bring than they save.
-  return a.m <= 2 || fine || tiles > 8 * blocks ? one : SkinnyKernel{};
+  if (a.batch_invariant || a.split < 0 || a.m > 8 || a.k % 256 != 0 || a.n % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(a.scales) % (fine ? 16 : 8) != 0) {
+    return false;
+  }
+  const SkinnyKernel kernel = find_kernel(a.format, int(a.m), Inputs::kStill);
+  if (!kernel.run) return false;
+  const int parts = int((a.k + kernel.columns - 1) / kernel.columns);
+  p.split = a.split ? a.split : parts > 16 ? 2 : 1;
+  const int warps = (parts + p.split - 1) / p.split;
+  ClusterLaunch l;
+  l.shared = kernel.still(int(a.m), warps, p.split);
+  if (warps > 16 || (p.split > 1 && warps < a.m) || p.split > 2 || l.shared > kMostShared)
+    return false;
+  // Where two blocks fit a multiprocessor and each has work, one begins while the other ends.
+  const int64_t tiles = a.n / 16, places = multiprocessors();
+  const bool two = warps <= 8 && 2 * (l.shared + 1024) <= 228 * 1024 && tiles >= 6 * places;
+  l.cluster = p.split;
+  l.clusters = std::min(tiles, (a.blocks ? a.blocks : two ? 2 * places : places) / p.split);
+  p.even_tiles = int(tiles / l.clusters);
+  p.longer_blocks = int(tiles % l.clusters);
+  p.tile_tokens = int(a.m);
+  // Many copies ahead of activations hold these up; where a block has little to do they are all.
+  p.early = a.early ? a.early : tiles <= 2 * l.clusters ? 99 : 1;
+  l.overlap = a.overlap;
+  l.threads = 32 * warps;
+  launch_clusters(kernel.run, l, stream, p);
+  return true;
 }
 
 }  // namespace
@@ -80,26 +96,21 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   const Inputs inputs = guard                      ? Inputs::kGuarded
                         : p.terms == 1 && p.x_wide ? Inputs::kBF16
                                                    : Inputs::kAny;
+  if (inputs == Inputs::kBF16 && launch_still(a, p, stream)) return;
   const int columns = int(std::min<int64_t>(a.m * p.terms, 64));
   SkinnyKernel kernel = find_kernel(a.format, columns, inputs);
   p.strips = (p.n + kernel.strip - 1) / kernel.strip;
   const int steps = (int(a.format.padded(a.k)) + kernel.step - 1) / kernel.step;
-  const int longest = (steps + kernel.parts - 1) / kernel.parts;
   if (inputs == Inputs::kBF16 && columns <= 8 && a.k % 8 == 0) {
     const int64_t blocks = a.blocks ? a.blocks : multiprocessors();
-    const SkinnyKernel held = find_held(a, longest, blocks);
-    if (held.run) {
-      kernel = held;
-      p.strips = (p.n + kernel.strip - 1) / kernel.strip;
-    } else if (p.strips > 5 * std::min<int64_t>(blocks, p.strips)) {
-      // With many strips a block it pays that warps do not wait for each other.
+    // With many strips a block it pays that warps do not wait for each other.
+    if (p.strips > 5 * std::min<int64_t>(blocks, p.strips)) {
       const SkinnyKernel found = find_kernel(a.format, columns, Inputs::kLong);
       if (found.run) kernel = found;
     }
   }
   // As many tokens at once as there are columns and shared memory for.
   const auto shared = [&](int tokens) {
-    if (kernel.held) return kernel.held(tokens, longest);
     if (kernel.shared) return kernel.shared(tokens);
     const int sums = 4 * tokens * p.terms * (kernel.strips * kernel.strip + 4);
     p.slot = std::max(kernel.codes + kernel.step * tokens * int(x_bytes), (sums + 15) / 16 * 16);
@@ -131,8 +142,6 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   l.shared = shared(p.tile_tokens);
   const int at_once = kernel.blocks * (l.shared + 1024) <= 228 * 1024 ? kernel.blocks : 1;
   l.clusters = std::min(p.strips, a.blocks ? a.blocks : at_once * multiprocessors());
-  p.even_tiles = int(p.strips / l.clusters);
-  p.longer_blocks = int(p.strips % l.clusters);
   l.overlap = a.overlap;
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
   l.threads = 32 * kernel.warps;

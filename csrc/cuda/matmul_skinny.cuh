@@ -15,8 +15,8 @@
 // sum does nothing: hence one rolled loop, and copies that start before the launch ahead ends.
 #pragma once
 
-#include "matmul_skinny_held.cuh"
 #include "matmul_skinny_long.cuh"
+#include "matmul_skinny_still.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -193,8 +193,9 @@ struct SkinnyKernel {
   void (*run)(SkinnyParams) = nullptr;
   int step = 0, depth = 0, codes = 0, scales = 0, strip = 0, strips = 0, warps = 0, parts = 0,
       blocks = 0, tiles = 0;
-  int (*shared)(int tokens) = nullptr;             // of blocks with many rows
-  int (*held)(int tokens, int longest) = nullptr;  // with all activations of parts so long
+  int (*shared)(int tokens) = nullptr;  // of blocks with many rows
+  int columns = 0;                      // of a warp that keeps its activations
+  int (*still)(int tokens, int warps, int split) = nullptr;
 };
 
 template <class W, int kTiles, Inputs kInputs>
@@ -225,22 +226,20 @@ SkinnyKernel describe_skinny_long() {
   return kernel;
 }
 
-template <class W, int kSlots>
-SkinnyKernel describe_skinny_held() {
+template <class W>
+SkinnyKernel describe_skinny_still() {
   SkinnyKernel kernel;
-  if constexpr (SkinnyHeld<W, kSlots>::kServes) {
-    kernel = describe_skinny<W, 1, Inputs::kBF16>();
-    kernel.run = skinny_held<W, kSlots>;
-    kernel.held = SkinnyHeld<W, kSlots>::shared_bytes;
-    kernel.strip = SkinnyHeld<W, kSlots>::kRows;
+  if constexpr (kStillServes<W>) {
+    kernel.run = skinny_still<W>;
+    kernel.columns = SkinnyStill<W>::kColumns;
+    kernel.still = SkinnyStill<W>::shared_bytes;
   }
   return kernel;
 }
 
 template <class W>
 SkinnyKernel skinny_kernel(int columns, Inputs inputs) {
-  if (inputs == Inputs::kHeld) return describe_skinny_held<W, 4>();
-  if (inputs == Inputs::kHeldTwice) return describe_skinny_held<W, 2>();
+  if (inputs == Inputs::kStill) return describe_skinny_still<W>();
   if (inputs == Inputs::kLong) return describe_skinny_long<W>();
   if (inputs == Inputs::kGuarded) return describe_skinny<W, 2, Inputs::kGuarded>();
   if (inputs == Inputs::kAny) {

@@ -21,8 +21,11 @@ struct SkinnyArgs {
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;  // (m, n) contiguous
   DType out_dtype = DType::kBF16;
+  bool batch_invariant = false;  // a token's bits do not depend on how many others there are
   // For measurements: blocks that share the rows; 0: chosen.
   int blocks = 0;
+  int split = 0;  // blocks that share k where activations stay in registers; below 0: none such
+  int early = 0;  // slots that such a kernel fills ahead of its activations; 0: chosen
   bool overlap = true;  // start before the launch ahead ends
 };
 

@@ -29,10 +29,12 @@ struct SkinnyParams {
   void* out = nullptr;
   DType out_dtype = DType::kBF16;
   int n = 0, k = 0;
-  int strips = 0;                         // of rows
-  int even_steps = 0, longer_parts = 0;   // of a warp's part of k; how many have one more
-  int even_tiles = 0, longer_blocks = 0;  // the same of strips and blocks (kHeld)
-  int slot = 0, terms_bytes = 0;          // of a step in shared memory; of its bfloat16 terms
+  int strips = 0;                        // of rows
+  int even_steps = 0, longer_parts = 0;  // of a warp's part of k; how many have one more
+  // kStill: tiles of a block, or of a cluster; how many have one more; blocks of a cluster, which
+  // share k; slots that are filled ahead of activations.
+  int even_tiles = 0, longer_blocks = 0, split = 1, early = 1;
+  int slot = 0, terms_bytes = 0;  // of a step in shared memory; of its bfloat16 terms
 };
 
 // The first step of a part of k.
@@ -43,9 +45,9 @@ PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
 enum class Grouping { kBlocks, kSteps, k32 };
 
 // kBF16: aligned bfloat16 activations; kAny: any; kGuarded: and rows or scales of any alignment.
-// kLong: as kBF16, up to 8 tokens, blocks with many rows. kHeld: as kBF16, all in shared memory;
-// kHeldTwice: so that two blocks fit a multiprocessor.
-enum class Inputs { kBF16, kAny, kGuarded, kLong, kHeld, kHeldTwice };
+// kLong: as kBF16, up to 8 tokens, blocks with many rows. kStill: as kBF16, up to 8 tokens that
+// stay in registers.
+enum class Inputs { kBF16, kAny, kGuarded, kLong, kStill };
 
 // E, its scales, and how groups with float scales divide a step: kBlocks for none.
 template <class E, Scale kScaleKind, Grouping kGroups>

@@ -223,7 +223,7 @@ PYFMT_DEVICE void signal_init(SharedAddress signal, int arrivals) {
 #if defined(__CUDA_ARCH__)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(signal), "r"(arrivals) : "memory");
 #elif !defined(__CUDACC__)
-  emulation::signal(signal) = {0, uint16_t(arrivals), uint16_t(arrivals)};
+  emulation::signal(signal) = {0, uint8_t(arrivals), uint8_t(arrivals), 0};
 #endif
 }
 PYFMT_DEVICE void signal_arrive(SharedAddress signal) {
@@ -247,6 +247,49 @@ PYFMT_DEVICE void signal_wait(SharedAddress signal, unsigned phase) {
 #endif
 }
 
+// ---- between the blocks of a cluster ------------------------------------------------------------
+
+// Signals that were initialized before this are seen by the cluster after its next barrier.
+PYFMT_DEVICE void signal_init_fence() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// The address of what lies in block `rank` where `mine` lies in this one.
+PYFMT_DEVICE SharedAddress address_in_block(SharedAddress mine, int rank) {
+#if defined(__CUDA_ARCH__)
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(mine), "r"(rank));
+  return there;
+#elif !defined(__CUDACC__)
+  return emulation::in_block(mine, rank);
+#else
+  return mine;
+#endif
+}
+// Arrives, and has the phase wait for `bytes` that another block sends.
+PYFMT_DEVICE void signal_expect(SharedAddress signal, int bytes) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(signal), "r"(bytes)
+               : "memory");
+#elif !defined(__CUDACC__)
+  emulation::signal(signal).bytes += bytes;
+  emulation::signal(signal).arrive();
+#endif
+}
+// A number to an address_in_block, counted by a signal there when it has arrived.
+PYFMT_DEVICE void send4(SharedAddress there, float v, SharedAddress signal) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(there),
+      "f"(v), "r"(signal)
+      : "memory");
+#elif !defined(__CUDACC__)
+  memcpy(reinterpret_cast<void*>(there), &v, 4);
+  emulation::signal(signal).bytes -= 4;
+  emulation::signal(signal).step();
+#endif
+}
 struct ClusterLaunch {
   int64_t clusters = 0;
   int cluster = 1, tiles = 1, threads = 0, shared = 0;

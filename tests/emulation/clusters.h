@@ -53,13 +53,19 @@ inline char* dynamic_shared() {
   return reinterpret_cast<char*>(cluster().shared.data()) +
          size_t(current_block()) * size_t(cluster().shared_bytes);
 }
-// A barrier in shared memory: phase counts how often all have arrived.
+// A barrier in shared memory: phase counts how often all have arrived, and the bytes that they
+// announced.
 struct Signal {
-  uint32_t phase;
-  uint16_t count, pending;
+  uint16_t phase;
+  uint8_t count, pending;
+  int32_t bytes;
 
   void arrive() {
-    if (--pending) return;
+    --pending;
+    step();
+  }
+  void step() {
+    if (pending || bytes) return;
     pending = count;
     ++phase;
   }
@@ -68,10 +74,12 @@ inline Signal& signal(uintptr_t at) {
   return *reinterpret_cast<Signal*>(at);
 }
 
+inline uintptr_t in_block(uintptr_t mine, int rank) {
+  return mine + uintptr_t(ptrdiff_t(rank - current_block()) * cluster().shared_bytes);
+}
 template <class T>
 const T* in_block(const T* mine, int rank) {
-  const ptrdiff_t far = ptrdiff_t(rank - current_block()) * cluster().shared_bytes;
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(mine) + far);
+  return reinterpret_cast<const T*>(in_block(reinterpret_cast<uintptr_t>(mine), rank));
 }
 
 inline Cluster::Lane* warp_lanes() {
