@@ -62,8 +62,13 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
   a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1)};
-  options::expect(!tile || tile >= 64 || f.scale == Scale::kE8M0 || f.scale == Scale::kE4M3,
+  const bool groups = f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
+  options::expect(!tile || tile >= 64 || !groups,
                   "tile: expected 64 rows or more for groups of integers, got ", tile);
+  options::expect(tile != 64 || groups || share == 2 || share == 4,
+                  "share: expected 2 or 4 with a tile of 64 rows, got ", share);
+  options::expect(split <= 2 || (tile <= 64 && !groups && (split == 4 || split == 8)),
+                  "split: expected 1 or 2, or 4 or 8 with a tile of 64 rows or less, got ", split);
   a.plan = cuda::matmul_wide_plan(a);
   Tensor aligned;  // x again, where its rows are not
   if (const int64_t bytes = cuda::matmul_wide_workspace(a)) {

@@ -119,7 +119,7 @@ def test_ragged_shapes(ops: Any, name: str) -> None:
 def test_every_tile(ops: Any, tile: int) -> None:
     for name in ("mxfp8_e4m3", "int8"):
         if tile not in ((16, 32, 192) if name == "int8" else (96,)):
-            check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1, 1))
+            check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1 + (tile == 64), 1))
 
 
 @pytest.mark.parametrize("name", [n for n in SERVED if get_format(n).scale in ("e8m0", "e4m3")])
@@ -133,7 +133,6 @@ def test_one_tile_of_256(ops: Any, name: str) -> None:
 @pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_clusters(ops: Any, share: int, split: int) -> None:
     for name, tile in (
-        ("mxfp4", 64),
         ("int4", 64),
         ("nvfp4", 128),
         ("mxint8", 128),
@@ -144,14 +143,19 @@ def test_clusters(ops: Any, share: int, split: int) -> None:
         check_sums(ops, Weights(name, 300, 1000), 70, plan=(tile, share, split))
 
 
-@pytest.mark.parametrize("share,split", [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (4, 2)])
+@pytest.mark.parametrize("share", [1, 2, 4])
+@pytest.mark.parametrize("split", [1, 2, 4, 8])
 def test_few_tokens(ops: Any, share: int, split: int) -> None:
     for name, tile, m, n, k in (
         ("mxfp4", 16, 9, 300, 2200),
         ("nvfp4", 32, 40, 257, 1100),
         ("mxint8", 32, 32, 40, 1001),
         ("mxfp6_e3m2", 32, 17, 70, 1304),
+        ("nvint4", 64, 70, 130, 1200),
+        ("mxfp8_e5m2", 64, 64, 64, 1000),
     ):
+        if tile == 64 and share == 1:
+            continue
         w = Weights(name, n, k)
         check_single_columns(ops, w, m, plan=(tile, share, split))
         check_sums(ops, w, m, plan=(tile, share, split))
@@ -198,7 +202,7 @@ def test_every_scale_and_code(ops: Any, name: str, tile: int) -> None:
     w.scales = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None], (256, 8)).copy()
     # A bfloat16 holds what a float32 does, but for the smallest magnitudes and NaN.
     want = w.decoded.T.astype(np.float32).astype(BF16).astype(np.float32)
-    got = w.times(ops, np.eye(256, dtype=np.float32), plan=(tile, 1, 1))
+    got = w.times(ops, np.eye(256, dtype=np.float32), plan=(tile, 1 + (tile == 64), 1))
     # NaN or infinity times zero is NaN: only rows of w without any can be compared.
     finite = np.isfinite(want).all(0)
     assert finite.sum() > 230
@@ -216,7 +220,7 @@ def test_codes_that_are_no_numbers(ops: Any, name: str) -> None:
     want = w.decoded[:, 40].astype(np.float32)
     assert np.isnan(want).any()
     for tile in (32, 64, 128, 192, 256):
-        got = w.times(ops, x, plan=(tile, 1, 1))[0]
+        got = w.times(ops, x, plan=(tile, 1 + (tile == 64), 1))[0]
         assert np.array_equal(got, want, equal_nan=True)
 
 
@@ -231,6 +235,9 @@ def test_a_poisoned_block_spoils_its_row(ops: Any) -> None:
 
 
 def test_what_it_refuses(ops: Any) -> None:
+    for name, plan in (("mxfp4", (64, 1, 1)), ("mxfp4", (128, 1, 4)), ("int4", (64, 1, 4))):
+        with pytest.raises(RuntimeError, match="expected .* with a tile of 64 rows"):
+            Weights(name, 16, 32).times(ops, np.ones((1, 32), np.float32), plan=plan)
     like = torch.empty(1)
     for name in SERVED:
         assert ops._matmul_wide_serves(like, name, 64, 64, 64) == ""
@@ -272,8 +279,12 @@ def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     groups = name.startswith("int")
     tiles = (64, 96, 128, 256) if groups else (16, 32, 64, 128, 192, 256)
     for tile in tiles[: 3 if name == "int8-b32-fp32" else 6]:
-        for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2)):
+        few = tile <= 64 and not groups
+        more = ((4, 4), (4, 8), (2, 4)) if few else ()
+        for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2), *more):
+            if tile == 64 and few and share == 1:
+                continue
             plan = (tile, share, split)
-            for m in (200, 300) if tile == 256 else (tile, 77) if tile < 64 else (200,):
+            for m in (200, 300) if tile == 256 else (tile, 77) if few else (200,):
                 check_single_columns(device_ops, w, m, plan=plan, device="cuda")
                 check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")

@@ -2,6 +2,7 @@
 // The host's side of matmul_wide.h: which formats and shapes, the plan, activations to read.
 #include "matmul_wide.cuh"
 #include "matmul_wide_panel.cuh"
+#include "matmul_wide_parts.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -25,7 +26,7 @@ Kernel find(const FormatSpec& f, Form form) {
 }
 // One tile of 256 rows has the panel cost more than what the shared form loses; more share it.
 Kernel find(const MatmulWideArgs& a) {
-  if (a.plan.tokens < 64) {
+  if (a.plan.tokens <= 64) {
     if (const Kernel tall = find(a.format, Form::kTall); tall.launch) return tall;
   }
   return find(a.format, a.plan.tokens == 256 && a.m <= 256 ? Form::kShared : Form::kTurns);
@@ -37,6 +38,13 @@ int64_t bytes_of_x(const MatmulWideArgs& a) {
     return panel_rows(a.m, a.plan.tokens) * ((a.k + kChunk - 1) / kChunk) * kChunk * 2;
   }
   return rows_aligned(a) ? 0 : (a.m * padded_row(a) * 2 + 15) / 16 * 16;
+}
+
+// And sums of parts of K, behind x.
+int64_t bytes_of_sums(const MatmulWideArgs& a) {
+  if (a.plan.split <= 2) return 0;
+  const int64_t rows = 64 * a.plan.share;
+  return a.plan.split * ((a.n + rows - 1) / rows * rows) * panel_rows(a.m, a.plan.tokens) * 4;
 }
 
 int device_number(cudaDeviceAttr what) {
@@ -58,19 +66,26 @@ int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
   return int(bits & (~bits + 1));
 }
 
-// Up to 32 rows of x: the warpgroups of a block have rows of w of their own, or take turns.
+// Up to 64 rows of x: the warpgroups of a block have rows of w of their own, or take turns. By
+// nanoseconds on an H200.
 WidePlan tall_plan(const MatmulWideArgs& a) {
   WidePlan best;
-  best.tokens = a.m <= 16 ? 16 : 32;
+  best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
   const int64_t chunks = (a.k + kChunk - 1) / kChunk, sms = multiprocessors();
   double least = 0;
   for (int share : {4, 2, 1}) {
-    for (int split : {1, 2}) {
+    if (share == 1 && best.tokens == 64) continue;  // too few stages of x
+    // What 64 rows of w take, of a chunk.
+    const double rows = best.tokens == 16   ? 200
+                        : best.tokens == 32 ? (share == 1 ? 255 : 210)
+                                            : (share == 2 ? 300 : 245);
+    for (int split : {1, 2, 4, 8}) {
       if (split > chunks) break;
       const int64_t blocks = (a.n + 64 * share - 1) / (64 * share) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      const double chunk = best.tokens == 16 ? 370.0 * share : 330.0 * share + 190;
-      const double cost = double(waves) * (double(chunks) / split * chunk + 8500 + 500 * split);
+      const double sums = split == 1 ? 0 : split == 2 ? 600 + 25 * best.tokens : 4000;
+      const double cost =
+          double(waves) * (double(chunks) / split * share * rows + 2000) + 3000 + sums;
       if (least != 0 && cost >= least) continue;
       least = cost;
       best.share = share;
@@ -83,8 +98,8 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
   if (!has_groups(a.format, a.format.element)) {
-    if (a.m <= 32) return tall_plan(a);
-    return cheapest_plan(a.m, a.n, a.k, {{64, 1000}, {128, 1600}, {192, 2100}, {256, 2600}});
+    if (a.m <= 64) return tall_plan(a);
+    return cheapest_plan(a.m, a.n, a.k, {{128, 1600}, {192, 2100}, {256, 2600}});
   }
   const int columns = int(a.format.block_columns);
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
@@ -125,7 +140,8 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
 
 int64_t matmul_wide_workspace(const MatmulWideArgs& a) {
   using namespace wide;
-  return bytes_of_x(a) + aligned_codes_bytes(a.codes, a.format.row_bytes(a.k), a.n);
+  return bytes_of_x(a) + bytes_of_sums(a) +
+         aligned_codes_bytes(a.codes, a.format.row_bytes(a.k), a.n);
 }
 
 void matmul_wide(const MatmulWideArgs& a, Stream stream) {
@@ -148,7 +164,10 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.n = int(a.n);
   p.tiles = int((a.k + kernel.columns - 1) / kernel.columns);
   p.share = a.plan.share;
-  p.split = a.plan.split;
+  const bool apart = a.plan.split > 2;  // parts of K, by blocks that do not meet
+  p.split = apart ? 1 : a.plan.split;
+  p.parts = apart ? a.plan.split : 1;
+  while (1 << p.parts_bits < p.parts) ++p.parts_bits;
   while (1 << p.share_bits < p.share) ++p.share_bits;
   p.middle = (p.tiles + kBatch - 1) / kBatch / 2 * kBatch;
   const int64_t rows = int64_t(kernel.rows) * p.share;  // of a cluster
@@ -157,8 +176,12 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   WideCall call;
   call.tokens = a.plan.tokens;
   call.x = {a.x, a.k * 2, a.m, a.k * 2};
-  call.codes = align_codes({a.codes, p.row_bytes, a.n, p.row_bytes},
-                           static_cast<uint8_t*>(a.workspace) + bytes_of_x(a), stream);
+  call.codes =
+      align_codes({a.codes, p.row_bytes, a.n, p.row_bytes},
+                  static_cast<uint8_t*>(a.workspace) + bytes_of_x(a) + bytes_of_sums(a), stream);
+  if (apart) {
+    p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(a.workspace) + bytes_of_x(a));
+  }
   p.copied_codes = call.codes.data == a.codes;
   if (kernel.panel) {
     p.panel = static_cast<const uint8_t*>(a.workspace);
@@ -172,6 +195,7 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
     call.x.pitch = pitch * 2;
   }
   kernel.launch(p, call, stream);
+  if (apart) launch_sum(p, a.plan.tokens, stream);
 }
 
 }  // namespace cuda

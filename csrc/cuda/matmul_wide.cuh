@@ -18,7 +18,7 @@ namespace wide {
 // Launches a kernel whose blocks own `tokens` rows of x, in clusters of p's.
 inline void launch_clusters(void (*kernel)(const Params), const Params& p, int cluster, int tokens,
                             int threads, uint32_t bytes, Stream stream) {
-  const int blocks = int(p.n_clusters) * ((p.m + tokens - 1) / tokens) * cluster;
+  const int blocks = int(p.n_clusters) * ((p.m + tokens - 1) / tokens) * cluster * p.parts;
 #if defined(__CUDACC__)
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
         "shared memory");

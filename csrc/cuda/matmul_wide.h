@@ -17,10 +17,11 @@ namespace cuda {
 
 struct WidePlan {
   int tokens = 0;  // rows of x of one tile: 16, 32, 64, 96, 128, 192 or 256
-  // Tiles of w that share what is read of x: blocks of a cluster, or, of up to 32 rows of x,
+  // Tiles of w that share what is read of x: blocks of a cluster, or, of up to 64 rows of x,
   // warpgroups of a block (1, 2 or 4).
   int share = 1;
-  int split = 1;  // parts of K in a cluster: 1 or 2
+  // Parts of K: 1, or 2 in a cluster, or, of up to 64 rows of x, 4 or 8 that another launch adds.
+  int split = 1;
 };
 
 struct MatmulWideArgs {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernel of matmul_wide.h for elements with scales of their blocks, whose products are bfloat16
 // numbers: all sums in one accumulator. A block owns 128 rows of w and kTokens rows of x. Two
-// warpgroups of 64 rows each, or four of which two take every other chunk, decode codes into
-// fragments, in registers, and multiply. They take turns at the tensor cores, so that products of
-// one are under way while others decode. Another warpgroup brings x, codes and scales.
+// warpgroups of 64 rows each decode codes into fragments, in registers, and multiply. They take
+// turns at the tensor cores, so that products of one are under way while the other decodes. Another
+// warpgroup brings x, codes and scales.
 #pragma once
 
 #include "matmul_wide.cuh"
@@ -23,13 +23,13 @@ template <class F, int kTokens>
 struct Multiplier {
   using R = Room<F, kTokens>;
   using Product = hopper::RegisterProduct<hopper::Bf16, kTokens>;
-  static constexpr int kCount = kTokens / 2, kPhases = R::kPhases;
+  static constexpr int kCount = kTokens / 2;
   static constexpr int kTogether = F::kBits == 6 ? 2 : 4;  // words of a load
   using Fragments = uint32_t[8][4];                        // of the steps of a chunk
 
   const Params& p;
   const Place& at;
-  int lane, group, phase, steps;
+  int lane, group, steps;
   uint32_t peer = 0;       // what turns an address of this block into that of another
   uint32_t codes, scales;  // where this lane reads, but for turns
   uint32_t turned = 0;     // which of the 16-byte pieces of its row
@@ -48,7 +48,6 @@ struct Multiplier {
         at(at),
         lane(int(threadIdx.x) & 31),
         group(hopper::uniform(int(threadIdx.x) >> 7)),
-        phase(group >> 1),
         steps(at.last - at.first) {
     if (p.share > 1 && lane < p.share) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
@@ -58,10 +57,6 @@ struct Multiplier {
     codes = at.base + R::kCodesAt + row * R::kRowBytes;
     scales = at.base + R::kScalesAt + row * R::kRowScales + uint32_t(lane % 4 * F::kEntry);
     turn = group ? 0 : 1;
-    for (int i = 0; i < phase; ++i) {
-      stage.next(), stage.next(), done.next(), done.next();
-      if (R::kSpan == 1) slot.next();
-    }
     hopper::keep(codes);
     hopper::keep(scales);
   }
@@ -111,12 +106,11 @@ struct Multiplier {
 #pragma unroll
       for (int i = 0; i < F::kBits; i += kTogether) seen |= c.words[r][i];
     }
-    if (R::kSpan == 2 && kPhases == 1 && !(i & 1)) return;
+    if (R::kSpan == 2 && !(i & 1)) return;
     hopper::warp_sync();
     const uint32_t empty = at.base + kCodesEmpty + 8 * slot.place;
     if (lane == 0) hopper::barrier_arrive_here(hopper::after_reading(empty, seen, p.nothing));
     slot.next();
-    if (R::kSpan == 1 && kPhases == 2) slot.next();
   }
   PYFMT_DEVICE void decode(const Packed& c, Fragments& to) const {
     bool special = false;
@@ -138,7 +132,7 @@ struct Multiplier {
     turn ^= 1;
   }
   PYFMT_DEVICE void pass_turn() const {
-    const uint32_t next = uint32_t(group + 1) % uint32_t(2 * kPhases);
+    const uint32_t next = uint32_t(group) ^ 1;
     if (lane == 0) hopper::barrier_arrive_here(at.base + kTurns + 8 * next);
   }
 
@@ -154,7 +148,6 @@ struct Multiplier {
         hopper::barrier_arrive_here(empty);
       }
     }
-    if (kPhases == 2) done.next(), done.next();
   }
 
   PYFMT_DEVICE void multiply(float (&sums)[kCount], const Fragments& w) {
@@ -165,7 +158,6 @@ struct Multiplier {
       hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
       x[h] = hopper::tile_code(at.base + kHeader + stage.place * R::kStage);
     }
-    if (kPhases == 2) stage.next(), stage.next();
     // Without a branch between them, which would make them two groups.
     hopper::products_fence();
 #pragma unroll
@@ -192,52 +184,20 @@ struct Multiplier {
     for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
     hopper::pin(sums);
     Packed c;
-    if (phase < steps) load(phase, c);
-    if constexpr (kPhases == 2) {
-      // Others' products are beside this warpgroup's decoding.
+    Fragments a, b;
+    if (steps > 0) {
+      load(0, c);
+      decode(c, a);
+    }
 #pragma unroll 1
-      for (int i = phase; i < steps; i += 2) {
-        if (i > phase) finish_products();
-        Fragments w;
-        decode(c, w);
-        multiply(sums, w);
-        if (i + 2 < steps) load(i + 2, c);
-      }
-    } else {
-      Fragments a, b;
-      if (steps > 0) decode(c, a);
-#pragma unroll 1
-      for (int i = 0; i < steps; i += 2) {
-        chunk(i, sums, a, b);
-        if (i + 1 < steps) chunk(i + 1, sums, b, a);
-      }
+    for (int i = 0; i < steps; i += 2) {
+      chunk(i, sums, a, b);
+      if (i + 1 < steps) chunk(i + 1, sums, b, a);
     }
     hopper::products_wait<0>();
     hopper::pin(sums);
   }
 };
-
-// What the second pair of warpgroups has is added to the first's.
-template <int kTokens>
-PYFMT_DEVICE void add_phases(const Place& at, float (&sums)[kTokens / 2]) {
-  const uint32_t mine = at.base + kHeader + (threadIdx.x & (kConsumers - 1)) * 16;
-  hopper::partial_sync<2 * kConsumers>();
-  if (threadIdx.x >= kConsumers) {
-#pragma unroll
-    for (int j = 0; j < kTokens / 2; j += 4) {
-      hopper::store_shared16(mine + uint32_t(j * kConsumers * 4), as_uint(sums[j]),
-                             as_uint(sums[j + 1]), as_uint(sums[j + 2]), as_uint(sums[j + 3]));
-    }
-  }
-  hopper::partial_sync<2 * kConsumers>();
-  if (threadIdx.x < kConsumers) {
-#pragma unroll
-    for (int j = 0; j < kTokens / 2; j += 4) {
-      const float4 v = hopper::load_floats(mine + uint32_t(j * kConsumers * 4));
-      sums[j] += v.x, sums[j + 1] += v.y, sums[j + 2] += v.z, sums[j + 3] += v.w;
-    }
-  }
-}
 
 template <class F, int kTokens>
 PYFMT_DEVICE void take_turns(const Params& p) {
@@ -247,27 +207,22 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
   if (p.share > 1) hopper::cluster_meet();
   if (p.share == 1) __syncthreads();
-  // Registers: 168 for each of 384 threads, or 96 for 640, shared out anew.
-  constexpr bool kMany = R::kPhases == 2;
-  if (threadIdx.x >= R::kMultipliers) {
-    hopper::fewer_registers<kMany ? 32 : 40>();
+  // Registers: 168 for each of 384 threads, shared out anew.
+  if (threadIdx.x >= kConsumers) {
+    hopper::fewer_registers<40>();
     hopper::start_dependents();
     Bringer<F, kTokens>{p, at, at.last - at.first}.run();
   } else {
-    hopper::more_registers<kMany ? 112 : 232>();
+    hopper::more_registers<232>();
     float sums[kTokens / 2];
     Multiplier<F, kTokens>(p, at).run(sums);
-    if constexpr (kMany) {
-      add_phases<kTokens>(at, sums);
-      if (threadIdx.x >= kConsumers) return;
-    }
     hopper::wait_for_previous();
     meet_and_finish<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
   }
 }
 
 template <class F, int kTokens>
-__global__ void __launch_bounds__(PYFMT_WIDE_THREADS((Room<F, kTokens>::kThreads)), 1)
+__global__ void __launch_bounds__(PYFMT_WIDE_THREADS(kThreadsHere), 1)
     matmul_blocks_kernel(const __grid_constant__ Params p) {
 #if defined(PYFMT_SM90A)
   take_turns<F, kTokens>(p);
@@ -278,7 +233,7 @@ template <class F, int kTokens>
 void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   using R = Room<F, kTokens>;
   describe_codes<F>(p, call, int(R::kRowBytes), kRows);
-  launch_wide(matmul_blocks_kernel<F, kTokens>, p, kTokens, R::kThreads, R::kBytes, stream);
+  launch_wide(matmul_blocks_kernel<F, kTokens>, p, kTokens, kThreadsHere, R::kBytes, stream);
 }
 
 template <class F>
@@ -286,8 +241,7 @@ void launch_elements(Params& p, const WideCall& call, Stream stream) {
   launch_panel<F::kBits, 32>(p, call, stream);
   if (call.tokens == 256) return launch_tokens<F, 256>(p, call, stream);
   if (call.tokens == 192) return launch_tokens<F, 192>(p, call, stream);
-  if (call.tokens == 128) return launch_tokens<F, 128>(p, call, stream);
-  launch_tokens<F, 64>(p, call, stream);
+  launch_tokens<F, 128>(p, call, stream);
 }
 
 }  // namespace blocks

@@ -10,27 +10,19 @@ namespace cuda {
 namespace wide {
 namespace blocks {
 
-using turns::Ring;
+using turns::Ring, turns::kThreadsHere;
 
 // ---- shared memory ----------------------------------------------------------------------------
 
 template <class F, int kTokens>
 struct Room {
-  // Where registers suffice, two pairs of warpgroups take every other chunk each: with more of them
-  // decoding, nobody waits for instructions.
-  static constexpr int kPhases = kTokens == 64 ? 2 : 1;
-  static constexpr int kMultipliers = kConsumers * kPhases, kThreads = kMultipliers + 128;
   // A stage has 64 columns of x, half a chunk.
-  static constexpr uint32_t kStages = kTokens == 64    ? 12
-                                      : kTokens == 128 ? 8
-                                      : kTokens == 192 ? 6
-                                                       : 5;
+  static constexpr uint32_t kStages = kTokens == 128 ? 8 : kTokens == 192 ? 6 : 5;
   static constexpr uint32_t kStage = kTokens * 128;
   // Codes of one chunk, or of two where that makes rows of 128 bytes, with their scales.
   static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
   static constexpr uint32_t kSlot = kRows * kRowBytes;
-  static constexpr uint32_t kReaders = 8 * (kSpan < kPhases ? kSpan : kPhases);  // of a slot, warps
   static constexpr uint32_t kRowScales = 4 * F::kEntry * kSpan, kScales = kRows * kRowScales;
   static constexpr uint32_t kDepth = kTokens == 256 ? 3 : 4;
   static constexpr uint32_t kCodesAt = kHeader + kStages * kStage;
@@ -55,7 +47,7 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
                             : at < kEmpty + 96 ? 8 * uint32_t(p.share)
                             : at < kCodesFull  ? 1
                             : at < kCodesEmpty ? 3
-                            : at < kTurns      ? R::kReaders
+                            : at < kTurns      ? 8
                                                : 4;
   hopper::barrier_init(base + at, arrivals);
   hopper::barrier_init_fence();

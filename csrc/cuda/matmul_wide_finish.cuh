@@ -10,21 +10,22 @@ namespace cuda {
 namespace wide {
 
 // Writes four neighbours of a row of y; `here` of them exist.
-PYFMT_DEVICE void store_four(const Params& p, int64_t at, const float (&v)[4], int here) {
-  if (here == 4 && p.n % 4 == 0) {
-    if (p.dtype == DType::kFP32) {
-      reinterpret_cast<uint4*>(p.y)[at / 4] =
+PYFMT_DEVICE void store_four(void* y, DType dtype, int width, int64_t at, const float (&v)[4],
+                             int here) {
+  if (here == 4 && width % 4 == 0) {
+    if (dtype == DType::kFP32) {
+      reinterpret_cast<uint4*>(y)[at / 4] =
           make_uint4(canonical(v[0]), canonical(v[1]), canonical(v[2]), canonical(v[3]));
     } else {
-      const bool bf16 = p.dtype == DType::kBF16;
-      reinterpret_cast<uint2*>(p.y)[at / 4] = make_uint2(
+      const bool bf16 = dtype == DType::kBF16;
+      reinterpret_cast<uint2*>(y)[at / 4] = make_uint2(
           bf16 ? to_halves<DType::kBF16>(v[0], v[1]) : to_halves<DType::kFP16>(v[0], v[1]),
           bf16 ? to_halves<DType::kBF16>(v[2], v[3]) : to_halves<DType::kFP16>(v[2], v[3]));
     }
   } else {
 #pragma unroll 1
     for (int i = 0; i < here && i < 4; ++i) {
-      store_element(p.y, p.dtype, at + i, i == 0 ? v[0] : i == 1 ? v[1] : i == 2 ? v[2] : v[3]);
+      store_element(y, dtype, at + i, i == 0 ? v[0] : i == 1 ? v[1] : i == 2 ? v[2] : v[3]);
     }
   }
 }
@@ -105,7 +106,7 @@ PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens
     const float of_row = p.x_scale ? p.x_scale[m0 + token] : 1.0f;
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[e] = v[e] * (factor[e] * of_row) * scale + bias[e];
-    store_four(p, int64_t(m0 + token) * p.n + n, v, here);
+    store_four(p.y, p.dtype, p.n, int64_t(m0 + token) * p.n + n, v, here);
   }
 }
 

@@ -20,8 +20,8 @@ bool compiled() {
 #if defined(__CUDACC__)
   using F = Weights<e2m1_element, Scale::kE8M0, false>;
   cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, blocks::matmul_blocks_kernel<F, 64>), "kernel");
-  return attributes.maxThreadsPerBlock >= (blocks::Room<F, 64>::kThreads);
+  check(cudaFuncGetAttributes(&attributes, blocks::matmul_blocks_kernel<F, 128>), "kernel");
+  return attributes.maxThreadsPerBlock >= blocks::kThreadsHere;
 #else
   return true;
 #endif

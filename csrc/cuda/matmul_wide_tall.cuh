@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of matmul_wide.h for up to 32 rows of x, elements with scales of their blocks. Four
+// The kernel of matmul_wide.h for up to 64 rows of x, elements with scales of their blocks. Four
 // warpgroups of a block decode 64 rows of w each into fragments, in registers, and multiply, each
 // at its own pace, so that some decode while others' products are under way; those that share rows
 // take columns in turn. One thread asks for x, a warp for codes and scales, and two warps put x in
-// the order of the codes, in shared memory. K may be divided between two blocks of a cluster.
+// the order of the codes, in shared memory. K may be divided between two blocks of a cluster, or
+// between more blocks whose sums another launch adds (matmul_wide_parts.cuh): with 256 rows of w a
+// block, x is read least.
 #pragma once
 
 #include "matmul_wide.cuh"
+#include "matmul_wide_finish.cuh"
 #include "matmul_wide_tall_room.cuh"
 #include "matmul_wide_weights.cuh"
 #include "wgmma.cuh"
@@ -32,11 +35,11 @@ struct Multiplier {
   const Place& at;
   int lane;
   uint32_t codes[kLoads], scales;  // where this lane reads, but for turns
-  uint32_t bars, tiles;            // its warpgroup's barriers; x
+  uint32_t bars, tiles;            // its warpgroup's barriers; stages of x
   Ring<R::kStages> stage;
   Ring<R::kDepth> slot;
-  uint32_t used = 0, skip;  // the barrier of the stage that products read; others' chunks
-  int chunks;
+  uint32_t x, skip;  // the stage's tile; others' chunks
+  int mine;          // slots
 
   // Rows change places within eight, so that lanes which read together never share a bank.
   PYFMT_DEVICE static int row_of(int lane) {
@@ -48,7 +51,7 @@ struct Multiplier {
       : p(p), at(at), lane(int(threadIdx.x) & 31) {
     const uint32_t group = uint32_t(hopper::uniform(int(threadIdx.x) >> 7));
     const int turn = int(group) >> p.share_bits;
-    chunks = (at.slots - turn + at.turns - 1) / at.turns * int(R::kSpan);
+    mine = (at.slots - turn + at.turns - 1) >> (2 - p.share_bits);
     skip = uint32_t(at.turns - 1) * R::kSpan;
     stage.place = uint32_t(turn) * R::kSpan % R::kStages;
     stage.parity = uint32_t(turn) * R::kSpan / R::kStages & 1;
@@ -63,7 +66,7 @@ struct Multiplier {
     scales = at.base + R::kScalesAt + group * R::kScales + row * R::kRowScales +
              uint32_t(lane % 4 * F::kEntry);
     bars = at.base + 8 * group;
-    tiles = uint32_t(hopper::uniform(int(hopper::tile_code(at.base + kHeader))));
+    tiles = hopper::tile_code(at.base + kHeader);
     hopper::keep(scales);
   }
 
@@ -71,18 +74,17 @@ struct Multiplier {
   struct Packed {
     uint32_t words[2][F::kBits], raw[2];
   };
-  // Of chunk i, once it is there.
-  PYFMT_DEVICE void load(int i, Packed& c) const {
-    const uint32_t half = R::kSpan == 2 ? uint32_t(i & 1) : 0;
-    if (!half) hopper::barrier_wait(bars + kCodesFull + 8 * kGroups * slot.place, slot.parity);
+  // Of half kHalf of the slot.
+  template <uint32_t kHalf>
+  PYFMT_DEVICE void load(Packed& c) const {
 #pragma unroll
     for (uint32_t r = 0; r < 2; ++r) {
       c.raw[r] =
           hopper::load_shared_small<F::kEntry>(scales + slot.place * (kGroups * R::kScales) +
-                                               r * 8 * R::kRowScales + half * R::kHalfScales);
+                                               r * 8 * R::kRowScales + kHalf * R::kHalfScales);
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
-        const uint32_t from = ((codes[j] + slot.place * (kGroups * R::kSlot)) ^ half * R::kHalf) +
+        const uint32_t from = ((codes[j] + slot.place * (kGroups * R::kSlot)) ^ kHalf * R::kHalf) +
                               r * 8 * R::kRowBytes;
         uint32_t* to = c.words[r] + kTogether * j;
         if constexpr (kTogether == 4) {
@@ -95,9 +97,11 @@ struct Multiplier {
       }
     }
   }
-  // Chunk i has been decoded and its products asked for: nothing of it is still being read.
-  PYFMT_DEVICE void release_codes(int i) {
-    if (R::kSpan == 2 && !(i & 1)) return;
+  PYFMT_DEVICE void wait_codes() const {
+    hopper::barrier_wait(bars + kCodesFull + 8 * kGroups * slot.place, slot.parity);
+  }
+  // The slot has been decoded: nothing of it is still being read.
+  PYFMT_DEVICE void release_codes() {
     hopper::warp_sync();
     if (lane == 0) hopper::barrier_arrive_here(bars + kCodesEmpty + 8 * kGroups * slot.place);
     slot.next();
@@ -113,7 +117,9 @@ struct Multiplier {
       for (int j = 0; j < 16; ++j) to[j / 2][r + 2 * (j & 1)] = pairs[j];
     }
   }
-  PYFMT_DEVICE static void decode(const Packed& c, Fragments& to) {
+  PYFMT_DEVICE void decode(Packed& c, Fragments& to, float sum) const {
+    // Waits for products: what is asked of scales here would else hold them up, waiting for scales.
+    c.raw[0] ^= as_uint(sum) & p.nothing;
     bool special = false;
     if constexpr (F::kHasSpecials) {
       special = F::special(c.words[0], c.raw[0]) || F::special(c.words[1], c.raw[1]);
@@ -126,9 +132,11 @@ struct Multiplier {
     }
   }
 
-  PYFMT_DEVICE void multiply(float (&sums)[kCount], const Fragments& w) {
+  PYFMT_DEVICE void find_stage() {
+    x = uint32_t(hopper::uniform(int(tiles + stage.place * (R::kStage / 16))));
+  }
+  PYFMT_DEVICE void multiply(float (&sums)[kCount], const Fragments& w) const {
     hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
-    const uint32_t x = uint32_t(hopper::uniform(int(tiles + stage.place * (R::kStage / 16))));
     hopper::products_fence();
 #pragma unroll
     for (int s = 0; s < 8; ++s) {
@@ -136,38 +144,45 @@ struct Multiplier {
                       1);
     }
     hopper::products_commit();
-    used = at.base + kEmpty + 8 * stage.place;
   }
-  PYFMT_DEVICE void finish_products() const {
-    hopper::products_wait<0>();
-    if (lane == 0) hopper::barrier_arrive_here(used);
-  }
-  // After chunk i.
-  PYFMT_DEVICE void next_stage(int i) {
-    stage.place += R::kSpan == 1 || i & 1 ? 1 + skip : 1;
+  template <bool kSkip>
+  PYFMT_DEVICE void finish_products() {
+    const uint32_t used = at.base + kEmpty + 8 * stage.place;
+    stage.place += kSkip ? 1 + skip : 1;
     if (stage.place >= R::kStages) {
       stage.place -= R::kStages;
       stage.parity ^= 1;
     }
+    hopper::products_wait<0>();
+    if (lane == 0) hopper::barrier_arrive_here(used);
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
 #pragma unroll
     for (int j = 0; j < kCount; ++j) sums[j] = 0.0f;
     hopper::pin(sums);
-    if (chunks > 0) {
+    if (mine > 0) {
       Packed c;
-      load(0, c);
+      wait_codes();
+      load<0>(c);
 #pragma unroll 1
-      for (int i = 0;;) {
+      for (int left = mine;;) {
         Fragments w;
-        decode(c, w);
+        if constexpr (R::kSpan == 2) {
+          find_stage();
+          decode(c, w, sums[0]);
+          multiply(sums, w);
+          load<R::kSpan - 1>(c);
+          finish_products<false>();
+        }
+        find_stage();
+        decode(c, w, sums[0]);
         multiply(sums, w);
-        release_codes(i);
-        next_stage(i);
-        if (++i == chunks) break;
-        load(i, c);
-        finish_products();
+        release_codes();
+        if (--left == 0) break;
+        wait_codes();
+        load<0>(c);
+        finish_products<true>();
       }
     }
     hopper::products_wait<0>();
@@ -237,26 +252,52 @@ PYFMT_DEVICE bool add_parts(const Params& p, const Place& at, float (&sums)[kCou
   return false;
 }
 
+// By way of a kilobyte of shared memory that only this warp uses, 16 rows of x at a time.
 template <int kTokens>
-PYFMT_DEVICE void write(const Params& p, const Place& at, const float (&sums)[kTokens / 2],
-                        int row) {
-  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
+PYFMT_DEVICE void write(const Params& p, const Place& at, const float (&sums)[kTokens / 2], int row,
+                        uint32_t staged) {
+  const int lane = int(threadIdx.x) & 31, t = lane % 4, token = lane / 2;
+  const int n0 = at.n0 + 16 * (int(threadIdx.x) >> 5) + lane % 2 * 8;
   const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
+  float bias[8];
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int n = at.n0 + 16 * warp + row + 8 * r;
-    if (n >= p.n) continue;
-    const float bias = p.bias ? p.bias[n] : 0.0f;
+  for (int i = 0; i < 8; ++i) bias[i] = p.bias && n0 + i < p.n ? p.bias[n0 + i] : 0.0f;
 #pragma unroll
-    for (int j = 0; j < kTokens / 2; j += 4) {
+  for (int j = 0; j < kTokens / 2; j += 8) {
+    if (at.m0 + 2 * j >= p.m) break;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int token = at.m0 + 2 * j + lane % 4 * 2 + c;
-        if (token >= p.m) continue;
-        store_element(p.y, p.dtype, int64_t(token) * p.n + n,
-                      sums[j + 2 * r + c] * p.up * scale + bias);
-      }
+    for (int i = 0; i < 8; ++i) {
+      const int there = (8 * (i / 4) + 2 * t + (i & 1)) * 16 + ((row + (i & 2) * 4) ^ t << 2);
+      hopper::store_shared(staged + uint32_t(4 * there), as_uint(sums[j + i]));
     }
+    hopper::warp_sync();
+    const int m = at.m0 + 2 * j + token;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      const int n = n0 + 4 * q, here = min(p.n - n, 4);
+      const int from = token * 16 + ((lane % 2 * 8 + 4 * q) ^ (token / 2 % 4) << 2);
+      const float4 s = hopper::load_floats(staged + uint32_t(4 * from));
+      const float v[4] = {s.x * p.up * scale + bias[4 * q], s.y * p.up * scale + bias[4 * q + 1],
+                          s.z * p.up * scale + bias[4 * q + 2],
+                          s.w * p.up * scale + bias[4 * q + 3]};
+      if (m < p.m && here > 0) store_four(p.y, p.dtype, p.n, int64_t(m) * p.n + n, v, here);
+    }
+    hopper::warp_sync();
+  }
+}
+
+// Sums of a part of K to where add_parts_of_k finds them.
+template <int kTokens>
+PYFMT_DEVICE void write_partial(const Params& p, const Place& at, const float (&sums)[kTokens / 2],
+                                int row) {
+  const int64_t strips = int64_t(p.n_clusters) * p.share * ((p.m + kTokens - 1) / kTokens);
+  const int64_t strip = int64_t(at.tile) * p.share + (threadIdx.x >> 7);
+  const int64_t warp = (at.whole * strips + strip) * 4 + (threadIdx.x >> 5 & 3);
+  float4* to = reinterpret_cast<float4*>(p.partials) + warp * (kTokens / 8 * 32) +
+               (row * 4 + int(threadIdx.x & 3));
+#pragma unroll
+  for (int j = 0; j < kTokens / 2; j += 4) {
+    to[j / 4 * 32] = {sums[j], sums[j + 1], sums[j + 2], sums[j + 3]};
   }
 }
 
@@ -265,15 +306,19 @@ PYFMT_DEVICE void write(const Params& p, const Place& at, const float (&sums)[kT
 template <class F, int kTokens>
 PYFMT_DEVICE void work(const Params& p) {
   using R = Room<F, kTokens>;
+  tall::init_barriers<F, kTokens>(p);
   const Place at = Place::of<R, kTokens>(p);
-  tall::init_barriers<F, kTokens>(p, at.base);
   if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
   __syncthreads();
+  // Registers: 96 for each of 640 threads, shared out anew.
+  constexpr bool kMany = kTokens == 64;
   if (threadIdx.x >= kMultipliers) {
+    if (kMany) hopper::fewer_registers<64>();
     hopper::start_dependents();
     Bringer<F, kTokens>{p, at}.run();
     return;
   }
+  if (kMany) hopper::more_registers<104>();
   float sums[kTokens / 2];
   Multiplier<F, kTokens>(p, at).run(sums);
   hopper::wait_for_previous();
@@ -284,7 +329,13 @@ PYFMT_DEVICE void work(const Params& p) {
     hopper::cluster_meet();
     if (!add_parts<R>(p, at, sums)) return;
   }
-  write<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
+  const int row = Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31);
+  if (p.parts > 1) return write_partial<kTokens>(p, at, sums, row);
+  // Where others may still multiply, the rows of codes that this warp had.
+  const uint32_t warp = threadIdx.x >> 5;
+  const bool alone = p.share == kGroups && p.split == 1;
+  const uint32_t codes = R::kCodesAt + warp / 4 * R::kSlot + warp % 4 * (16 * R::kRowBytes);
+  write<kTokens>(p, at, sums, row, at.base + (alone ? codes : kHeader + warp * R::kSums));
 }
 
 template <class F, int kTokens>
@@ -310,6 +361,7 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
 template <class F>
 void launch_elements(Params& p, const WideCall& call, Stream stream) {
   if (call.tokens == 16) return launch_tokens<F, 16>(p, call, stream);
+  if (call.tokens == 64) return launch_tokens<F, 64>(p, call, stream);
   launch_tokens<F, 32>(p, call, stream);
 }
 

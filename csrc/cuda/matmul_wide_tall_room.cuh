@@ -19,9 +19,11 @@ constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
 
 template <class F, int kTokens>
 struct Room {
-  // A stage is a chunk of x. Each warpgroup has a ring of its own of slots: a box of its rows of
-  // one chunk, or of two where that makes rows of 128 bytes, and their scales.
-  static constexpr uint32_t kStages = kTokens == 16 ? 16 : 9;
+  // A stage is a chunk of x: at least as many as a warpgroup that takes turns goes on by, since it
+  // must not wait for a phase of a barrier two ahead (64 tokens: turns of two). Each warpgroup has
+  // a ring of its own of slots: a box of its rows of one chunk, or of two where that makes rows of
+  // 128 bytes, and their scales.
+  static constexpr uint32_t kStages = kTokens == 16 ? 16 : kTokens == 32 ? 9 : 5;
   static constexpr uint32_t kStage = kTokens * kChunk * 2;
   static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
@@ -44,17 +46,30 @@ struct Room {
 constexpr uint32_t kCodesFull = 0, kCodesEmpty = 256, kRaw = 512, kFull = 640, kEmpty = 768,
                    kSumsThere = 896;
 
+// kCount barriers in a row.
+template <int kCount>
+PYFMT_DEVICE void init_row(uint32_t at, uint32_t arrivals) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) hopper::barrier_init(at + uint32_t(8 * i), arrivals);
+}
+// By one lane of each of four warps, at addresses that are known when compiled: what comes before
+// the first copy is waited for once a launch.
 template <class F, int kTokens>
-PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
-  const uint32_t i = threadIdx.x, at = 8 * i;
-  if (at > kSumsThere) return;
-  const uint32_t arrivals = at < kCodesEmpty  ? 1 + 32
-                            : at < kRaw       ? 4
-                            : at < kEmpty     ? 1
-                            : at < kSumsThere ? 4 * uint32_t(p.share)
-                                              : 1;
-  hopper::barrier_init(base + at, arrivals);
-  hopper::barrier_init_fence();
+PYFMT_DEVICE void init_barriers(const Params& p) {
+  using R = Room<F, kTokens>;
+  constexpr int kSlots = int(R::kDepth) * kGroups, kStages = int(R::kStages);
+  const uint32_t base = hopper::shared_start();
+  if (threadIdx.x == 0) init_row<kSlots>(base + kCodesFull, 1 + 32);
+  if (threadIdx.x == 32) init_row<kSlots>(base + kCodesEmpty, 4);
+  if (threadIdx.x == 64) {
+    init_row<kStages>(base + kRaw, 1);
+    init_row<kStages>(base + kFull, 2);
+  }
+  if (threadIdx.x == 96) {
+    init_row<kStages>(base + kEmpty, 4 * uint32_t(p.share));
+    init_row<1>(base + kSumsThere, 1);
+  }
+  if (threadIdx.x < 128 && threadIdx.x % 32 == 0) hopper::barrier_init_fence();
 }
 
 // ---- the part of a block ----------------------------------------------------------------------
@@ -63,7 +78,8 @@ PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
 // every warpgroup has rows of its own, they take slots in turn.
 struct Place {
   uint32_t base;
-  int part, n0, m0, first, slots, turns;  // first: chunk
+  int part, whole, n0, m0, first, slots, turns;  // first: chunk; whole: part of parts
+  int tile;
 
   template <class R, int kTokens>
   PYFMT_DEVICE static Place of(const Params& p) {
@@ -71,13 +87,19 @@ struct Place {
     at.base = hopper::shared_start();
     hopper::keep(at.base);
     at.part = p.split > 1 ? hopper::uniform(int(hopper::cluster_rank())) : 0;
-    const unsigned cluster = blockIdx.x / unsigned(p.split), m_tile = cluster / p.n_clusters;
-    at.n0 = int(cluster - m_tile * p.n_clusters) * (64 * p.share);
+    // Divisions would be waited for by all that follows.
+    const unsigned index = blockIdx.x >> (p.split - 1);
+    const unsigned m_tile = p.m > kTokens ? (index >> p.parts_bits) / p.n_clusters : 0;
+    const unsigned n_tile = (index >> p.parts_bits) - m_tile * p.n_clusters;
+    at.whole = int(index & (unsigned(p.parts) - 1));
+    at.tile = int(index >> p.parts_bits);
+    at.n0 = int(n_tile) * (64 * p.share);
     at.m0 = int(m_tile) * kTokens;
     const int slots = (p.tiles + int(R::kSpan) - 1) / int(R::kSpan);
-    const int first = slots * at.part / p.split;
+    const int part = at.whole * p.split + at.part, bits = p.split - 1 + p.parts_bits;
+    const int first = slots * part >> bits;
     at.first = first * int(R::kSpan);
-    at.slots = slots * (at.part + 1) / p.split - first;
+    at.slots = (slots * (part + 1) >> bits) - first;
     at.turns = kGroups >> p.share_bits;
     return at;
   }
@@ -177,9 +199,9 @@ struct Bringer {
     }
   }
 
-  // Two warps, a chunk in turn, put x in order, where it lies: of each token a lane takes the 32
-  // columns whose codes lane t of a quad has, and lays their pairs where that lane's fragments want
-  // them.
+  // Two warps put x in order, where it lies, half of the tokens each: of each token a lane takes
+  // the 32 columns whose codes lane t of a quad has, and lays their pairs where that lane's
+  // fragments want them.
   struct Columns {
     uint32_t words[16];
   };
@@ -206,33 +228,33 @@ struct Bringer {
                              pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
     }
   }
-  PYFMT_DEVICE void order_x(int warp, int lane) const {
-    constexpr int kUnits = kTokens / 8;  // of eight tokens
+  PYFMT_DEVICE void order_x(uint32_t warp, int lane) const {
+    constexpr uint32_t kUnits = kTokens / 8 / 2;  // of eight tokens, of a warp
+    constexpr uint32_t kTogether = kUnits % 2 ? 1 : 2;
     const uint32_t row = uint32_t(lane) % 8, piece = uint32_t(lane) / 8;
     const uint32_t token = uint32_t(lane) / 4, t = uint32_t(lane) % 4;
-    const uint32_t start = at.base + kHeader;
+    const uint32_t start = at.base + kHeader + warp * (kUnits * 1024);
     const uint32_t from =
         start + t / 2 * (R::kStage / 2) + token * 128 + ((t & 1) * 4 ^ token) * 16;
     const uint32_t to = start + row * 128 + (piece ^ row) * 16;
     const int chunks = at.slots * int(R::kSpan);
     Ring<R::kStages> ring;
-    int i = 0;
-    if (warp) ring.next(), ++i;
 #pragma unroll 1
-    for (; i < chunks; i += 2) {
+    for (int i = 0; i < chunks; ++i, ring.next()) {
       const uint32_t stage = ring.place * R::kStage;
       hopper::barrier_wait(at.base + kRaw + 8 * ring.place, ring.parity);
-      Columns c[kUnits];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) load_x(from + stage + uint32_t(u * 1024), c[u]);
-      hopper::warp_sync();
+      for (uint32_t v = 0; v < kUnits; v += kTogether) {
+        Columns c[kTogether];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) store_x(to + stage + uint32_t(u * 1024), c[u]);
+        for (uint32_t u = 0; u < kTogether; ++u) load_x(from + stage + (v + u) * 1024, c[u]);
+        hopper::warp_sync();
+#pragma unroll
+        for (uint32_t u = 0; u < kTogether; ++u) store_x(to + stage + (v + u) * 1024, c[u]);
+      }
       hopper::stores_fence();
       hopper::warp_sync();
       if (lane == 0) hopper::barrier_arrive_here(at.base + kFull + 8 * ring.place);
-      ring.next();
-      ring.next();
     }
   }
 
@@ -240,7 +262,7 @@ struct Bringer {
     const int warp = hopper::uniform((int(threadIdx.x) - kMultipliers) >> 5);
     const int lane = int(threadIdx.x) & 31;
     if (warp >= 2) {
-      order_x(warp - 2, lane);
+      order_x(uint32_t(warp - 2), lane);
     } else if (warp == 1) {
       bring_weights(lane);
     } else if (lane == 0) {

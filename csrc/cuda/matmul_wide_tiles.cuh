@@ -35,8 +35,10 @@ struct Params {
   int panel_rows = 0;
   unsigned n_clusters = 1;
   int share = 1, split = 1, share_bits = 0;
-  float up = 1.0f;       // what the decoder leaves out
-  uint32_t nothing = 0;  // of hopper::after_reading
+  int parts = 1, parts_bits = 0;  // of K, each again `split` blocks of a cluster
+  float* partials = nullptr;      // sums of those parts
+  float up = 1.0f;                // what the decoder leaves out
+  uint32_t nothing = 0;           // of hopper::after_reading
 };
 
 // How the host asks for a launch: matrices without their boxes.
