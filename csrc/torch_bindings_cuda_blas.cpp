@@ -3,6 +3,10 @@
 // has no place for. The cuBLASLt that torch brought along does it; its functions are looked up when
 // first called, so that this library names no CUDA flavour. Its epilogue with a bias rounds twice,
 // so _scaled_gemm_add adds to what is there: RNE(factor * (a w^T) + y).
+//
+// _folded_gemm: RNE((a w^T) * a_scale * w_scale + bias) of fp8 rows with a scale each, the function
+// behind torch._scaled_mm, but with no workspace: with one it clears it first, and picks slower
+// kernels for some shapes.
 #include <map>
 #include <mutex>
 
@@ -17,6 +21,9 @@ using namespace tensors;
 // The few names of cublasLt.h that are used here; numbers are part of its binary interface.
 enum { kOk = 0, kCompute32F = 68, kReal32F = 0, kReal16BF = 14, kReal16F = 2 };
 enum { kDescPointerMode = 2, kDescTransA = 3, kPointersOnDevice = 1, kTransposed = 1 };
+enum { kDescEpilogue = 7, kDescBias = 8, kDescAScale = 17, kDescBScale = 18, kDescFast = 25 };
+enum { kDescBiasType = 26, kDescAScaleMode = 31, kDescBScaleMode = 32 };
+enum { kReal8E4M3 = 28, kReal8E5M2 = 29, kScaleOfEach = 3, kEpilogueBias = 4 };
 enum { kPreferenceWorkspace = 1, kPreferenceReductions = 3, kReduceInPlace = 1, kReduceFloat = 2 };
 
 struct Algorithm {
@@ -127,14 +134,24 @@ Plan make_plan(Handle handle, int64_t m, int64_t n, int64_t k, ScalarType dtype,
 struct Context {
   Handle handle = nullptr;
   std::map<std::array<int64_t, 5>, Plan> plans;
+  std::map<std::array<int64_t, 7>, Plan> folded;
 };
 
-const Plan& plan_of(int32_t device, const std::array<int64_t, 5>& key, Handle* handle) {
+std::mutex& contexts_lock() {
   static std::mutex mutex;
+  return mutex;
+}
+// To be called with the lock held.
+Context& context_of(int32_t device) {
   static std::map<int32_t, Context> contexts;
-  const std::lock_guard<std::mutex> lock(mutex);
   Context& c = contexts[device];
   if (!c.handle) must(library().create(&c.handle), "a handle");
+  return c;
+}
+
+const Plan& plan_of(int32_t device, const std::array<int64_t, 5>& key, Handle* handle) {
+  const std::lock_guard<std::mutex> lock(contexts_lock());
+  Context& c = context_of(device);
   *handle = c.handle;
   const auto found = c.plans.find(key);
   if (found != c.plans.end()) return found->second;
@@ -183,6 +200,108 @@ void scaled_gemm_add(Tensor y, Tensor a, Tensor w, Tensor factor, Tensor one) {
   multiply_into(Device(a), y, a, w, factor, one);
 }
 
+// ---- folded rows ------------------------------------------------------------------------------
+
+// What tells one plan from another: m, n, k, the output's type, whether a is E5M2, whether a bias
+// is added, whether sums stay in the tensor cores.
+using FoldedKey = std::array<int64_t, 7>;
+
+// y^T (n, m) = w (n, k) a^T (k, m); without a description where there is no algorithm.
+Plan make_folded_plan(Handle handle, const FoldedKey& key) {
+  const Library& l = library();
+  const auto [m, n, k, dtype, e5m2, biased, fast] = key;
+  Plan p;
+  if (m == 0 || n % 16 || k % 16) return p;
+  must(l.desc_create(&p.desc, kCompute32F, kReal32F), "a description");
+  set(p.desc, kDescTransA, int32_t(kTransposed));
+  set(p.desc, kDescFast, int8_t(fast));
+  const int32_t each = kScaleOfEach;
+  const bool known = l.desc_set(p.desc, kDescAScaleMode, &each, sizeof each) == kOk &&
+                     l.desc_set(p.desc, kDescBScaleMode, &each, sizeof each) == kOk;
+  // The search wants to see that there are scales, and how they are aligned; it reads none.
+  const auto some = reinterpret_cast<const void*>(uintptr_t(256));
+  set(p.desc, kDescAScale, some);
+  set(p.desc, kDescBScale, some);
+  if (biased) {
+    set(p.desc, kDescEpilogue, int32_t(kEpilogueBias));
+    set(p.desc, kDescBiasType, int32_t(kReal16BF));
+    set(p.desc, kDescBias, some);
+  }
+  must(l.layout_create(&p.a, kReal8E4M3, uint64_t(k), uint64_t(n), k), "a layout");
+  must(l.layout_create(&p.b, e5m2 ? kReal8E5M2 : kReal8E4M3, uint64_t(k), uint64_t(m), k),
+       "a layout");
+  must(l.layout_create(&p.d, type_code(ScalarType(dtype)), uint64_t(n), uint64_t(m), n),
+       "a layout");
+  Handle preference = nullptr;
+  must(l.preference_create(&preference), "a preference");
+  const size_t room = 0;
+  must(l.preference_set(preference, kPreferenceWorkspace, &room, sizeof room), "a preference");
+  Heuristic found{};
+  int count = 0;
+  const int status =
+      known ? l.heuristic(handle, p.desc, p.a, p.b, p.d, p.d, preference, 1, &found, &count) : 1;
+  l.preference_destroy(preference);
+  if (status != kOk || count == 0) p.desc = nullptr;
+  p.algorithm = found.algorithm;
+  return p;
+}
+
+// To be called with the lock held.
+const Plan& folded_plan(Context& c, const FoldedKey& key) {
+  const auto found = c.folded.find(key);
+  return found != c.folded.end() ? found->second : c.folded[key] = make_folded_plan(c.handle, key);
+}
+
+bool folded_gemm_serves(Tensor like, int64_t m, int64_t n, int64_t k, ScalarType dtype, bool e5m2,
+                        bool biased, bool fast) {
+  if (!library().found) return false;
+  const Device device(like);
+  const std::lock_guard<std::mutex> lock(contexts_lock());
+  const FoldedKey key{m, n, k, int64_t(dtype), e5m2, biased, fast};
+  return folded_plan(context_of(device.index), key).desc != nullptr;
+}
+
+// a, w: bytes of fp8 rows; the scales have a number for each row at least.
+Tensor folded_gemm(Tensor a, bool e5m2, Tensor a_scale, Tensor w, Tensor w_scale,
+                   std::optional<Tensor> bias, ScalarType dtype, bool fast) {
+  const Device device(a);
+  for (const Tensor* t : {&a_scale, &w, &w_scale}) device.expect_here("operand", *t);
+  const bool matrices = a.dim() == 2 && w.dim() == 2 && a.size(1) == w.size(1) &&
+                        a.is_contiguous() && w.is_contiguous() &&
+                        a.scalar_type() == ScalarType::Byte && w.scalar_type() == ScalarType::Byte;
+  options::expect(matrices, "a: expected contiguous matrices of bytes with rows of one length");
+  const int64_t m = a.size(0), n = w.size(0), k = a.size(1);
+  options::expect(a_scale.numel() >= m && w_scale.numel() >= n &&
+                      a_scale.scalar_type() == ScalarType::Float &&
+                      w_scale.scalar_type() == ScalarType::Float,
+                  "a_scale: expected a float32 number for each row");
+  if (bias) {
+    device.expect_here("bias", *bias);
+    options::expect(
+        bias->numel() == n && bias->is_contiguous() && bias->scalar_type() == ScalarType::BFloat16,
+        "bias: expected ", n, " bfloat16 numbers end to end");
+  }
+  Tensor y = device.empty({m, n}, dtype);
+  const Library& l = library();
+  options::expect(l.found, "cuBLASLt: torch brought none along; choose another path");
+  const float one = 1.0f, zero = 0.0f;
+  const FoldedKey key{m, n, k, int64_t(dtype), e5m2, bias.has_value(), fast};
+  // The description holds the pointers until the product is launched.
+  const std::lock_guard<std::mutex> lock(contexts_lock());
+  Context& c = context_of(device.index);
+  const Plan& plan = folded_plan(c, key);
+  options::expect(plan.desc, "cuBLASLt: there is no algorithm for ", m, " x ", n, " x ", k,
+                  "; choose another path");
+  set(plan.desc, kDescAScale, w_scale.const_data_ptr());
+  set(plan.desc, kDescBScale, a_scale.const_data_ptr());
+  if (bias) set(plan.desc, kDescBias, bias->const_data_ptr());
+  must(l.matmul(c.handle, plan.desc, &one, w.const_data_ptr(), plan.a, a.const_data_ptr(), plan.b,
+                &zero, y.const_data_ptr(), plan.d, y.mutable_data_ptr(), plan.d, &plan.algorithm,
+                nullptr, 0, device.stream),
+       "the product");
+  return y;
+}
+
 bool has_scaled_gemm() {
   return library().found;
 }
@@ -196,6 +315,12 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
       "ScalarType dtype) -> Tensor");
   m.def("_scaled_gemm_add(Tensor(a!) y, Tensor a, Tensor w, Tensor factor, Tensor one) -> ()");
   m.def("_has_scaled_gemm() -> bool");
+  m.def(
+      "_folded_gemm(Tensor a, bool e5m2, Tensor a_scale, Tensor w, Tensor w_scale, Tensor? bias, "
+      "ScalarType dtype, bool fast) -> Tensor");
+  m.def(
+      "_folded_gemm_serves(Tensor like, int m, int n, int k, ScalarType dtype, bool e5m2, "
+      "bool biased, bool fast) -> bool");
 }
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
@@ -203,6 +328,8 @@ PYFMT_REGISTER(PYFMT_NAMESPACE, CompositeExplicitAutograd, m) {
 }
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
+  m.impl("_folded_gemm", TORCH_BOX(&pyfmt::folded_gemm));
+  m.impl("_folded_gemm_serves", TORCH_BOX(&pyfmt::folded_gemm_serves));
   m.impl("_scaled_gemm", TORCH_BOX(&pyfmt::scaled_gemm));
   m.impl("_scaled_gemm_add", TORCH_BOX(&pyfmt::scaled_gemm_add));
 }

@@ -44,6 +44,41 @@ TwoParts fold_two(Tensor codes, Tensor scales, std::string format, bool e5m2, Te
   return both(left, right);
 }
 
+// The left operand is x, still to be rotated and quantized: the weight is folded beside that. All
+// buffers live until both are launched, so that none of one kernel's is another's meanwhile.
+TwoParts fold_online(Tensor x, std::string format, Text scale_rule, std::string clip,
+                     int64_t rotation, std::optional<Tensor> signs, bool e5m2, Tensor w_codes,
+                     Tensor w_scales, std::string w_format, std::optional<Tensor> total) {
+  Rows rows(x, format, scale_rule, std::nullopt, clip, rotation, signs);
+  const Device& device = rows.device;
+  cuda::QuantizeArgs& q = rows.args;
+  const int64_t m = q.view.outer, k = q.view.columns;
+  expect_folds(q.format, format, e5m2);
+  options::expect(cuda::fold_values_serves(q) && !cuda::needs_rotated_rows(q),
+                  "x: expected bfloat16 rows of whole blocks; quantize it first");
+  const Codes w(device, w_codes, w_scales, w_format);
+  expect_folds(w.format, w_format, false);
+  options::expect(w.columns == k, "w_codes: expected rows of ", k,
+                  " elements like those of x, got ", w.columns);
+  const Tensor codes = device.empty({m, q.format.row_bytes(k)}, ScalarType::Byte);
+  const Tensor scales = device.empty({m, q.format.blocks(k)}, ScalarType::Byte);
+  q.codes = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  q.scales = scales.mutable_data_ptr();
+  const bool together = q.format.element == w.format.element;
+  q.next_waits = together;
+  const Codes a(device, codes, scales, format);
+  const Fold left(device, m, k, e5m2, true, total);
+  const Fold right(device, w.rows, k, false, false, total);
+  cuda::quantize(q, device.stream);
+  if (together) {
+    cuda::fold_two(a.args(left.to), w.args(right.to), device.stream, true);
+  } else {
+    cuda::fold_codes(a.args(left.to), device.stream);
+    cuda::fold_codes(w.args(right.to), device.stream);
+  }
+  return both(left, right);
+}
+
 Parts fold_values(Tensor x, std::string format, Text scale_rule, std::string clip, int64_t rotation,
                   std::optional<Tensor> signs, bool e5m2, std::optional<Tensor> total) {
   const Rows rows(x, format, scale_rule, std::nullopt, clip, rotation, signs);
@@ -159,6 +194,10 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
       "Tensor w_scales, str w_format, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def(
+      "_fold_online(Tensor x, str format, str? scale_rule, str clip, int rotation, Tensor? signs, "
+      "bool e5m2, Tensor w_codes, Tensor w_scales, str w_format, Tensor(a!)? total) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "_fold_values(Tensor x, str format, str? scale_rule, str clip, int rotation, Tensor? signs, "
       "bool e5m2, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -176,6 +215,7 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("_fold", TORCH_BOX(&pyfmt::fold));
   m.impl("_fold_two", TORCH_BOX(&pyfmt::fold_two));
+  m.impl("_fold_online", TORCH_BOX(&pyfmt::fold_online));
   m.impl("_fold_values", TORCH_BOX(&pyfmt::fold_values));
   m.impl("_round_values", TORCH_BOX(&pyfmt::round_values));
   m.impl("_repair", TORCH_BOX(&pyfmt::repair));

@@ -214,20 +214,29 @@ def row_of(call: Call) -> str:
     return "any"
 
 
-# Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0); for more rows
-# it is written as fp8 for the library's GEMM.
-PACKED = {"fold-4": 256, "fold-6": 256, "fold-4 kept": 64, "fold-6 kept": 64}
+# Up to how many rows of a `fold` leaves the weight packed (compute capability 9.0), by the table's
+# sizes of a weight; for more rows it is written as fp8 for the library's GEMM.
+PACKED = {
+    "fold-4": (576, 512, 320),
+    "fold-6": (320, 384, 256),
+    "fold-4 kept": (64, 64, 64),
+    "fold-6 kept": (64, 64, 64),
+}
 
 
-def stays_packed(bits: int, kept: bool, m: int) -> bool:
+def _size(n: int) -> int:
+    return sum(n > rows for rows in SIZES)
+
+
+def stays_packed(bits: int, kept: bool, n: int, m: int) -> bool:
     """Whether `fold` multiplies by the packed weight, where the device has the kernel for it."""
-    return m <= PACKED.get(f"fold-{bits}{' kept' if kept else ''}", 0)
+    limits = PACKED.get(f"fold-{bits}{' kept' if kept else ''}")
+    return limits is not None and m <= limits[_size(n)]
 
 
 def entries_of(call: Call) -> Entries:
     """The table's entries (path, limit) for a call."""
-    size = sum(call.n > rows for rows in SIZES)
-    entries = TABLE[row_of(call)][size]
+    entries = TABLE[row_of(call)][_size(call.n)]
     # A kept weight is for the path that it was expanded for.
     return entries if call.kept else (("native", None), *entries)
 

@@ -19,21 +19,13 @@ Entries = tuple[tuple[str, int | None], ...]
 TABLE: dict[str, tuple[Entries, ...]] = {
     "fold-4": (
         (("skinny", 8), ("wide", 32), ("fold", None)),
-        (
-            ("skinny", 8),
-            ("wide", 32),
-            ("fold", 128),
-            ("wide", 192),
-            ("fold", 256),
-            ("wide", 384),
-            ("fold", None),
-        ),
-        (("skinny", 8), ("wide", 32), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 4), ("wide", 32), ("fold", None)),
+        (("skinny", 8), ("wide", 32), ("fold", None)),
     ),
     "fold-6": (
         (("skinny", 4), ("wide", 128), ("fold", None)),
-        (("skinny", 4), ("wide", 64), ("fold", 96), ("wide", 384), ("fold", None)),
-        (("skinny", 8), ("wide", 256), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 192), ("fold", None)),
     ),
     "fold-4 kept": (
         (("skinny", 8), ("wide", 32), ("fold", None)),

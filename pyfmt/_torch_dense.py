@@ -280,6 +280,15 @@ def _fold_both(
     if alone and left.k <= paths.LONGEST_FOLD and _whole_rows(left):
         given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
         return Parts.ops._fold_values.default(*given, e5m2, total), None
+    if (
+        codes is not None
+        and left.codes is None
+        and left.k <= paths.LONGEST_FOLD
+        and (_whole_rows(left))
+    ):
+        given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
+        found = Parts.ops._fold_online.default(*given, e5m2, codes, scales, fmt, total)
+        return found[:4], found[4:]
     own = (*quantized(left)[:2], left.format.key, e5m2)
     if codes is None:
         return Parts.ops._fold.default(*own, True, total), None
@@ -313,7 +322,7 @@ def _fold_packed(left: Left, right: Right, out: Out) -> Tensor:
 
 def fold(left: Left, right: Right, out: Out) -> Tensor:
     assert left.format is not None
-    if paths.stays_packed(right.format.format.bits, bool(right.kept), left.rows) and (
+    if paths.stays_packed(right.format.format.bits, bool(right.kept), right.n, left.rows) and (
         _packed_kernel(Parts.ops, right.codes.device, right.format.key)
     ):
         return _fold_packed(left, right, out)
@@ -335,10 +344,9 @@ def fold(left: Left, right: Right, out: Out) -> Tensor:
             weight = Parts.ops._fold.default(codes, scales, key, False, False, total)[:3]
         a8, a_scale, a_marks, a_spare = mine
         w8, w_scale, w_marks = right.kept or weight
-        a = a8[: left.rows].view(E5M2 if e5m2 else E4M3)
-        column = a_scale[: left.rows, None]
         bias = None if out.bias is None else out.bias[first:last]
-        y = _fp8_gemm(a, column, w8.view(E4M3), w_scale[None], bias, last - first, out)
+        a = a8[: left.rows]
+        y = _fp8_gemm(a, e5m2, a_scale[: left.rows], w8, w_scale, bias, last - first, out)
         Parts.ops._repair.default(
             y, a8, a_scale, a_marks, a_spare, e5m2, w8, w_scale, w_marks, False, codes, scales,
             key, bias,
@@ -348,17 +356,49 @@ def fold(left: Left, right: Right, out: Out) -> Tensor:
     return y.contiguous()
 
 
+@lru_cache(maxsize=1024)
+def _folded_gemm_serves(ops: Any, device: torch.device, *how: Any) -> bool:
+    """Whether the library multiplies without torch's workspace, by shape and types."""
+    return hasattr(ops, "_folded_gemm") and bool(
+        ops._folded_gemm_serves(torch.empty(0, device=device), *how)
+    )
+
+
 def _fp8_gemm(
-    a: Tensor, a_scale: Tensor, w: Tensor, w_scale: Tensor, bias: Tensor | None, n: int, out: Out
+    a: Tensor,
+    e5m2: bool,
+    a_scale: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    n: int,
+    out: Out,
 ) -> Tensor:
-    """RNE((a w^T) * a_scale * w_scale + bias); sums are moved to float32 every 128 products."""
-    mm = torch._scaled_mm
+    """RNE((a w^T) * a_scale * w_scale + bias); sums are moved to float32 every 128 products.
+
+    cuBLASLt multiplies: called here where it knows row scales, else by torch._scaled_mm.
+    """
+
+    def mm(bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        shape = (a.shape[0], w.shape[0], a.shape[1])
+        how = (dtype, e5m2, bias is not None, out.fast)
+        if a.is_cuda and _folded_gemm_serves(Parts.ops, a.device, *shape, *how):
+            added = None if bias is None else bias.contiguous()
+            given = (a, e5m2, a_scale, w, w_scale, added, dtype, out.fast)
+            y: Tensor = Parts.ops._folded_gemm.default(*given)
+            return y
+        left, right = a.view(E5M2 if e5m2 else E4M3), w.view(E4M3).t()
+        scales = (a_scale[:, None], w_scale[None])
+        return torch._scaled_mm(
+            left, right, *scales, bias=bias, out_dtype=dtype, use_fast_accum=out.fast
+        )
+
     whole = w.shape[0] == n
     library_bias = bias is not None and whole and bias.dtype == out.dtype == torch.bfloat16
     if bias is None or library_bias:
-        y = mm(a, w.t(), a_scale, w_scale, bias=bias, out_dtype=out.dtype, use_fast_accum=out.fast)
+        y = mm(bias, out.dtype)
         return y if whole else y[:, :n]
-    y = mm(a, w.t(), a_scale, w_scale, out_dtype=torch.float32, use_fast_accum=out.fast)
+    y = mm(None, torch.float32)
     finished: Tensor = Parts.ops._finish.default(y, n, None, None, None, None, bias, out.dtype)
     return finished
 

@@ -32,6 +32,11 @@ PROCESSES = [
     ["wide:mxint8:200x700x2048:256,1,1", "wide:mxint8:300x700x2048:128,1,1"],
     ["wide:mxfp4:16x1400x2048", "wide:mxint8:16x700x2048:16,1,2", "wide:nvfp4:32x1400x2048"],
     ["fold:mxfp4:200x700x2048:64,1,1", "fold:mxfp6_e3m2:200x700x2048:128,2,1"],
+    [
+        "fold:mxfp4:300x700x2048:256,1,1",
+        "fold:mxint4:300x700x2048:160,1,1",
+        "fold:mxfp6_e3m2:200x700x2048:192,1,2",
+    ],
     [f"skinny:{name}:1x1400x2048" for name in FEW],
     [f"skinny:{name}:{m}x6000x1024" for name in FEW for m in (4, 8)],
     [f"skinny:{name}:16x1400x2048" for name in FEW],

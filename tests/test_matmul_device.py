@@ -156,6 +156,54 @@ def test_scaled_products_of_columns_and_onto_a_matrix() -> None:
         ops._scaled_gemm_add(y.float().t(), a, w, factor, one)
 
 
+def test_products_of_folded_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = torch.ops.pyfmt
+    g = torch.Generator("cuda").manual_seed(5)
+    a, w = (
+        torch.randint(-2, 3, shape, generator=g, device="cuda").float()
+        for shape in ((600, 512), (144, 512))
+    )
+    a_scale = 2.0 ** torch.randint(-3, 4, (600,), generator=g, device="cuda")
+    w_scale = 2.0 ** torch.randint(-3, 4, (144,), generator=g, device="cuda")
+    bias = torch.randint(-9, 10, (144,), generator=g, device="cuda").bfloat16()
+    want = (a.double() @ w.double().t()) * a_scale[:, None] * w_scale
+    w8 = w.to(torch.float8_e4m3fn).view(torch.uint8)
+    for e5m2 in (False, True):
+        a8 = a.to(torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn).view(torch.uint8)
+        for dtype, added in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, bias)):
+            shape = (600, 144, 512, dtype, e5m2, added is not None, False)
+            if not ops._folded_gemm_serves(a8, *shape):
+                continue
+            y = ops._folded_gemm(a8, e5m2, a_scale, w8, w_scale, added, dtype, False)
+            types = (torch.float8_e5m2 if e5m2 else torch.float8_e4m3fn, torch.float8_e4m3fn)
+            known = torch._scaled_mm(
+                a8.view(types[0]), w8.view(types[1]).t(), a_scale[:, None], w_scale[None],
+                bias=added, out_dtype=dtype,
+            )  # fmt: skip
+            assert torch.equal(y, known)
+            assert added is not None or torch.equal(y, want.to(dtype))
+    assert not ops._folded_gemm_serves(w8, 600, 140, 512, torch.bfloat16, True, False, False)
+    # The same by the path, with the weight written out.
+    monkeypatch.setattr(paths, "PACKED", {})
+    qa, qw = pyfmt.quantize(a, "mxfp4"), pyfmt.quantize(w, "mxfp4")
+    exact = qa.dequantize().double() @ qw.dequantize().double().t()
+    for added in (None, bias, bias.float()):
+        for dtype in (torch.float32, torch.bfloat16):
+            y = pyfmt.matmul(qa, qw, added, dtype=dtype, path="fold")
+            whole = exact if added is None else exact + added.double()
+            assert torch.equal(y, whole.to(dtype))
+    # Rotated and quantized on the way, beside the weight: the bits of codes that were there before.
+    x = torch.randn(2048, 512, generator=g, device="cuda", dtype=torch.bfloat16)
+    for name in ("mxfp4", "mxfp6_e2m3"):
+        q = pyfmt.quantize(w, name)
+        codes = pyfmt.quantize(x, name, rotation=32)
+        for _ in range(20):
+            got = ops.linear(
+                x, q.codes, q.scales, None, name, None, name, 32, path="fold"
+            )  # fmt: skip
+            assert torch.equal(got, pyfmt.matmul(codes, q, dtype=torch.bfloat16, path="fold"))
+
+
 def test_rows_that_do_not_fold_are_repaired_and_counted() -> None:
     a, w = both("gaussian", 200, 160, 512)
     a[3, 64:96] *= 2.0**-45

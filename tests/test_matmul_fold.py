@@ -136,7 +136,16 @@ def test_weights_are_decoded_exactly_within_their_window(ops: Any, name: str) ->
 
 def test_ragged_shapes_and_plans(ops: Any) -> None:
     for m, n, k in ((1, 1, 32), (66, 131, 352)):
-        for plan in ((64, 1, 1), (128, 1, 1), (64, 2, 1), (96, 1, 2), (128, 2, 2), (256, 1, 2)):
+        for plan in (
+            (64, 1, 1),
+            (128, 1, 1),
+            (64, 2, 1),
+            (96, 1, 2),
+            (128, 2, 2),
+            (160, 1, 1),
+            (192, 1, 2),
+            (256, 1, 2),
+        ):
             if plan[2] == 1 or k > 128:
                 a, w = noise("mxfp4", m, k, 1), noise("mxfp4", n, k, 2)
                 check(ops, a, w, k * 2.0**-24, plan=plan)
@@ -240,7 +249,7 @@ def test_decoding_on_the_device(device_ops: Any, name: str) -> None:
 @pytest.mark.gpu
 def test_plans_on_the_device(device_ops: Any) -> None:
     a, w = noise("mxfp4", 200, 2048, 1), noise("mxfp4", 700, 2048, 2)
-    for tile in (64, 96, 128, 256):
+    for tile in (64, 96, 128, 160, 192, 256):
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2)):
             plan = (tile, share, split)
             check(device_ops, a, w, FP8_STEP, device="cuda", plan=plan, dtype=torch.bfloat16)

@@ -126,10 +126,15 @@ def test_fold_values_is_quantize_then_fold(ops: Any, name: str, rotation: int) -
         w_parts = [to_torch(p) for p in reference.quantize(w, get_format(other))[:2]]
         weight = ops._fold(*w_parts, other, False, False, None)[:3]
         found = ops._fold_two(to_torch(codes), to_torch(scales), name, e5m2, *w_parts, other, None)
-        assert torch.equal(found[0][:rows], want[0][:rows])
-        for i, part in ((1, want[1]), (2, want[2]), (4, weight[0]), (5, weight[1])):
-            assert torch.equal(found[i], part)
-        assert torch.equal(found[6], weight[2])
+        online = ops._fold_online(
+            to_torch(x), name, None, "symmetric", rotation, to_torch(signs), e5m2, *w_parts, other,
+            None,
+        )  # fmt: skip
+        for both in (found, online):
+            assert torch.equal(both[0][:rows], want[0][:rows])
+            for i, part in ((1, want[1]), (2, want[2]), (4, weight[0]), (5, weight[1])):
+                assert torch.equal(both[i], part)
+            assert torch.equal(both[6], weight[2])
 
 
 ROUNDED = [f for f in FORMATS if f not in ("int4", "int8")] + ["e2m1-b64-e8m0", "int4-b128-e4m3"]
@@ -337,10 +342,10 @@ def test_fold_by_packed_weights(kept: bool, monkeypatch: pytest.MonkeyPatch) -> 
         args = (x, codes, scales, None, "mxfp4", bias, "mxfp4", rotation)
         monkeypatch.setattr(paths, "PACKED", {})
         want = torch.ops.pyfmt.linear(*args, expanded=expanded, path="fold")
-        monkeypatch.setattr(paths, "PACKED", {"fold-4": 9, "fold-4 kept": 9})
+        monkeypatch.setattr(paths, "PACKED", {"fold-4": (9, 9, 9), "fold-4 kept": (9, 9, 9)})
         got = torch.ops.pyfmt.linear(*args, expanded=expanded, path="fold")
         assert torch.equal(got, want)
-        monkeypatch.setattr(paths, "PACKED", {"fold-4": 8, "fold-4 kept": 8})
+        monkeypatch.setattr(paths, "PACKED", {"fold-4": (8, 8, 8), "fold-4 kept": (8, 8, 8)})
         assert torch.equal(torch.ops.pyfmt.linear(*args, expanded=expanded, path="fold"), want)
 
 

@@ -120,8 +120,12 @@ def test_folding_for_the_sanitizers(ops: Any, name: str) -> None:
         y = to_torch(x).cuda()
         got = ops._fold_values(y, name, None, "symmetric", 0, None, False, total)
         two = ops._fold_two(codes, scales, name, False, codes, scales, name, None)
+        online = ops._fold_online(
+            y, name, None, "symmetric", 0, None, False, codes, scales, name, None
+        )
         for i in (1, 2):
             assert torch.equal(got[i], want[i]) and torch.equal(two[i], want[i])
+            assert torch.equal(online[i], want[i])
         ops._fold_values(y, name, None, "symmetric", 32, None, False, None)
     w_codes, w_scales, _ = codes_of(grids.noise(21, 96), "mxfp4")
     x = grids.noise(5, 96)

@@ -73,6 +73,8 @@ struct QuantizeArgs {
   float* tensor_scale_out = nullptr;    // where the format and recipe have one
   void* out = nullptr;                  // fake_quantize: rows end to end, in x's dtype
   float* partials = nullptr;            // kPartials floats where the tensor scale is dynamic
+  // The launch that follows may start early (launch.cuh): it waits before it reads codes or scales.
+  bool next_waits = false;
 };
 
 // Whether `quantize` must be given rotated float32 rows instead of a rotation.

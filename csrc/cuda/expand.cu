@@ -50,11 +50,13 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <class E, bool kE5M2, int kUnits, bool kBlock, bool kAgain>
 __global__ void __launch_bounds__(kThreads, kUnits == 2 ? 4 : 3)
     fold_two_rows(const __grid_constant__ FoldCodesArgs a, const __grid_constant__ FoldCodesArgs w,
-                  int64_t a_blocks) {
+                  int64_t a_blocks, bool beside) {
   __shared__ uint4 shared[Stage<32>::kShared];
   __shared__ uint32_t of_warp[kWarps];
-  const Mixed b(blockIdx.x, a_blocks, gridDim.x);
+  const Mixed b = beside ? Mixed::last(blockIdx.x, a_blocks, gridDim.x)
+                         : Mixed(blockIdx.x, a_blocks, gridDim.x);
   if (b.is_first) {
+    if (beside) wait_for_earlier_launch();
     fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain, false>(a, b.index, shared, of_warp,
                                                             fold_table());
   } else {
@@ -69,7 +71,7 @@ struct FoldKernels {
   int low, high;
   uint32_t (*mask)(int word);
   void (*one[4])(FoldCodesArgs, int64_t, FoldScanArgs);  // by units_kind
-  void (*two[4])(FoldCodesArgs, FoldCodesArgs, int64_t);
+  void (*two[4])(FoldCodesArgs, FoldCodesArgs, int64_t, bool);
 };
 
 template <class E, bool kE5M2>
@@ -126,11 +128,12 @@ void fold_codes(const FoldCodesArgs& a, Stream stream, const FoldScanArgs& scan)
   launch(k.one[kind], blocks + scan_blocks(scan), kThreads, stream, a, blocks, scan);
 }
 
-void fold_two(const FoldCodesArgs& a, const FoldCodesArgs& w, Stream stream) {
+void fold_two(const FoldCodesArgs& a, const FoldCodesArgs& w, Stream stream, bool beside) {
   const FoldKernels& k = *find_fold(a.format, a.to.e5m2);
   const int kind = units_kind(w.to);
   const int64_t a_blocks = blocks_of(a.to, kind);
-  launch(k.two[kind], a_blocks + blocks_of(w.to, kind), kThreads, stream, a, w, a_blocks);
+  launch_after(beside && launches_overlap(), k.two[kind], a_blocks + blocks_of(w.to, kind),
+               kThreads, stream, a, w, a_blocks, beside);
 }
 
 }  // namespace cuda

@@ -49,8 +49,10 @@ FoldScanArgs fold_scan_args(const FoldCodesArgs&);
 
 // scan: in the same launch.
 void fold_codes(const FoldCodesArgs&, Stream, const FoldScanArgs& scan = {});
-// Two matrices of one format in one launch, their blocks of threads mixed.
-void fold_two(const FoldCodesArgs&, const FoldCodesArgs&, Stream);
+// Two matrices of one format in one launch, their blocks of threads mixed. beside: it may start
+// before the launch ahead ends, which writes the codes and scales of the first and nothing else
+// that is read or written here; the first then comes last.
+void fold_two(const FoldCodesArgs&, const FoldCodesArgs&, Stream, bool beside = false);
 
 // Rotate, quantize and fold in one: the values are those of fold_codes(quantize(x)). args.x: bf16,
 // rows end to end, whole units, 16-byte aligned.

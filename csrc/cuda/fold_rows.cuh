@@ -130,6 +130,13 @@ struct Mixed {
     is_first = (block + 1) * first / all != before;
     index = is_first ? before : block - before;
   }
+  // Those of the first kind after all others.
+  PYFMT_DEVICE static Mixed last(int64_t block, int64_t first, int64_t all) {
+    Mixed m(block, 0, all);
+    m.is_first = block >= all - first;
+    if (m.is_first) m.index = block - (all - first);
+    return m;
+  }
 };
 
 }  // namespace cuda

@@ -41,26 +41,19 @@ PYFMT_DEVICE uint32_t look_up(uint32_t a, uint32_t b, uint32_t places) {
 #endif
 }
 
-// A float16 pair as two E4M3 codes, the low half's first.
-PYFMT_DEVICE uint32_t float16_to_e4m3(uint32_t pair) {
-#if defined(PYFMT_SM89)
-  uint16_t d;
-  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(d) : "r"(pair));
-  return d;
-#else
-  return to_fp8<false>(from_half(pair), from_half(pair >> 16));
-#endif
-}
-
-// Sixteen 6-bit floats to float16 pairs, codes i and i + 8 in word i: signs on top, magnitudes from
-// bit kPlace on. The two start at the same bit of their halves, so three pairs of halves hold all.
+// Sixteen 6-bit floats as float16 pairs, codes i and i + 8 in pair i: magnitudes from bit kPlace
+// on, and signs. The two codes of a pair start at the same bit of their halves, so three words of
+// halves hold all.
 template <int kPlace>
 struct PlacedSixBits {
   static constexpr uint32_t kSign = both(0x8000u), kMagnitude = both(0x1fu << kPlace);
+  uint32_t y[3];
 
-  PYFMT_DEVICE static void place_all(const uint32_t* w, uint32_t* out) {
-    const uint32_t y[3] = {select_bits(w[0], w[1], 0x0000ffffu), pick_bytes(w[0], w[2], 0x5432),
-                           select_bits(w[1], w[2], 0x0000ffffu)};
+  PYFMT_DEVICE explicit PlacedSixBits(const uint32_t* w)
+      : y{select_bits(w[0], w[1], 0x0000ffffu), pick_bytes(w[0], w[2], 0x5432),
+          select_bits(w[1], w[2], 0x0000ffffu)} {}
+
+  PYFMT_DEVICE void magnitudes(uint32_t* out) const {
     out[0] = place<0>(y[0]);
     out[1] = place<6>(y[0]);
     out[3] = place<2>(y[1]);
@@ -68,20 +61,22 @@ struct PlacedSixBits {
     out[6] = place<4>(y[2]);
     out[7] = place<10>(y[2]);
     // Two codes lie across a boundary.
-    out[2] = select_bits(y[0] >> (12 - kPlace), y[1] << (kPlace + 4), both(0xfu << kPlace)) &
-             both(0x1fu << kPlace);
-    out[2] = select_bits(y[1] << 14, out[2], kSign);
-    out[5] = select_bits(y[1] >> (14 - kPlace), y[2] << (kPlace + 2), both(0x3u << kPlace)) &
-             both(0x1fu << kPlace);
-    out[5] = select_bits(y[2] << 12, out[5], kSign);
+    out[2] =
+        select_bits(y[0] >> (12 - kPlace), y[1] << (kPlace + 4), both(0xfu << kPlace)) & kMagnitude;
+    out[5] =
+        select_bits(y[1] >> (14 - kPlace), y[2] << (kPlace + 2), both(0x3u << kPlace)) & kMagnitude;
+  }
+  // `pair` with the signs of pair i.
+  PYFMT_DEVICE uint32_t with_signs(int i, uint32_t pair) const {
+    constexpr int kUp[8] = {10, 4, 14, 8, 2, 12, 6, 0};
+    return select_bits(y[i < 2 ? 0 : i < 5 ? 1 : 2] << kUp[i], pair, kSign);
   }
 
  private:
   template <int kFrom>
-  PYFMT_DEVICE static uint32_t place(uint32_t y) {
+  PYFMT_DEVICE static uint32_t place(uint32_t word) {
     constexpr int kUp = kPlace - kFrom;
-    const uint32_t magnitude = kUp >= 0 ? y << (kUp < 0 ? 0 : kUp) : y >> (kUp < 0 ? -kUp : 0);
-    return select_bits(y << (10 - kFrom), magnitude & kMagnitude, kSign);
+    return (kUp >= 0 ? word << (kUp < 0 ? 0 : kUp) : word >> (kUp < 0 ? -kUp : 0)) & kMagnitude;
   }
 };
 
@@ -127,77 +122,90 @@ struct FoldWeights {
 
   // ---- codes ----------------------------------------------------------------------------------
 
-  // One block: of zeros, with any scale, or with one within the window. place: its exponent's in
-  // the table.
+  // What a block's scale has its codes become, by its exponent's place in the table: of zeros, with
+  // any scale, or of one within the window.
+  struct Meaning {
+    uint32_t v[kLookup ? kEntryBytes / 4 : 1];
+  };
+  PYFMT_DEVICE static Meaning meaning(uint32_t place, uint32_t table) {
+    Meaning of;
+    if constexpr (!kLookup) {
+      of.v[0] = (place + uint32_t(kLowest - kTwice + 15)) * both(0x400u);
+    } else if constexpr (kInt) {
+      const uint4 v = hopper::load_shared16(table + place * kEntryBytes);
+      of.v[0] = v.x, of.v[1] = v.y, of.v[2] = v.z, of.v[3] = v.w;
+    } else {
+      const uint2 v = hopper::load_shared8(table + place * kEntryBytes);
+      of.v[0] = v.x, of.v[1] = v.y;
+    }
+    return of;
+  }
+
+  // A block's 32 codes are decoded by kParts.
+  static constexpr int kParts = kLookup ? 4 : 2;
+  template <int kPart>
+  PYFMT_DEVICE static void decode_part(const uint32_t* words, const Meaning& of, uint32_t* out) {
+    if constexpr (kLookup) {
+      look_up_word(words[kPart], of.v, out + 2 * kPart);
+    } else {
+      multiply(words + 3 * kPart, of.v[0], out + 4 * kPart);
+    }
+  }
   PYFMT_DEVICE static void decode_block(const uint32_t* words, uint32_t place, uint32_t table,
                                         uint32_t* out) {
-    if constexpr (kLookup) {
-      lookup(words, table + place * kEntryBytes, out);
-    } else {
-      multiply(words, int(place), out);
+    const Meaning of = meaning(place, table);
+    decode_part<0>(words, of, out);
+    decode_part<1>(words, of, out);
+    if constexpr (kParts == 4) {
+      decode_part<2>(words, of, out);
+      decode_part<3>(words, of, out);
     }
   }
 
  private:
-  PYFMT_DEVICE static void lookup(const uint32_t* words, uint32_t entry, uint32_t* out) {
-    uint32_t t[4];
+  // Eight codes of 4 bits.
+  PYFMT_DEVICE static void look_up_word(uint32_t word, const uint32_t* t, uint32_t* out) {
+    const uint32_t up = word << 4, places = word & 0x77777777u;
     if constexpr (kInt) {
-      const uint4 v = hopper::load_shared16(entry);
-      t[0] = v.x, t[1] = v.y, t[2] = v.z, t[3] = v.w;
+      out[0] = select_bits(look_up(t[2], t[3], places), look_up(t[0], t[1], places),
+                           pick_signs(up, word, 0x5140));
+      out[1] = select_bits(look_up(t[2], t[3], places >> 16), look_up(t[0], t[1], places >> 16),
+                           pick_signs(up, word, 0x7362));
     } else {
-      const uint2 v = hopper::load_shared8(entry);
-      t[0] = v.x, t[1] = v.y;
-    }
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const uint32_t word = words[w], up = word << 4, places = word & 0x77777777u;
-      if constexpr (kInt) {
-        out[2 * w] = select_bits(look_up(t[2], t[3], places), look_up(t[0], t[1], places),
-                                 pick_signs(up, word, 0x5140));
-        out[2 * w + 1] =
-            select_bits(look_up(t[2], t[3], places >> 16), look_up(t[0], t[1], places >> 16),
-                        pick_signs(up, word, 0x7362));
-      } else {
-        out[2 * w] =
-            select_bits(pick_bytes(up, word, 0x5140), look_up(t[0], t[1], places), 0x80808080u);
-        out[2 * w + 1] = select_bits(pick_bytes(up, word, 0x7362),
-                                     look_up(t[0], t[1], places >> 16), 0x80808080u);
-      }
+      out[0] = select_bits(pick_bytes(up, word, 0x5140), look_up(t[0], t[1], places), 0x80808080u);
+      out[1] =
+          select_bits(pick_bytes(up, word, 0x7362), look_up(t[0], t[1], places >> 16), 0x80808080u);
     }
   }
 
-  // The elements' exponents in float16's place make numbers 2^kField too small.
-  static constexpr int kField = 15 - spec.bias;
+  // The elements' exponents in float16's place make numbers 2^kField too small. Float16 numbers
+  // 2^-kHalf of the fp8 ones have the same exponents, and their upper bits, one further up, are
+  // E4M3; conversions are slow.
+  static constexpr int kField = 15 - spec.bias, kHalf = kE5M2 ? 0 : 8;
   // The exponent of the largest factor may be more than float16 has.
-  static constexpr int kLowest = kField + F::kLow - kDown;
+  static constexpr int kLowest = kField + F::kLow - kDown - kHalf;
   static constexpr int kTop = kLowest + kExponents - 1;
   static constexpr int kTwice = kTop <= 15 ? 0 : kLowest >= 1 ? 15 : kTop - 15;
 
-  // Codes i, i + 1, i + 8, i + 9 of the pairs i and i + 1.
-  PYFMT_DEVICE static uint32_t four(const uint32_t* pairs) {
-    if constexpr (kE5M2) return pick_bytes(pairs[0], pairs[1], 0x7351);
-    return pick_bytes(float16_to_e4m3(pairs[0]), float16_to_e4m3(pairs[1]), 0x5140);
-  }
-
-  PYFMT_DEVICE static void multiply(const uint32_t* words, int place, uint32_t* out) {
-    const uint32_t factor = uint32_t(place + (kLowest - kTwice + 15)) * both(0x400u);
+  // Sixteen codes of 6 bits.
+  PYFMT_DEVICE static void multiply(const uint32_t* words, uint32_t factor, uint32_t* out) {
+    const PlacedSixBits<10 - spec.man> placed(words);
+    uint32_t pairs[8];  // codes i and i + 8, in the upper bytes of their halves
+    placed.magnitudes(pairs);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t pairs[8];  // codes i and i + 8 of sixteen
-      PlacedSixBits<10 - spec.man>::place_all(words + 3 * h, pairs);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if constexpr (kTwice != 0) {
-          pairs[i] = multiply_float16(pairs[i], both(uint32_t(kTwice + 15) << 10));
-        }
-        pairs[i] = multiply_float16(pairs[i], factor);
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (kTwice != 0) {
+        pairs[i] = multiply_float16(pairs[i], both(uint32_t(kTwice + 15) << 10));
       }
+      pairs[i] = multiply_float16(pairs[i], factor);
+      pairs[i] = placed.with_signs(i, kE5M2 ? pairs[i] : pairs[i] << 1);
+    }
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t a = four(pairs + 4 * i), b = four(pairs + 4 * i + 2);
-        out[4 * h + i] = pick_bytes(a, b, 0x5410);
-        out[4 * h + i + 2] = pick_bytes(a, b, 0x7632);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t* of = pairs + 4 * i;
+      const uint32_t a = pick_bytes(of[0], of[1], 0x7351), b = pick_bytes(of[2], of[3], 0x7351);
+      out[i] = pick_bytes(a, b, 0x5410);
+      out[i + 2] = pick_bytes(a, b, 0x7632);
     }
   }
 };

@@ -36,6 +36,7 @@ __host__ __device__ void emulated_sync(int threads);
 __host__ __device__ void emulated_cluster_sync();
 __host__ __device__ void emulated_warp_sync();
 __host__ __device__ bool emulated_any(bool mine);
+__host__ __device__ float emulated_from(float v, int lane);
 __host__ __device__ uint32_t emulated_rank();
 #else
 // A place in the shared memory of this block, or, by its cluster_address, of another.
@@ -58,6 +59,15 @@ inline void emulated_warp_sync() {
 }
 inline bool emulated_any(bool mine) {
   return ::emulation::any_of_warp(mine);
+}
+inline float emulated_from(float v, int lane) {
+  static float all[8 * 1024];
+  const int me = ::emulation::block().current;
+  all[me] = v;
+  emulated_warp_sync();
+  const float found = all[(me & ~31) + lane];
+  emulated_warp_sync();
+  return found;
 }
 inline uint32_t emulated_rank() {
   return uint32_t(::emulation::cluster_rank());
@@ -389,6 +399,14 @@ PYFMT_DEVICE bool any_lane(bool mine) {
   return emulated_any(mine);
 #endif
 }
+// What another lane of the warp has.
+PYFMT_DEVICE float from_lane(float v, int lane) {
+#if defined(__CUDA_ARCH__)
+  return __shfl_sync(kAll, v, lane);
+#else
+  return emulated_from(v, lane);
+#endif
+}
 
 // Hands registers of this warpgroup over to others, or takes them.
 template <int kRegisters>
@@ -439,6 +457,18 @@ PYFMT_DEVICE void keep(const uint8_t*& p) {
 PYFMT_DEVICE void keep(uint32_t& x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(x));
+#endif
+}
+
+// Has `words` worked out here, not later: a store that never happens asks for them. nothing: a zero
+// that the compiler does not know; at: any place in shared memory.
+PYFMT_DEVICE void work_out(uint32_t words, uint32_t nothing, uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .b32 t;\nand.b32 t, %0, %1;\nsetp.ne.b32 p, t, 0;\n"
+      "@p st.shared.b32 [%2], t;\n}" ::"r"(words),
+      "r"(nothing), "r"(at)
+      : "memory");
 #endif
 }
 

@@ -9,26 +9,108 @@ namespace pyfmt {
 namespace cuda {
 namespace wide {
 
-// Writes four neighbours of a row of y; `here` of them exist.
-PYFMT_DEVICE void store_four(void* y, DType dtype, int width, int64_t at, const float (&v)[4],
-                             int here) {
-  if (here == 4 && width % 4 == 0) {
-    if (dtype == DType::kFP32) {
-      reinterpret_cast<uint4*>(y)[at / 4] =
-          make_uint4(canonical(v[0]), canonical(v[1]), canonical(v[2]), canonical(v[3]));
-    } else {
-      const bool bf16 = dtype == DType::kBF16;
-      reinterpret_cast<uint2*>(y)[at / 4] = make_uint2(
-          bf16 ? to_halves<DType::kBF16>(v[0], v[1]) : to_halves<DType::kFP16>(v[0], v[1]),
-          bf16 ? to_halves<DType::kBF16>(v[2], v[3]) : to_halves<DType::kFP16>(v[2], v[3]));
-    }
+// Four neighbours of a row of y, of kType, where they are aligned to four.
+template <DType kType>
+PYFMT_DEVICE void store_four(void* to, const float (&v)[4]) {
+  if constexpr (kType == DType::kFP32) {
+    *static_cast<uint4*>(to) =
+        make_uint4(canonical(v[0]), canonical(v[1]), canonical(v[2]), canonical(v[3]));
   } else {
-#pragma unroll 1
-    for (int i = 0; i < here && i < 4; ++i) {
-      store_element(y, dtype, at + i, i == 0 ? v[0] : i == 1 ? v[1] : i == 2 ? v[2] : v[3]);
-    }
+    *static_cast<uint2*>(to) =
+        make_uint2(to_halves<kType>(v[0], v[1]), to_halves<kType>(v[2], v[3]));
   }
 }
+
+// The first `here` of four neighbours of y, from element `at` on, one by one.
+PYFMT_DEVICE void store_some(void* y, DType dtype, int64_t at, const float (&v)[4], int here) {
+#pragma unroll 1
+  for (int i = 0; i < here && i < 4; ++i) {
+    store_element(y, dtype, at + i, i == 0 ? v[0] : i == 1 ? v[1] : i == 2 ? v[2] : v[3]);
+  }
+}
+
+// The same in one store where rows of `width` elements and `here` allow it.
+PYFMT_DEVICE void store_four(void* y, DType dtype, int width, int64_t at, const float (&v)[4],
+                             int here) {
+  if (here < 4 || width % 4) return store_some(y, dtype, at, v, here);
+  if (dtype == DType::kFP32) return store_four<DType::kFP32>(static_cast<float*>(y) + at, v);
+  uint16_t* const to = static_cast<uint16_t*>(y) + at;
+  if (dtype == DType::kBF16) return store_four<DType::kBF16>(to, v);
+  store_four<DType::kFP16>(to, v);
+}
+
+// Which part of y a warp of kConsumers / 32 writes: every so many tokens, a lane four columns. And
+// what it multiplies sums by, asked for before anything is waited for.
+template <int kTokens>
+struct Ending {
+  static constexpr int kWarpsHere = kConsumers / 32;
+  static_assert(kTokens <= 32 * kWarpsHere, "a lane knows the scale of one token");
+  int warp, lane, n, here, count, m0, live;
+  float of_token = 1.0f;  // of the warp's token number `lane`
+  float factor[4], bias[4], scale = 1.0f;
+
+  PYFMT_DEVICE Ending(const Params& p, const Place& at)
+      : warp(int(threadIdx.x) >> 5), lane(int(threadIdx.x) & 31) {
+    n = at.n0 + 4 * lane;
+    here = p.n - n < 4 ? p.n - n : 4;
+    count = kTokens >> (p.split - 1);
+    m0 = at.m0 + at.part * count;
+    live = p.m - m0 < count ? p.m - m0 : count;
+    const int token = warp + lane * kWarpsHere;
+    if (p.x_scale && token < live) of_token = p.x_scale[m0 + token];
+    if (p.tensor_scale) scale = *p.tensor_scale;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      factor[i] = p.w_scale && i < here ? p.up * p.w_scale[n + i] : p.up;
+      bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
+    }
+  }
+
+  // Four sums of the warp's token number i, of all, as numbers of y. All lanes call.
+  PYFMT_DEVICE void finish_four(uint32_t staged, int i, float (&v)[4]) const {
+    const int token = min(warp + i * kWarpsHere, live - 1);
+    const float4 sums = hopper::load_floats(staged + uint32_t((token * kPitch + 4 * lane) * 4));
+    const float of_row = hopper::from_lane(of_token, i);
+    v[0] = sums.x, v[1] = sums.y, v[2] = sums.z, v[3] = sums.w;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) v[e] = v[e] * (factor[e] * of_row) * scale + bias[e];
+  }
+
+  // Four tokens at once, so that none waits for another.
+  template <DType kType>
+  PYFMT_DEVICE void write_aligned(const Params& p, uint32_t staged) const {
+    constexpr int kAtOnce = 4, kBytes = kType == DType::kFP32 ? 4 : 2;
+    const int64_t step = int64_t(kWarpsHere) * p.n * kBytes;
+    char* to = static_cast<char*>(p.y) + (int64_t(m0 + warp) * p.n + n) * kBytes;
+#pragma unroll 1
+    for (int i = 0; warp + i * kWarpsHere < live; i += kAtOnce) {
+      float v[kAtOnce][4];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) finish_four(staged, i + j, v[j]);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (here == 4 && warp + (i + j) * kWarpsHere < live) store_four<kType>(to, v[j]);
+        to += step;
+      }
+    }
+  }
+
+  // staged: sums as stage_sums leaves them.
+  PYFMT_DEVICE void write(const Params& p, uint32_t staged) const {
+    if (p.n % 4 == 0) {
+      if (p.dtype == DType::kBF16) return write_aligned<DType::kBF16>(p, staged);
+      if (p.dtype == DType::kFP16) return write_aligned<DType::kFP16>(p, staged);
+      return write_aligned<DType::kFP32>(p, staged);
+    }
+#pragma unroll 1
+    for (int i = 0; warp + i * kWarpsHere < live; ++i) {
+      float v[4];
+      finish_four(staged, i, v);
+      const int64_t at = int64_t(m0 + warp + i * kWarpsHere) * p.n + n;
+      store_some(p.y, p.dtype, at, v, here);
+    }
+  }
+};
 
 template <int kTokens>
 PYFMT_DEVICE void expect_sums(const Place& at) {
@@ -74,9 +156,9 @@ PYFMT_DEVICE void stage_sums(uint32_t to, const float (&sums)[kAll], int row) {
 
 // By all warps that hold sums, once the products of the block are over.
 template <int kTokens>
-PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens / 2],
-                         int row = int(threadIdx.x) % 32 / 4) {
-  constexpr int kHalf = kTokens / 4, kWarpsHere = kConsumers / 32;
+PYFMT_DEVICE void finish(const Params& p, const Place& at, const Ending<kTokens>& ending,
+                         float (&sums)[kTokens / 2], int row) {
+  constexpr int kHalf = kTokens / 4;
   uint32_t staged = at.base + kHeader;
   if (p.split > 1) {
     exchange<kTokens>(p, at, sums);
@@ -86,28 +168,7 @@ PYFMT_DEVICE void finish(const Params& p, const Place& at, float (&sums)[kTokens
   }
   stage_sums<0, kHalf>(staged, sums, row);
   hopper::partial_sync<kConsumers>();
-
-  const int warp = int(threadIdx.x) >> 5, lane = int(threadIdx.x) & 31;
-  const int n = at.n0 + 4 * lane, here = p.n - n < 4 ? p.n - n : 4;
-  const int count = kTokens / p.split, m0 = at.m0 + at.part * count;
-  const int live = p.m - m0 < count ? p.m - m0 : count;
-  if (here <= 0) return;
-  const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
-  float factor[4], bias[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    factor[i] = p.w_scale && i < here ? p.up * p.w_scale[n + i] : p.up;
-    bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
-  }
-#pragma unroll 2
-  for (int token = warp; token < live; token += kWarpsHere) {
-    const float4 s = hopper::load_floats(staged + uint32_t((token * kPitch + 4 * lane) * 4));
-    float v[4] = {s.x, s.y, s.z, s.w};
-    const float of_row = p.x_scale ? p.x_scale[m0 + token] : 1.0f;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) v[e] = v[e] * (factor[e] * of_row) * scale + bias[e];
-    store_four(p.y, p.dtype, p.n, int64_t(m0 + token) * p.n + n, v, here);
-  }
+  ending.write(p, staged);
 }
 
 // The same, once this warp's products are over: nothing is written to before all others' are.
@@ -115,13 +176,14 @@ template <int kTokens>
 PYFMT_DEVICE void meet_and_finish(const Params& p, const Place& at, float (&sums)[kTokens / 2],
                                   int row) {
   if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
+  const Ending<kTokens> ending(p, at);
   // No block leaves, or is written to, while another of its cluster may still need its tiles.
   if (p.share * p.split > 1) {
     hopper::cluster_meet();
   } else {
     hopper::partial_sync<kConsumers>();
   }
-  finish<kTokens>(p, at, sums, row);
+  finish<kTokens>(p, at, ending, sums, row);
 }
 
 }  // namespace wide

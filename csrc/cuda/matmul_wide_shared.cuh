@@ -122,14 +122,7 @@ PYFMT_DEVICE void run_block(const Params& p) {
     hopper::wait_for_previous();
     float sums[kTokens / 2];
     Consumer<F>(p, at).run(sums, at.last - at.first);
-    if (threadIdx.x == 0 && p.split > 1) expect_sums<kTokens>(at);
-    // No block leaves, or is written to, while another of its cluster may still need its tiles.
-    if (p.share * p.split > 1) {
-      hopper::cluster_meet();
-    } else {
-      hopper::partial_sync<kConsumers>();
-    }
-    finish<kTokens>(p, at, sums);
+    meet_and_finish<kTokens>(p, at, sums, int(threadIdx.x) % 32 / 4);
   }
 }
 

@@ -24,9 +24,9 @@ struct Multiplier {
   using R = Room<F, kTokens>;
   using Product = hopper::RegisterProduct<typename F::Type, R::kWide>;
   static constexpr int kCount = R::kWide / 2, kAll = kTokens / 2, kParts = R::kParts;
-  static constexpr int kSteps = F::kOut / 2 / kParts;                         // of a part
-  static constexpr int kMost = R::kHalves == 2 && F::kOut == 16 ? 240 : 232;  // registers
-  static constexpr bool kReadsAhead = R::kHalves == 2 && F::kFolded;
+  static constexpr int kSteps = F::kOut / 2 / kParts;        // of a part
+  static constexpr int kMost = R::kHalves == 2 ? 240 : 232;  // registers
+  static constexpr bool kInPlace = R::kHalves == 2 && F::kFolded;
   using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
@@ -132,25 +132,40 @@ struct Multiplier {
 
   // What a lane has of a chunk before it is decoded.
   struct Packed {
-    uint32_t words[2][F::kBits], place[2];
+    uint32_t words[2][F::kBits];
+    typename F::Meaning of[2];
   };
   PYFMT_DEVICE void read_chunk(int i, Packed& c) {
     const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       read<0, 32>(which * 64, r, c.words[r]);
-      c.place[r] = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
-                                                which * (kRows * 4) + uint32_t(r * 32));
-      seen |= c.place[r];
+      const uint32_t place = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
+                                                          which * (kRows * 4) + uint32_t(r * 32));
+      seen |= place;
+      c.of[r] = F::meaning(place, at.base + kTableAt);
     }
   }
-  PYFMT_DEVICE void decode_packed(const Packed& c, Fragments& to) const {
+  // Part kPart of it becomes fragments, which products that are under way have no use for.
+  template <int kPart>
+  PYFMT_DEVICE void decode_some(Packed& c, Fragments& to) const {
+    constexpr int kWords = F::kOut / F::kPartsOfBlock;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      hopper::pin(c.words[r]);
       uint32_t out[F::kOut];
-      F::decode(c.words[r], c.place[r], at.base + kTableAt, out);
+      F::template decode_part<kPart>(c.words[r], c.of[r], out);
 #pragma unroll
-      for (int j = 0; j < F::kOut; ++j) to[j / 2][r + 2 * (j & 1)] = out[j];
+      for (int j = kPart * kWords; j < (kPart + 1) * kWords; ++j)
+        to[j / 2][r + 2 * (j & 1)] = out[j];
+    }
+    if constexpr (kPart + 1 < F::kPartsOfBlock) {
+      uint32_t all = 0;
+#pragma unroll
+      for (int s = kPart * kWords / 2; s < (kPart + 1) * kWords / 2; ++s) {
+        all |= to[s][0] | to[s][1] | to[s][2] | to[s][3];
+      }
+      hopper::work_out(all, p.nothing, at.base);
     }
   }
 
@@ -167,6 +182,9 @@ struct Multiplier {
     slot.next();
   }
 
+  PYFMT_DEVICE void wait_x(const Ring<R::kStages>& of) const {
+    hopper::barrier_wait(at.base + kFull + 8 * of.place, of.parity);
+  }
   PYFMT_DEVICE void wait_turn() {
     hopper::barrier_wait(at.base + kTurns + 8 * uint32_t(group), turn);
     turn ^= 1;
@@ -182,31 +200,27 @@ struct Multiplier {
       hopper::warp_sync();
       empty = hopper::after_reading(empty, as_uint(factor[0]) | as_uint(factor[1]), p.nothing);
     }
-    if (p.share > 1) {
-      if (lane < p.share) hopper::barrier_arrive(empty + peer);
-    } else if (lane == 0) {
-      hopper::barrier_arrive_here(empty);
-    }
+    if (lane < p.share) hopper::barrier_arrive(empty + peer);
     stage.next();
   }
 
-  // Starts the products of part kPart of a chunk and half kHalf of the tokens.
-  template <int kPart, int kHalf>
+  // Starts the products of part kPart of a chunk and half kHalf of the tokens. kEach: steps can be
+  // waited for one by one. Warpgroups that decode in place take no turns: either has products under
+  // way nearly all the time.
+  template <int kPart, int kHalf, bool kEach = false>
   PYFMT_DEVICE void multiply(float (&fresh)[kCount], const Fragments& now) {
     const uint32_t x = at.base + kHeader + stage.place * R::kStage + kHalf * (R::kWide * 128);
-    wait_turn();
-    if constexpr (kPart == 0 && kHalf == 0) {
-      hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
-    }
+    if constexpr (!kInPlace) wait_turn();
+    if constexpr (kPart == 0 && kHalf == 0 && !kInPlace) wait_x(stage);
     hopper::products_fence();
 #pragma unroll
     for (int s = kPart * kSteps; s < (kPart + 1) * kSteps; ++s) {
       const uint32_t tile = hopper::tile_code(x + uint32_t(s / 4) * R::kTile);
-      if (s == (kPart + 1) * kSteps - 1) pass_turn();
+      if (!kInPlace && s == (kPart + 1) * kSteps - 1) pass_turn();
       Product::add_to(fresh, now[s], hopper::tile_descriptor(tile, s % 4),
                       s > kPart * kSteps ? 1 : 0);
+      if (kEach || s == (kPart + 1) * kSteps - 1) hopper::products_commit();
     }
-    hopper::products_commit();
   }
   template <int kPart>
   PYFMT_DEVICE void read_factors(float (&factor)[2]) const {
@@ -241,22 +255,7 @@ struct Multiplier {
       read_factors<kPart>(factor);
       add<0, false>(sums, fresh, factor);
       multiply<kPart, 1>(fresh, now);
-      if constexpr (kReadsAhead) {
-        // Nothing else is to be done while these products last.
-        Packed c;
-        const bool more = i + 1 < steps;
-        if (more) {
-          wait_codes();
-          read_chunk(i + 1, c);
-        }
-        add<1, kLast>(sums, fresh, factor);
-        if (more) {
-          release_codes(i + 1);
-          decode_packed(c, now);
-        }
-      } else {
-        add<1, kLast>(sums, fresh, factor);
-      }
+      add<1, kLast>(sums, fresh, factor);
     } else {
       multiply<kPart, 0>(fresh, now);
       if (i + 1 < steps) {
@@ -267,6 +266,39 @@ struct Multiplier {
       read_factors<kPart>(factor);
       add<0, kLast>(sums, fresh, factor);
     }
+  }
+
+  // The whole of chunk i, whose fragments become those of the next: a step's as soon as the second
+  // half of the tokens has been multiplied by it.
+  PYFMT_DEVICE void chunk_in_place(int i, float (&sums)[kAll], float (&fresh)[kCount],
+                                   Fragments& of, Packed& c) {
+    constexpr int kBy = F::kPartsOfBlock;  // parts of the four steps
+    const float factor[2] = {1.0f, 1.0f};
+    const bool more = i + 1 < steps;
+    multiply<0, 0>(fresh, of);
+    if (more) {
+      wait_codes();
+      read_chunk(i + 1, c);
+    }
+    add<0, false>(sums, fresh, factor);
+    if (more) release_codes(i + 1);
+    multiply<0, 1, true>(fresh, of);
+    // After the last chunk what is decoded is of no use.
+    hopper::products_wait<4 - 4 / kBy>();
+    decode_some<0>(c, of);
+    if constexpr (kBy == 4) {
+      hopper::products_wait<2>();
+      decode_some<1>(c, of);
+      hopper::products_wait<1>();
+      decode_some<2>(c, of);
+    }
+    if (more) {
+      Ring<R::kStages> coming = stage;
+      coming.next();
+      wait_x(coming);
+    }
+    add<1, true>(sums, fresh, factor);
+    decode_some<kBy - 1>(c, of);
   }
 
   PYFMT_DEVICE void chunk(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
@@ -294,12 +326,17 @@ struct Multiplier {
 #pragma unroll
     for (int j = 0; j < kAll; ++j) sums[j] = 0.0f;
     if (steps > 0) decode_chunk(0, a);
-    if constexpr (R::kHalves == 2) {
+    if constexpr (kInPlace) {
+      Packed c = {};
+      if (steps > 0) wait_x(stage);
+#pragma unroll 1
+      for (int i = 0; i < steps; ++i) chunk_in_place(i, sums, fresh, a, c);
+    } else if constexpr (R::kHalves == 2) {
       // Registers hold the fragments of one chunk: they are decoded beside the other's products.
 #pragma unroll 1
       for (int i = 0; i < steps; ++i) {
         chunk(i, sums, fresh, a, a);
-        if (!kReadsAhead && i + 1 < steps) decode_chunk(i + 1, a);
+        if (i + 1 < steps) decode_chunk(i + 1, a);
       }
     } else {
       Fragments b;
@@ -353,6 +390,10 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   // Of groups of 32 columns registers hold no more than 128 tokens.
   if constexpr (F::kRun > 8) {
     if (call.tokens == 256) return launch_turns<F, 256>(p, call, stream);
+  }
+  if constexpr (F::kFolded) {
+    if (call.tokens == 192) return launch_turns<F, 192>(p, call, stream);
+    if (call.tokens == 160) return launch_turns<F, 160>(p, call, stream);
   }
   if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
   if (call.tokens == 96) return launch_turns<F, 96>(p, call, stream);

@@ -61,6 +61,17 @@ struct Folding {
                                   uint32_t* out) {
     W::decode_block(words, place, table, out);
   }
+  // The same by parts: W's words are those of kParts whole steps of 32 columns.
+  using Meaning = typename W::Meaning;
+  static constexpr int kPartsOfBlock = W::kParts;
+  PYFMT_DEVICE static Meaning meaning(uint32_t place, uint32_t table) {
+    return W::meaning(place, table);
+  }
+  template <int kPart>
+  PYFMT_DEVICE static void decode_part(const uint32_t (&words)[kBits], const Meaning& of,
+                                       uint32_t* out) {
+    W::template decode_part<kPart>(words, of, out);
+  }
   PYFMT_DEVICE static void fill_table(uint32_t at, int thread) { W::fill_table(at, thread); }
   // The places of four blocks in the table, from their scale bytes; offset: of the row.
   PYFMT_DEVICE static uint32_t places(uint32_t scales, int offset) {

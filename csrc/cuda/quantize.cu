@@ -165,6 +165,7 @@ void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeP
   p.rotation = common.rotation;
   p.halves = common.halves;
   p.first = first_multiplier(a.rotation.size);
+  p.next_waits = a.next_waits;
   const auto whole = find_kernels(a.format)->rotated_whole[a.rotation.signs != nullptr];
   const bool wholes = whole && a.rotation.size == 128 && a.format.block_columns == kUnit &&
                       reinterpret_cast<uintptr_t>(a.scales) % 4 == 0;
@@ -175,6 +176,8 @@ void launch_rotated(RotatedKernel kernel, const QuantizeArgs& a, const QuantizeP
   const int64_t at_once = int64_t(multiprocessors()) * shape.blocks;
   // Tensors of a few blocks spread over all multiprocessors instead.
   p.rounds = int(std::min<int64_t>(shape.rounds, std::max<int64_t>(1, blocks / at_once)));
+  // Half of the device is left to the launch that starts beside this one.
+  if (a.next_waits && !wholes) p.rounds = shape.rounds;
   const int64_t grid = (blocks + p.rounds - 1) / p.rounds;
   if (wholes) return launch(whole, grid, 32 * shape.warps, stream, p);
   launch_scaled(p.scale, kernel, std::max<int64_t>(grid, a.tensor_scale_out ? 1 : 0),

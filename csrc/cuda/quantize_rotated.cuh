@@ -20,6 +20,7 @@ struct RotatedParams {
   uint32_t first = 0;  // first_multiplier
   int halves = 1;      // blocks in a unit
   int rounds = 1;      // tiles a warp takes one after the other
+  bool next_waits = false;
 };
 
 // encode_covered's multiplier, the rotation's factor included, for the scale byte 0: its exponent
@@ -123,6 +124,7 @@ __global__ void __launch_bounds__(32 * rotated_shape(kSize, kPow2).warps,
   constexpr int kWords = 2 * C::kWords, kOutBytes = 4 * kWords;
   using S = Signs<kUnits, kSwap>;
   __shared__ __align__(256) uint8_t shared[kWarpsHere * T::kBytes + S::kBytes];
+  if (p.next_waits) allow_next_launch();
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   constexpr int kStep = kWarpsHere * T::kUnitCount;
   int rounds = p.rounds;
