@@ -21,6 +21,9 @@ struct WidePlan {
   // warpgroups of a block (1, 2 or 4).
   int share = 1;
   int split = 1;  // parts of K in a cluster: 1 or 2
+  // Of groups of integers and 192 or 256 tokens: w is written out as bfloat16 integers first. Then,
+  // and with 192 tokens, share and split are 1.
+  bool written = false;
 };
 
 struct MatmulWideArgs {
