@@ -20,6 +20,8 @@ GROUPS = ["int4-b256-fp16", "int8-brow-fp32", "int4-brow-bf16", "int4-b32-bf16",
 GROUPS += ["int8-b96-fp32"]
 SERVED = [*FORMATS, *GROUPS]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Plans for groups with both operands in shared memory: codes decoded there, or written out before.
+SHARED = ((192, 1, 1), (192, 1, 1, True), (256, 1, 1, True))
 
 
 def bound(columns: int) -> float:
@@ -88,6 +90,14 @@ def check_sums(ops: Any, w: Weights, rows: int, dtype: str = "fp32", **options: 
     wrong = np.argwhere(~(np.abs(got - want) <= most + ulp * np.abs(want) + 2.0**-24))
     assert not len(wrong), f"{w.name}: first of {len(wrong)} at (m, n) = {wrong[0]}"
     assert np.array_equal(got, w.times(ops, x, bias, dtype, **options))
+
+
+def check_same_bits(ops: Any, w: Weights, rows: int, **options: Any) -> None:
+    """Of groups in shared memory: the order of sums is the same in all plans."""
+    x = np.random.default_rng(3).standard_normal((rows, w.columns))
+    first, *others = (w.times(ops, x, plan=plan, **options) for plan in SHARED)
+    for other in others:
+        assert np.array_equal(first, other), w.name
 
 
 # ---- the kernel's text on the CPU ------------------------------------------------------------
@@ -167,10 +177,6 @@ def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
         check_sums(ops, w, 131, "bf16", plan=plan)
 
 
-# Both operands in shared memory: codes decoded there, or written out as bfloat16 before.
-SHARED = ((192, 1, 1), (192, 1, 1, True), (256, 1, 1, True))
-
-
 @pytest.mark.parametrize(
     "name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16", "int8-brow-fp32"]
 )
@@ -180,6 +186,7 @@ def test_groups_in_shared_memory(ops: Any, name: str) -> None:
             w = Weights(name, n, k)
             check_single_columns(ops, w, m, plan=plan)
             check_sums(ops, w, m, "bf16" if m == 70 else "fp16" if m == 131 else "fp32", plan=plan)
+    check_same_bits(ops, w, m)
 
 
 def test_weights_written_out_in_parts(ops: Any) -> None:
@@ -317,6 +324,7 @@ def test_groups_in_shared_memory_on_the_device(device_ops: Any, name: str) -> No
         for m in (200, 300):
             check_single_columns(device_ops, w, m, plan=plan, device="cuda")
             check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")
+    check_same_bits(device_ops, w, 300, device="cuda")
     # The weight is written out in two parts.
     w = Weights(name, 1100, 512)
     check_single_columns(device_ops, w, 5000, plan=SHARED[2], device="cuda")

@@ -47,6 +47,7 @@ struct Multiplier {
   }
   // The warp has no more use for a stage. seen: what it read of it.
   PYFMT_DEVICE void release(const Ring<S::kStages>& used, uint32_t seen) const {
+    hopper::warp_sync();
     const uint32_t empty = hopper::after_reading(base + kEmpty + 8 * used.place, seen, p.nothing);
     if (lane == 0) hopper::barrier_arrive_here(empty);
   }
