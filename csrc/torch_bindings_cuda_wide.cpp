@@ -8,11 +8,11 @@ namespace {
 
 using namespace tensors;
 
-// x: (M, K) bfloat16. w_tensor_scale multiplies the sums of any format. tile, share and split
-// choose a plan for measurements (0: the usual one).
+// x: (M, K) bfloat16. w_tensor_scale multiplies the sums of any format. tile, share, split and
+// written choose a plan for measurements (tile 0: the usual one).
 Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tensor> w_tensor_scale,
                    std::string w_format, int64_t k, std::optional<Tensor> bias, ScalarType dtype,
-                   int64_t tile, int64_t share, int64_t split) {
+                   int64_t tile, int64_t share, int64_t split, bool written) {
   const Device device(x);
   cuda::MatmulWideArgs a;
   a.format = get_format(w_format);
@@ -61,7 +61,7 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   a.scales = dense_scales.const_data_ptr();
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
-  a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1)};
+  a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1), written};
   const bool groups = f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
   options::expect(!tile || tile >= 64 || !groups,
                   "tile: expected 64 rows or more for groups of integers, got ", tile);
@@ -69,6 +69,8 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
                   "share: expected 2 or 4 with a tile of 64 rows, got ", share);
   options::expect(split <= 2 || (tile <= 64 && !groups && (split == 4 || split == 8)),
                   "split: expected 1 or 2, or 4 or 8 with a tile of 64 rows or less, got ", split);
+  options::expect(!written || ((tile == 192 || tile == 256) && groups),
+                  "written: expected groups of integers and a tile of 192 or 256, got tile ", tile);
   a.plan = cuda::matmul_wide_plan(a);
   Tensor aligned;  // x again, where its rows are not
   if (const int64_t bytes = cuda::matmul_wide_workspace(a)) {
@@ -92,8 +94,8 @@ std::string matmul_wide_serves(Tensor like, std::string w_format, int64_t m, int
 PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def(
       "_matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, "
-      "str w_format, int k, Tensor? bias, ScalarType dtype, int tile=0, int share=0, int split=0) "
-      "-> Tensor");
+      "str w_format, int k, Tensor? bias, ScalarType dtype, int tile=0, int share=0, int split=0, "
+      "bool written=False) -> Tensor");
   m.def("_matmul_wide_serves(Tensor like, str w_format, int m, int n, int k) -> str");
 }
 

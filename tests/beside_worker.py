@@ -29,7 +29,8 @@ class Case:
         self.text = text
         self.path, self.name, shape, *plan = text.split(":")
         m, n, self.k = map(int, shape.split("x"))
-        self.plan = [int(i) for i in plan[0].split(",")] if plan else [0, 0, 0]
+        self.plan: list[Any] = [int(i) for i in plan[0].split(",")] if plan else [0, 0, 0]
+        self.plan[3:] = map(bool, self.plan[3:])
         rng = np.random.default_rng(m)
         dense = rng.standard_normal((m, self.k)).astype(np.float32)
         w = rng.standard_normal((n, self.k)).astype(np.float32)

@@ -25,9 +25,11 @@ SECONDS = 4
 FEW = ["mxfp4", "nvfp4", "mxint4", "nvint4", "int4", "mxfp6_e2m3", "mxint6", "mxfp8_e4m3"]
 FEW += ["mxint8", "int8", "int4-b32-bf16"]
 PROCESSES = [
-    # Plans are tile, share, split; zeros let the kernel choose.
+    # Plans are tile, share, split, and 1 to write the weight out; zeros let the kernel choose.
     ["wide:mxfp8_e4m3:300x130x2001", "wide:mxfp8_e4m3:64x1400x2048:64,4,1"],
     ["wide:int8-b32-fp32:200x700x2048:64,1,1", "wide:int4:200x700x2048:128,1,1"],
+    ["wide:int4:300x700x2048:192,1,1", "wide:int8-b64-bf16:300x700x2048:192,1,1"],
+    ["wide:int8:600x2500x2048:256,1,1,1", "wide:int4-b32-fp16:300x700x2048:192,1,1,1"],
     ["wide:mxfp4:64x2800x4096:64,4,4", "wide:nvfp4:64x1400x2048:64,2,2"],
     ["wide:mxint8:200x700x2048:256,1,1", "wide:mxint8:300x700x2048:128,1,1"],
     ["wide:mxfp4:16x1400x2048", "wide:mxint8:16x700x2048:16,1,2", "wide:nvfp4:32x1400x2048"],

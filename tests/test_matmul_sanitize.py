@@ -66,6 +66,8 @@ def test_middle_sizes_by_rings_for_the_sanitizers(ops: Any, name: str) -> None:
     shapes[256] = (200, 40, 129)
     if get_format(name).scale not in ("e8m0", "e4m3"):
         shapes = {tile: shapes[tile] for tile in (64, 128)}
+        for plan in wide.SHARED:
+            wide.check_sums(ops, wide.Weights(name, 140, 264), 70, "bf16", plan=plan, device="cuda")
     for tile, (m, n, k) in shapes.items():
         w = wide.Weights(name, n, k)
         wide.check_single_columns(ops, w, m, plan=(tile, 1 + (tile == 64), 1), device="cuda")

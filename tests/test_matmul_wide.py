@@ -20,6 +20,8 @@ GROUPS = ["int4-b256-fp16", "int8-brow-fp32", "int4-brow-bf16", "int4-b32-bf16",
 GROUPS += ["int8-b96-fp32"]
 SERVED = [*FORMATS, *GROUPS]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Plans for groups with both operands in shared memory: codes decoded there, or written out before.
+SHARED = ((192, 1, 1), (192, 1, 1, True), (256, 1, 1, True))
 
 
 def bound(columns: int) -> float:
@@ -49,7 +51,7 @@ class Weights:
         x: np.ndarray,
         bias: np.ndarray | None = None,
         dtype: str = "fp32",
-        plan: tuple[int, int, int] = (0, 0, 0),
+        plan: tuple[Any, ...] = (0, 0, 0),
         device: str = "cpu",
     ) -> np.ndarray:
         def there(a: np.ndarray) -> Any:
@@ -90,6 +92,14 @@ def check_sums(ops: Any, w: Weights, rows: int, dtype: str = "fp32", **options: 
     assert np.array_equal(got, w.times(ops, x, bias, dtype, **options))
 
 
+def check_same_bits(ops: Any, w: Weights, rows: int, **options: Any) -> None:
+    """Of groups in shared memory: the order of sums is the same in all plans."""
+    x = np.random.default_rng(3).standard_normal((rows, w.columns))
+    first, *others = (w.times(ops, x, plan=plan, **options) for plan in SHARED)
+    for other in others:
+        assert np.array_equal(first, other), w.name
+
+
 # ---- the kernel's text on the CPU ------------------------------------------------------------
 
 
@@ -118,7 +128,7 @@ def test_ragged_shapes(ops: Any, name: str) -> None:
 @pytest.mark.parametrize("tile", [16, 32, 64, 96, 128, 192, 256])
 def test_every_tile(ops: Any, tile: int) -> None:
     for name in ("mxfp8_e4m3", "int8"):
-        if tile not in ((16, 32, 192) if name == "int8" else (96,)):
+        if tile not in ((16, 32) if name == "int8" else (96,)):
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1 + (tile == 64), 1))
 
 
@@ -171,7 +181,32 @@ def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
         check_sums(ops, w, 131, "bf16", plan=plan)
 
 
-def test_every_code_of_a_group(ops: Any) -> None:
+@pytest.mark.parametrize(
+    "name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16", "int8-brow-fp32"]
+)
+def test_groups_in_shared_memory(ops: Any, name: str) -> None:
+    for plan in SHARED:
+        for m, n, k in ((70, 300, 200), (131, 40, 520), (300, 139, 64)):
+            w = Weights(name, n, k)
+            check_single_columns(ops, w, m, plan=plan)
+            check_sums(ops, w, m, "bf16" if m == 70 else "fp16" if m == 131 else "fp32", plan=plan)
+    check_same_bits(ops, w, m)
+
+
+def test_weights_written_out_in_parts(ops: Any) -> None:
+    # The emulated device has two multiprocessors: parts of 128, 384 and 188 rows.
+    for name in ("int4", "int8-b32-bf16"):
+        check_sums(ops, Weights(name, 700, 264), 500, "bf16", plan=(256, 1, 1, True))
+
+
+def test_what_cannot_be_written_out(ops: Any) -> None:
+    for name, tile in (("mxfp4", 256), ("int4", 128)):
+        with pytest.raises(RuntimeError, match="written: expected groups of integers"):
+            Weights(name, 16, 64).times(ops, np.ones((1, 64), np.float32), plan=(tile, 1, 1, True))
+
+
+@pytest.mark.parametrize("plan", [(0, 0, 0), *SHARED])
+def test_every_code_of_a_group(ops: Any, plan: tuple[Any, ...]) -> None:
     for name, count in (("int4-b32-bf16", 16), ("int8-b64-bf16", 256)):
         w = Weights(name, 2, 512)
         codes = np.arange(1024).reshape(2, 512) % count
@@ -179,7 +214,7 @@ def test_every_code_of_a_group(ops: Any) -> None:
             codes = codes[:, ::2] | codes[:, 1::2] << 4
         w.codes = np.ascontiguousarray(codes.astype(np.uint8))
         x = np.eye(512, dtype=np.float32)
-        assert np.array_equal(w.times(ops, x), w.decoded.T.astype(np.float32))
+        assert np.array_equal(w.times(ops, x, plan=plan), w.decoded.T.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -288,3 +323,19 @@ def test_plans_on_the_device(device_ops: Any, name: str) -> None:
             for m in (200, 300) if tile == 256 else (tile, 77) if few else (200,):
                 check_single_columns(device_ops, w, m, plan=plan, device="cuda")
                 check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["int4", "int8", "int4-b64-fp16", "int8-b32-fp32", "int4-brow-bf16"]
+)
+def test_groups_in_shared_memory_on_the_device(device_ops: Any, name: str) -> None:
+    w = Weights(name, 700, 2048)
+    for plan in SHARED:
+        for m in (200, 300):
+            check_single_columns(device_ops, w, m, plan=plan, device="cuda")
+            check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")
+    check_same_bits(device_ops, w, 300, device="cuda")
+    # The weight is written out in two parts.
+    w = Weights(name, 1100, 512)
+    check_single_columns(device_ops, w, 5000, plan=SHARED[2], device="cuda")

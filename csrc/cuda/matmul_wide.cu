@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The host's side of matmul_wide.h: which formats and shapes, the plan, activations to read.
+#include <cmath>
+
 #include "matmul_wide.cuh"
 #include "matmul_wide_panel.cuh"
 #include "matmul_wide_parts.cuh"
@@ -29,7 +31,10 @@ Kernel find(const MatmulWideArgs& a) {
   if (a.plan.tokens <= 64) {
     if (const Kernel tall = find(a.format, Form::kTall); tall.launch) return tall;
   }
-  return find(a.format, a.plan.tokens == 256 && a.m <= 256 ? Form::kShared : Form::kTurns);
+  const bool shared = has_groups(a.format, a.format.element)
+                          ? a.plan.written || a.plan.tokens == 192
+                          : a.plan.tokens == 256 && a.m <= 256;
+  return find(a.format, shared ? Form::kShared : Form::kTurns);
 }
 
 // Of the workspace: x as the kernel reads it, where that is not as it lies.
@@ -45,6 +50,14 @@ int64_t bytes_of_sums(const MatmulWideArgs& a) {
   if (a.plan.split <= 2) return 0;
   const int64_t rows = 64 * a.plan.share;
   return a.plan.split * ((a.n + rows - 1) / rows * rows) * panel_rows(a.m, a.plan.tokens) * 4;
+}
+
+// Likewise: for parts of w that are written out.
+int64_t bytes_of_parts(const MatmulWideArgs& a) {
+  if (!a.plan.written) return 0;
+  const int64_t row_bytes = (a.format.row_bytes(a.k) + 15) / 16 * 16;
+  const WrittenParts parts(a.m, a.n, row_bytes / a.format.bits() * 16, a.plan.tokens);
+  return parts.room[0] + parts.room[1];
 }
 
 int device_number(cudaDeviceAttr what) {
@@ -95,6 +108,24 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
   return best;
 }
 
+// The clocks that matmul_wide_groups.cuh takes. more: sums of a chunk beyond one.
+double cost_of_groups(const MatmulWideArgs& a, const WidePlan& plan, double more) {
+  const double sms = multiprocessors(), chunks = double((a.k + kChunk - 1) / kChunk);
+  const double tiles = double((a.m + plan.tokens - 1) / plan.tokens);
+  const double own = plan.tokens == 256     ? 2065 + 200 * more
+                     : plan.written         ? 1570 + 150 * more
+                     : a.format.bits() == 4 ? 2050 + 200 * more
+                                            : 2220 + 200 * more;
+  const auto waves = [&](double rows) { return std::ceil(std::ceil(rows / kRows) * tiles / sms); };
+  const double wave = chunks * own + 1500 + 25 * plan.tokens;
+  if (!plan.written) return waves(double(a.n)) * wave + 9000;
+  const WrittenParts parts(a.m, a.n, a.k * 2, plan.tokens);
+  // A launch for each part, and the first is written out before all else.
+  double cost = 9000 + double(parts.rows[0]) * double(a.k) / 1000;
+  for (const int64_t rows : parts.rows) cost += waves(double(rows)) * wave + 4000;
+  return cost;
+}
+
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
   if (!has_groups(a.format, a.format.element)) {
@@ -104,12 +135,23 @@ WidePlan plan_of(const MatmulWideArgs& a) {
   const int columns = int(a.format.block_columns);
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
   const double more = parts - 1;
-  return cheapest_plan(a.m, a.n, a.k,
-                       {{64, 910 + 220 * more},
-                        {96, 1095 + 240 * more},
-                        {128, 1280 + 260 * more},
-                        // Registers hold no more than 128 tokens of groups of 32 columns.
-                        {parts == 4 ? 128 : 256, (parts == 4 ? 1280 : 2400) + 260 * more}});
+  double least = 0;
+  WidePlan best = cheapest_plan(a.m, a.n, a.k,
+                                {{64, 910 + 220 * more},
+                                 {96, 1095 + 240 * more},
+                                 {128, 1280 + 260 * more},
+                                 // Registers hold no more than 128 tokens of groups of 32 columns.
+                                 {parts == 4 ? 128 : 256, (parts == 4 ? 1280 : 2400) + 260 * more}},
+                                &least);
+  for (const WidePlan& plan :
+       {WidePlan{192, 1, 1, false}, WidePlan{192, 1, 1, true}, WidePlan{256, 1, 1, true}}) {
+    const double cost = cost_of_groups(a, plan, more);
+    if (cost < least) {
+      least = cost;
+      best = plan;
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -141,7 +183,7 @@ WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
 int64_t matmul_wide_workspace(const MatmulWideArgs& a) {
   using namespace wide;
   return bytes_of_x(a) + bytes_of_sums(a) +
-         aligned_codes_bytes(a.codes, a.format.row_bytes(a.k), a.n);
+         aligned_codes_bytes(a.codes, a.format.row_bytes(a.k), a.n) + bytes_of_parts(a);
 }
 
 void matmul_wide(const MatmulWideArgs& a, Stream stream) {
@@ -183,6 +225,10 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
     p.partials = reinterpret_cast<float*>(static_cast<uint8_t*>(a.workspace) + bytes_of_x(a));
   }
   p.copied_codes = call.codes.data == a.codes;
+  if (a.plan.written) {
+    call.room = static_cast<uint8_t*>(a.workspace) + bytes_of_x(a) +
+                aligned_codes_bytes(a.codes, p.row_bytes, a.n);
+  }
   if (kernel.panel) {
     p.panel = static_cast<const uint8_t*>(a.workspace);
     p.panel_rows = int(panel_rows(a.m, a.plan.tokens));

@@ -2,6 +2,9 @@
 // What the kernels of matmul_wide.h have in common on the host's side.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "launch.cuh"
 #include "matmul_wide_tiles.cuh"
 
@@ -15,10 +18,9 @@ namespace wide {
 #define PYFMT_WIDE_THREADS(count) 32  // tells the host that there is nothing to launch
 #endif
 
-// Launches a kernel whose blocks own `tokens` rows of x, in clusters of p's.
-inline void launch_clusters(void (*kernel)(const Params), const Params& p, int cluster, int tokens,
-                            int threads, uint32_t bytes, Stream stream) {
-  const int blocks = int(p.n_clusters) * ((p.m + tokens - 1) / tokens) * cluster * p.parts;
+// Launches so many blocks, in clusters.
+inline void launch_blocks(void (*kernel)(const Params), const Params& p, int blocks, int cluster,
+                          int threads, uint32_t bytes, Stream stream) {
 #if defined(__CUDACC__)
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
         "shared memory");
@@ -42,6 +44,13 @@ inline void launch_clusters(void (*kernel)(const Params), const Params& p, int c
   (void)stream;
   emulation::launch_clusters(kernel, blocks, threads, cluster, p);
 #endif
+}
+
+// Those of a kernel whose blocks own `tokens` rows of x, in clusters of p's.
+inline void launch_clusters(void (*kernel)(const Params), const Params& p, int cluster, int tokens,
+                            int threads, uint32_t bytes, Stream stream) {
+  const int blocks = int(p.n_clusters) * ((p.m + tokens - 1) / tokens) * cluster * p.parts;
+  launch_blocks(kernel, p, blocks, cluster, threads, bytes, stream);
 }
 
 // Those whose clusters share what is read of x.
@@ -78,8 +87,28 @@ struct Kernel {
   int rows = kRows;    // of w, in a block
 };
 
+// The parts of a weight of n rows that are written out, `pitch` bytes a row, for tiles of 128 rows
+// by `tokens` rows of x. The first is what all multiprocessors multiply at once, and each that
+// follows is written out while the one before is multiplied. Even ones share a place, and odd ones.
+struct WrittenParts {
+  static constexpr int64_t kMostBytes = int64_t(1) << 28;  // of a part
+  std::vector<int64_t> rows;
+  int64_t room[2] = {0, 0};  // bytes
+
+  WrittenParts(int64_t m, int64_t n, int64_t pitch, int tokens) {
+    const int64_t tiles = (m + tokens - 1) / tokens;
+    const int64_t most = std::max<int64_t>(kMostBytes / pitch / kRows, 1) * kRows;
+    int64_t next = std::max<int64_t>(multiprocessors() / tiles, 1) * kRows;
+    for (int64_t left = n; left > 0; left -= rows.back(), next = 3 * rows.back()) {
+      int64_t& bytes = room[rows.size() % 2];
+      rows.push_back(std::min({left, next, most}));
+      bytes = std::max(bytes, rows.back() * pitch);
+    }
+  }
+};
+
 // Which of the kernels: of matmul_wide_tall.cuh, of matmul_wide_blocks.cuh and
-// matmul_wide_turns.cuh, of matmul_wide_shared.cuh.
+// matmul_wide_turns.cuh, of matmul_wide_shared.cuh and matmul_wide_groups.cuh.
 enum class Form { kTall, kTurns, kShared };
 
 // By element and scale; no launch where there is none. One a file, so that they compile side by

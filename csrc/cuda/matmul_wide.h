@@ -22,6 +22,9 @@ struct WidePlan {
   int share = 1;
   // Parts of K: 1, or 2 in a cluster, or, of up to 64 rows of x, 4 or 8 that another launch adds.
   int split = 1;
+  // Of groups of integers and 192 or 256 tokens: w is written out as bfloat16 integers first. Then,
+  // and with 192 tokens, share and split are 1.
+  bool written = false;
 };
 
 struct MatmulWideArgs {

@@ -118,9 +118,9 @@ struct TileCost {
   double chunk;
 };
 
-// The plan that takes the least time.
+// The plan that takes the least time, and how many clocks that is.
 inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k,
-                              std::initializer_list<TileCost> tiles) {
+                              std::initializer_list<TileCost> tiles, double* clocks = nullptr) {
   const int sms = multiprocessors();
   const int64_t n_tiles = (n + kRows - 1) / kRows, chunks = (k + kChunk - 1) / kChunk;
   WidePlan best;
@@ -134,6 +134,7 @@ inline WidePlan cheapest_plan(int64_t m, int64_t n, int64_t k,
       const double cost = double(waves) * own;
       if (!best.tokens || cost < least) {
         least = cost;
+        if (clocks) *clocks = cost;
         best.tokens = tile.tokens;
         best.split = split;
       }

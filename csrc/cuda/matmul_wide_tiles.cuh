@@ -39,12 +39,19 @@ struct Params {
   float* partials = nullptr;      // sums of those parts
   float up = 1.0f;                // what the decoder leaves out
   uint32_t nothing = 0;           // of hopper::after_reading
+  // Of matmul_wide_groups.cuh: numbers from row to row of y; and codes of other rows of w, eight in
+  // each of `later` units, that are written out beside the products.
+  int y_pitch = 0;
+  const uint8_t* later_codes = nullptr;
+  void* later_to = nullptr;
+  int64_t later = 0;
 };
 
 // How the host asks for a launch: matrices without their boxes.
 struct WideCall {
   hopper::MatrixBox x, codes;
   int tokens = 64;
+  uint8_t* room = nullptr;  // for parts of w that are written out, or null
 };
 
 // The cluster of a block: `share` neighbours along w read each tile of x together, times `split`

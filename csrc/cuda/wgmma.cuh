@@ -22,21 +22,44 @@ PYFMT_DEVICE uint64_t tile_descriptor(uint32_t tile, int step) {
 
 // Words of four matrices of 8 rows of 16 bytes: lane 4 r + t has word t of row r of each, and says
 // where row `lane % 8` of matrix `lane / 8` goes.
+#if !defined(__CUDACC__)
+inline void emulated_matrices(uint32_t at, const uint32_t (&words)[4], bool turned) {
+  static uint32_t places[8 * 1024];
+  const int me = ::emulation::block().current, warp = me & ~31, lane = me & 31;
+  places[me] = at;
+  emulated_warp_sync();
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t* matrix = places + warp + 8 * i;
+    for (int h = 0; h < 2; ++h) {
+      const int row = lane / 4, column = lane % 4 * 2 + h;
+      const uint16_t half = uint16_t(words[i] >> (16 * h));
+      memcpy(emulated_at(matrix[turned ? column : row]) + 2 * (turned ? row : column), &half, 2);
+    }
+  }
+  emulated_warp_sync();
+}
+#endif
 PYFMT_DEVICE void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a),
                "r"(b), "r"(c), "r"(d)
                : "memory");
 #elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
-  static uint32_t places[8 * 1024];
-  const int me = ::emulation::block().current, warp = me & ~31, lane = me & 31;
-  places[me] = at;
-  emulated_warp_sync();
-  const uint32_t words[4] = {a, b, c, d};
-  for (int i = 0; i < 4; ++i) {
-    memcpy(emulated_at(places[warp + 8 * i + lane / 4]) + lane % 4 * 4, words + i, 4);
-  }
-  emulated_warp_sync();
+  emulated_matrices(at, {a, b, c, d}, false);
+#else
+  (void)at, (void)a, (void)b, (void)c, (void)d;
+#endif
+}
+// The same for matrices of 16-bit numbers whose columns become rows: lane 4 c + t has numbers 2t
+// and 2t + 1 of column c.
+PYFMT_DEVICE void store_matrices_turned(uint32_t at, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+#elif !defined(__CUDA_ARCH__) && !defined(__CUDACC__)
+  emulated_matrices(at, {a, b, c, d}, true);
 #else
   (void)at, (void)a, (void)b, (void)c, (void)d;
 #endif
@@ -237,6 +260,9 @@ void emulated_register_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint6
 
 PYFMT_PRODUCT(Bf16, 16, 128, "m64n128k16.f32.bf16.bf16", ", 0, 0", PYFMT_S32_0 ", " PYFMT_S32_1, 64,
               65, 66, PYFMT_R32(0), PYFMT_R32(32))
+PYFMT_PRODUCT(Bf16, 16, 192, "m64n192k16.f32.bf16.bf16", ", 0, 0",
+              PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2, 96, 97, 98, PYFMT_R32(0),
+              PYFMT_R32(32), PYFMT_R32(64))
 
 using E4M3ByE4M3 = Fp8<false, false>;
 using E4M3ByE5M2 = Fp8<false, true>;
