@@ -20,7 +20,7 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     "fold-4": (
         (("skinny", 8), ("wide", 32), ("fold", None)),
         (
-            ("skinny", 4),
+            ("skinny", 8),
             ("wide", 32),
             ("fold", 128),
             ("wide", 192),

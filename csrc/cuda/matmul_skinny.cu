@@ -25,8 +25,8 @@ SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
 // The kernel whose activations stay in registers, where it can.
 bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   const bool fine = a.format.scale == Scale::kE4M3;
-  if (a.batch_invariant || a.split < 0 || a.m > (a.split ? 16 : 8) || a.k % 256 != 0 ||
-      a.n % 16 != 0 || reinterpret_cast<uintptr_t>(a.scales) % (fine ? 16 : 8) != 0) {
+  if (a.batch_invariant || a.split < 0 || a.m > 8 || a.k % 256 != 0 || a.n % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(a.scales) % (fine ? 16 : 8) != 0) {
     return false;
   }
   const SkinnyKernel kernel = find_kernel(a.format, int(a.m), Inputs::kStill);
@@ -47,7 +47,7 @@ bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   p.longer_blocks = int(tiles % l.clusters);
   p.tile_tokens = int(a.m);
   // Many copies ahead of activations hold these up; where a block has little to do they are all.
-  p.early = a.early ? a.early : tiles <= 2 * l.clusters ? 99 : a.m > 8 ? 2 : 1;
+  p.early = a.early ? a.early : tiles <= 2 * l.clusters ? 99 : 1;
   l.overlap = a.overlap;
   l.threads = 32 * warps;
   launch_clusters(kernel.run, l, stream, p);

@@ -226,22 +226,20 @@ SkinnyKernel describe_skinny_long() {
   return kernel;
 }
 
-template <class W, int kTiles>
+template <class W>
 SkinnyKernel describe_skinny_still() {
   SkinnyKernel kernel;
-  if constexpr (SkinnyStill<W, kTiles>::kServes) {
-    kernel.run = skinny_still<W, kTiles>;
-    kernel.columns = SkinnyStill<W, kTiles>::kColumns;
-    kernel.still = SkinnyStill<W, kTiles>::shared_bytes;
+  if constexpr (kStillServes<W>) {
+    kernel.run = skinny_still<W>;
+    kernel.columns = SkinnyStill<W>::kColumns;
+    kernel.still = SkinnyStill<W>::shared_bytes;
   }
   return kernel;
 }
 
 template <class W>
 SkinnyKernel skinny_kernel(int columns, Inputs inputs) {
-  if (inputs == Inputs::kStill) {
-    return columns <= 8 ? describe_skinny_still<W, 1>() : describe_skinny_still<W, 2>();
-  }
+  if (inputs == Inputs::kStill) return describe_skinny_still<W>();
   if (inputs == Inputs::kLong) return describe_skinny_long<W>();
   if (inputs == Inputs::kGuarded) return describe_skinny<W, 2, Inputs::kGuarded>();
   if (inputs == Inputs::kAny) {

@@ -45,7 +45,7 @@ PYFMT_DEVICE int part_start(const SkinnyParams& p, int part) {
 enum class Grouping { kBlocks, kSteps, k32 };
 
 // kBF16: aligned bfloat16 activations; kAny: any; kGuarded: and rows or scales of any alignment.
-// kLong: as kBF16, up to 8 tokens, blocks with many rows. kStill: as kBF16, up to 16 tokens that
+// kLong: as kBF16, up to 8 tokens, blocks with many rows. kStill: as kBF16, up to 8 tokens that
 // stay in registers.
 enum class Inputs { kBF16, kAny, kGuarded, kLong, kStill };
 

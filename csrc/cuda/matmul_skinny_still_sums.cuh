@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// What matmul_skinny_still.cuh has in shared memory, and how the sums of its warps become y.
+#pragma once
+
+#include "matmul_skinny_x.cuh"
+
+namespace pyfmt {
+namespace cuda {
+
+// Whether there is such a kernel: for elements of 4 bits with scales of their blocks.
+template <class W>
+constexpr bool kStillServes = W::D::kBits == 4 && !W::kGrouped;
+
+template <class W>
+struct SkinnyStill {
+  using D = typename W::D;
+  static constexpr int kMostTokens = 8;
+  static constexpr int kMostWarps = 16;        // of a block
+  static constexpr int kRows = 16;             // of a tile
+  static constexpr int kColumns = 512;         // of a warp
+  static constexpr int kSteps = 8 / D::kBits;  // of a slot
+  static constexpr int kSlotColumns = kSteps * W::kStep, kSlots = kColumns / kSlotColumns;
+  static constexpr int kLine = kSlotColumns * D::kBits / 8;  // bytes of a row of a slot
+  static constexpr int kSlot = kRows * kLine;
+  static constexpr int kStepScales = W::kStep / (W::kScale == Scale::kE4M3 ? 16 : 32);
+  static constexpr int kRowScales = kSlots * kSteps * kStepScales;  // of a tile, bytes
+  static constexpr int kScaleLanes = kSlots;                        // that copy a row's
+  static constexpr int kScaleUnit = kRowScales / kScaleLanes;
+  static constexpr int kStage = kSlots * kSlot + kRows * kRowScales;  // a warp's part of a tile
+  static constexpr int kStages = 2;
+  // Sums: of tiles that are under way; tiles that are finished together.
+  static constexpr int kPitch = kRows + 4, kPlaces = 4, kRound = 2;
+  static constexpr int kInboxTile = 4 * kMostTokens * kRows;      // the other block's sums
+  static constexpr int kSignals = 8 * (2 * 2 + 2 * kMostTokens);  // bytes
+  static constexpr int kTokenBytes = 2 * W::kStep;                // of a step of x
+  static_assert(kTokenBytes <= kPlaces * 4 * kPitch, "x in the places of sums");
+
+  static int shared_bytes(int tokens, int warps, int split) {
+    const int sums = kPlaces * warps * tokens * kPitch * 4;
+    return warps * kStages * kStage + sums + (split > 1 ? 2 * kInboxTile : 0) + kSignals;
+  }
+};
+
+// Sums of the warps to y, a round of two tiles at a time: a warp takes a token, a lane a row.
+template <class Still>
+struct SkinnyStillSums {
+  static constexpr int kPlaces = Still::kPlaces, kRound = Still::kRound, kRows = Still::kRows;
+
+  const SkinnyParams& p;
+  const int tokens, warps, me, rank, first_token, first_tile, count;  // count: of tiles
+  const SharedAddress places, inbox, signals;
+  const int bytes;  // of a warp's sums of a tile
+  int token;        // whose sums this warp adds up next
+  int waits = -1;   // the round of which the other block's are to come
+  float kept = 0;
+
+  PYFMT_DEVICE SharedAddress place(int i, int warp) const {
+    return places + unsigned((warp * kPlaces + (i & (kPlaces - 1))) * bytes);
+  }
+  PYFMT_DEVICE SharedAddress written(int r) const { return signals + unsigned(8 * (r & 1)); }
+  PYFMT_DEVICE SharedAddress taken(int r) const { return signals + unsigned(16 + 8 * (r & 1)); }
+  PYFMT_DEVICE SharedAddress sent(int r, int token) const {
+    return signals + unsigned(32 + 8 * (2 * token + (r & 1)));
+  }
+
+  // All threads of the block, or of the cluster.
+  PYFMT_DEVICE void meet() const {
+    const int i = int(threadIdx.x);
+    if (i < 2) signal_init(written(i), warps);
+    if (i >= 2 && i < 4) signal_init(taken(i), tokens);
+    if (p.split > 1) {
+      if (i < 2 * tokens) signal_init(sent(i, i >> 1), 1);
+      signal_init_fence();
+      cluster_barrier();
+    } else {
+      block_barrier();
+    }
+  }
+
+  // Before a warp stores its sums of tile i, and after.
+  PYFMT_DEVICE void wait_for_place(int i) const {
+    const int r = i / kRound;
+    if (i % kRound == 0 && r >= 2) signal_wait(taken(r), unsigned(r / 2 - 1));
+  }
+  PYFMT_DEVICE void stored(int i) const {
+    if (i % kRound == 0 && i + 1 < count) return;
+    warp_barrier();
+    if ((threadIdx.x & 31) == 0) signal_arrive(written(i / kRound));
+  }
+
+  // What follows tile i. A tile later than possible, so that nobody waits for the slowest warp or
+  // for the other block.
+  PYFMT_DEVICE void follow(int i, float factor) {
+    if (i % kRound) {
+      receive(factor);
+    } else if (i) {
+      finish(i / kRound - 1, factor);
+    }
+  }
+  PYFMT_DEVICE void end(float factor) {
+    finish((count - 1) / kRound, factor);
+    receive(factor);
+  }
+
+  PYFMT_DEVICE void finish(int r, float factor) {
+    receive(factor);
+#pragma unroll 1
+    for (; token < tokens; token += warps) add_up(r, factor);
+    // The blocks of a cluster meet token by token; else warps take turns.
+    token = p.split > 1 ? me : token - tokens;
+  }
+  PYFMT_DEVICE void add_up(int r, float factor) {
+    const int lane = int(threadIdx.x & 31), i = kRound * r + (lane >> 4), row = lane & 15;
+    signal_wait(written(r), unsigned(r / 2));
+    SharedAddress at = place(i, 0) + unsigned(4 * (token * Still::kPitch + row));
+    float s = 0;
+    if (i < count) {
+#pragma unroll 1
+      for (int w = 0; w < warps; w += 8) {
+        float v[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          v[j] = w + j < warps ? as_float(load_small<4>(at)) : 0.0f;
+          at += unsigned(kPlaces * bytes);
+        }
+        s = s + (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));
+      }
+    }
+    warp_barrier();
+    // An arrival does not wait for reads under way, and what they read may be written over after
+    // it: hence the address that depends on them.
+    if (lane == 0) signal_arrive(taken(r) + (as_uint(s) & uint32_t(p.n) >> 31));
+    if (p.split == 1) {
+      if (i < count) write(i, row, s, factor);
+      return;
+    }
+    // Each block finishes one of the tiles. There is room: the other block's warp has read what was
+    // sent two rounds ago before it sent what this one has just received.
+    const int owner = lane >> 4;
+    if (owner != rank && i < count) {
+      send4(address_in_block(inbox_of(r, row), owner), s, address_in_block(sent(r, token), owner));
+    }
+    kept = s;
+    waits = kRound * r + rank < count ? r : -1;
+  }
+
+  PYFMT_DEVICE SharedAddress inbox_of(int r, int row) const {
+    return inbox + unsigned((r & 1) * Still::kInboxTile + 4 * (token * kRows + row));
+  }
+  PYFMT_DEVICE void receive(float factor) {
+    if (waits < 0) return;
+    const int lane = int(threadIdx.x & 31), row = lane & 15;
+    if (lane == 0) signal_expect(sent(waits, token), 4 * kRows);
+    signal_wait(sent(waits, token), unsigned(waits / 2));
+    if (lane >> 4 == rank) {
+      const float other = as_float(load_small<4>(inbox_of(waits, row)));
+      write(kRound * waits + rank, row, kept + other, factor);
+    }
+    waits = -1;
+  }
+
+  PYFMT_DEVICE void write(int i, int row, float s, float factor) const {
+    const int n = kRows * (first_tile + i) + row;
+    float y = s * factor;
+    if (p.bias) y = y + load_element(p.bias, p.bias_dtype, n);
+    store_element(p.out, p.out_dtype, int64_t(first_token + token) * p.n + n, y);
+  }
+};
+
+}  // namespace cuda
+}  // namespace pyfmt
