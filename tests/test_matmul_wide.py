@@ -271,7 +271,7 @@ def test_a_poisoned_block_spoils_its_row(ops: Any) -> None:
 
 def test_what_it_refuses(ops: Any) -> None:
     for name, plan in (("mxfp4", (64, 1, 1)), ("mxfp4", (128, 1, 4)), ("int4", (64, 1, 4))):
-        with pytest.raises(RuntimeError, match="expected .* with a tile of 64 rows"):
+        with pytest.raises(RuntimeError, match=r"expected .* with a tile of 64 rows"):
             Weights(name, 16, 32).times(ops, np.ones((1, 32), np.float32), plan=plan)
     like = torch.empty(1)
     for name in SERVED:

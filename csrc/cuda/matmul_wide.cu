@@ -82,23 +82,32 @@ int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
 // Up to 64 rows of x: the warpgroups of a block have rows of w of their own, or take turns. By
 // nanoseconds on an H200.
 WidePlan tall_plan(const MatmulWideArgs& a) {
+  const bool bytes = a.format.element.bits() == 8;
+  // What a chunk of 64 rows of w takes, by 1, 2 or 4 of them in a block; of 64 rows of x a block
+  // has too few stages for four warpgroups that take turns.
+  const double few[] = {185, 175, 170}, more[] = {bytes ? 250.0 : 300.0, 192, 190},
+               most[] = {0, 328, 240};
   WidePlan best;
   best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
+  const double* rows = best.tokens == 16 ? few : best.tokens == 32 ? more : most;
   const int64_t chunks = (a.k + kChunk - 1) / kChunk, sms = multiprocessors();
   double least = 0;
-  for (int share : {4, 2, 1}) {
-    if (share == 1 && best.tokens == 64) continue;  // too few stages of x
-    // What 64 rows of w take, of a chunk.
-    const double rows = best.tokens == 16   ? 200
-                        : best.tokens == 32 ? (share == 1 ? 255 : 210)
-                                            : (share == 2 ? 300 : 245);
+  for (int bits : {2, 1, 0}) {
+    if (rows[bits] == 0) continue;
+    const int share = 1 << bits;
     for (int split : {1, 2, 4, 8}) {
       if (split > chunks) break;
       const int64_t blocks = (a.n + 64 * share - 1) / (64 * share) * split;
       const int64_t waves = (blocks + sms - 1) / sms;
-      const double sums = split == 1 ? 0 : split == 2 ? 600 + 25 * best.tokens : 4000;
-      const double cost =
-          double(waves) * (double(chunks) / split * share * rows + 2000) + 3000 + sums;
+      // What it takes to add parts of K, in a cluster or by another launch.
+      double sums = 0;
+      if (split == 2) sums = 600 + 25 * best.tokens;
+      if (split > 2) {
+        sums = 2e-3 * double(a.n) * split * best.tokens;
+        sums = (sums < 2000 ? 2000 : sums) + (bytes ? 1500 : 0);
+      }
+      const double own = double(chunks) / split * share * rows[bits];
+      const double cost = double(waves) * (own + 2000) + 3000 + sums;
       if (least != 0 && cost >= least) continue;
       least = cost;
       best.share = share;

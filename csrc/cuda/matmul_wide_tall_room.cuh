@@ -74,12 +74,12 @@ PYFMT_DEVICE void init_barriers(const Params& p) {
 
 // ---- the part of a block ----------------------------------------------------------------------
 
-// A block has 64 p.share rows of w by kTokens rows of x, a cluster the two parts of K. Where not
-// every warpgroup has rows of its own, they take slots in turn.
+// A block has 64 p.share rows of w by kTokens rows of x. K is divided between p.parts of them, or
+// the two of a cluster. Where not every warpgroup has rows of its own, they take slots in turn.
 struct Place {
   uint32_t base;
-  int part, whole, n0, m0, first, slots, turns;  // first: chunk; whole: part of parts
-  int tile;
+  // part: in the cluster; whole: of p.parts; tile: of y; first: chunk.
+  int part, whole, tile, n0, m0, first, slots, turns;
 
   template <class R, int kTokens>
   PYFMT_DEVICE static Place of(const Params& p) {
@@ -174,6 +174,12 @@ struct Bringer {
     Ring<R::kDepth> ring;
 #pragma unroll 1
     for (int i = 0; i < at.slots; i += at.turns, ring.next()) {
+      // All that a ring holds, asked for at once, would hold up the launch that adds the parts of
+      // the product before, and x.
+      if (p.parts > 1 && i == at.turns) {
+        hopper::wait_for_previous();
+        hopper::barrier_wait(at.base + kFull, 0);
+      }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
         const int slot = i + (g >> p.share_bits), n = at.n0 + 64 * (g & (p.share - 1));
