@@ -29,9 +29,8 @@ const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a) {
   return a.plan.tokens
              ? a.plan
-             : wide::cheapest_plan(
-                   a.a.rows, a.n, a.a.columns,
-                   {{64, 740}, {96, 870}, {128, 1000}, {160, 1250}, {192, 1400}, {256, 1600}});
+             : wide::cheapest_plan(a.a.rows, a.n, a.a.columns,
+                                   {{64, 740}, {96, 870}, {128, 1000}, {192, 1400}, {256, 1600}});
 }
 
 int64_t matmul_fold_panel(const MatmulFoldArgs& a) {

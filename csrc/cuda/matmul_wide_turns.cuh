@@ -393,7 +393,6 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   }
   if constexpr (F::kFolded) {
     if (call.tokens == 192) return launch_turns<F, 192>(p, call, stream);
-    if (call.tokens == 160) return launch_turns<F, 160>(p, call, stream);
   }
   if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
   if (call.tokens == 96) return launch_turns<F, 96>(p, call, stream);

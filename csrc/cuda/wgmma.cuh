@@ -213,7 +213,6 @@ void emulated_register_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint6
   PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39)                     \
   ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47) ", " PYFMT_S8( \
       48, 49, 50, 51, 52, 53, 54, 55) ", " PYFMT_S8(56, 57, 58, 59, 60, 61, 62, 63)
-#define PYFMT_S8_1 PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39)
 #define PYFMT_S16_1 \
   PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39) ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47)
 #define PYFMT_S32_2                                            \
@@ -324,16 +323,10 @@ PYFMT_REGISTER_PRODUCT(Bf16, 16, 256, "m64n256k16.f32.bf16.bf16", ", 0",
                        PYFMT_S32_0 ", " PYFMT_S32_1 ", " PYFMT_S32_2 ", " PYFMT_S32_3, 128, 129,
                        130, 131, 132, 133, PYFMT_R32(0), PYFMT_R32(32), PYFMT_R32(64),
                        PYFMT_R32(96))
-// For 80 as well.
-#define PYFMT_FP8_PRODUCTS(type, kinds)                                                            \
-  PYFMT_REGISTER_PRODUCTS(type, 32, "k32", kinds, "")                                              \
-  PYFMT_REGISTER_PRODUCT(type, 32, 80, "m64n80k32" kinds, "", PYFMT_S32_0 ", " PYFMT_S8_1, 40, 41, \
-                         42, 43, 44, 45, PYFMT_R32(0), PYFMT_R4(32), PYFMT_R4(36))
-
-PYFMT_FP8_PRODUCTS(E4M3ByE4M3, ".f32.e4m3.e4m3")
-PYFMT_FP8_PRODUCTS(E4M3ByE5M2, ".f32.e4m3.e5m2")
-PYFMT_FP8_PRODUCTS(E5M2ByE4M3, ".f32.e5m2.e4m3")
-PYFMT_FP8_PRODUCTS(E5M2ByE5M2, ".f32.e5m2.e5m2")
+PYFMT_REGISTER_PRODUCTS(E4M3ByE4M3, 32, "k32", ".f32.e4m3.e4m3", "")
+PYFMT_REGISTER_PRODUCTS(E4M3ByE5M2, 32, "k32", ".f32.e4m3.e5m2", "")
+PYFMT_REGISTER_PRODUCTS(E5M2ByE4M3, 32, "k32", ".f32.e5m2.e4m3", "")
+PYFMT_REGISTER_PRODUCTS(E5M2ByE5M2, 32, "k32", ".f32.e5m2.e5m2", "")
 
 }  // namespace hopper
 }  // namespace cuda
