@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Timed:
 
 
 def in_turn(
-    cases: dict[str, Callable[[int], Any]],
+    cases: Mapping[str, Callable[[int], Any]],
     *,
     seconds: float = 0.3,
     rotate: int = 1,

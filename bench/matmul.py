@@ -8,8 +8,8 @@ On a GPU all cases of a line are replays of CUDA graphs in turn, cuBLAS bfloat16
 Operands are fresh random data; the baseline multiplies the tensors that were quantized. Up to 64
 rows the weights rotate among copies larger than the cache. Every path is checked against float64
 first, and nothing is printed after a failed check. Rivals: torch._scaled_mm in fp8 with row
-scales, and gemlite where it is installed. bench/paths.py makes the table of paths. On the CPU:
-bench/matmul_cpu.py.
+scales, and gemlite where it is installed. Each line has its bound, measured in the same run
+(bench/bounds.py). bench/paths.py makes the table of paths. On the CPU: bench/matmul_cpu.py.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gemlite_rival
 import matmul_cpu
 import torch
+from bounds import Call, bound, rates
 from graphs import in_turn
 from harness import arguments, machine, write
 
@@ -39,28 +40,31 @@ FOLDING = ("mxfp4", "mxint4", "mxfp6_e3m2", "mxfp6_e2m3")
 EXACT = ("mxint8", "mxfp8_e4m3", "mxfp8_e5m2", "nvfp4", "nvint4")
 CACHE = 160 << 20
 LINES: list[dict[str, Any]] = []
+Tensors = Sequence[torch.Tensor]
 
 
 def randn(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
-def show(part: str, shape: tuple[int, ...], found: dict[str, tuple[float, float, float]]) -> None:
-    """Print and keep the lines of cases timed in turn; the first is the baseline."""
+def show(part: str, shape: tuple[int, int, int], cases: dict[str, Call], **timing: Any) -> None:
+    """Time cases in turn, print and keep their lines; the first is the baseline."""
     m, n, k = shape
+    found = in_turn(cases, **timing)
     base = next(iter(found.values()))[0]
     for name, (median, p20, p80) in found.items():
         rate = 2 * m * n * k / median
+        floor = bound(cases[name], shape)
         LINES.append(
             {
                 "part": part, "name": name, "shape": shape, "median": median, "p20": p20,
-                "p80": p80, "flops_per_s": rate, "of_bf16": base / median,
+                "p80": p80, "flops_per_s": rate, "of_bf16": base / median, "bound": floor,
             }
         )  # fmt: skip
         print(
             f"{part:7} {m:5} x {n:5} x {k:5}  {name:34} {median * 1e6:9.1f} us "
             f"({p20 * 1e6:.1f} to {p80 * 1e6:.1f})  {rate / 1e12:7.1f} TFLOP/s  "
-            f"{base / median:5.2f}x"
+            f"{base / median:5.2f}x  {floor / median:4.2f} of the bound"
         )
 
 
@@ -77,27 +81,53 @@ class Weights:
             self.found[fmt] = [pyfmt.quantize(w, fmt) for w in self.dense]
         return self.found[fmt]
 
-    def bf16(self, x: torch.Tensor) -> Callable[[int], Any]:
-        return lambda i: torch.mm(x, self.dense[i % len(self.dense)].t())
+    def out_nbytes(self, x: torch.Tensor) -> int:
+        return len(x) * self.n * 2
 
-    def matmul(self, x: torch.Tensor, fmt: str, **options: Any) -> Callable[[int], Any]:
+    def bf16(self, x: torch.Tensor) -> Call:
+        moved = x.nbytes + self.dense[0].nbytes + self.out_nbytes(x)
+        return Call(lambda i: torch.mm(x, self.dense[i % len(self.dense)].t()), moved)
+
+    def matmul(self, x: torch.Tensor, fmt: str, *, expanded: Tensors = (), **options: Any) -> Call:
         """Both operands quantized before."""
         qa, ws = pyfmt.quantize(x, fmt), self.of(fmt)
         left = (qa.codes, qa.scales, qa.tensor_scale, fmt)
         dtype = torch.bfloat16
-        return lambda i: OPS.matmul(
-            *left, *parts(ws[i % len(ws)]), fmt, self.k, None, dtype, **options
+        if expanded:
+            options["expanded"] = expanded
+        return Call(
+            lambda i: OPS.matmul(
+                *left, *parts(ws[i % len(ws)]), fmt, self.k, None, dtype, **options
+            ),
+            qa.nbytes + weight_nbytes(ws[0], expanded) + self.out_nbytes(x),
+            "fp8" if fmt in FOLDING else "bf16",
         )
 
     def linear(
-        self, x: torch.Tensor, fmt: str, activation: str | None, rotation: int = 0, **options: Any
-    ) -> Callable[[int], Any]:
+        self,
+        x: torch.Tensor,
+        fmt: str,
+        activation: str | None,
+        rotation: int = 0,
+        *,
+        expanded: Tensors = (),
+        **options: Any,
+    ) -> Call:
         ws = self.of(fmt)
-        return lambda i: OPS.linear(
-            x, *parts(ws[i % len(ws)]), fmt, None, activation, rotation, **options
+        if expanded:
+            options["expanded"] = expanded
+        return Call(
+            lambda i: OPS.linear(
+                x, *parts(ws[i % len(ws)]), fmt, None, activation, rotation, **options
+            ),
+            x.nbytes + weight_nbytes(ws[0], expanded) + self.out_nbytes(x),
+            "fp8" if activation in FOLDING and fmt in FOLDING else "bf16",
         )
 
-    def kept(self, fmt: str, kind: str) -> list[torch.Tensor]:
+    def gemlite(self, x: torch.Tensor, rival: Callable[[int], Any]) -> Call:
+        return Call(rival, x.nbytes + self.of("int4")[0].nbytes + self.out_nbytes(x))
+
+    def kept(self, fmt: str, kind: str) -> Tensors:
         q = self.of(fmt)[0]
         return OPS._expand_weight(q.codes, q.scales, fmt, self.k, kind)
 
@@ -106,7 +136,12 @@ def parts(q: Any) -> tuple[Any, Any, Any]:
     return q.codes, q.scales, q.tensor_scale
 
 
-def fp8_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any]:
+def weight_nbytes(q: Any, expanded: Tensors) -> int:
+    """What a call reads of a weight: its codes and scales, or what was expanded of them."""
+    return sum(t.nbytes for t in expanded) if expanded else q.nbytes
+
+
+def fp8_rival(x: torch.Tensor, w: Weights) -> Call:
     """torch._scaled_mm on what torch would quantize by rows; its quantization is not timed."""
 
     def rows(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +150,12 @@ def fp8_rival(x: torch.Tensor, w: Weights) -> Callable[[int], Any]:
 
     a, a_scale = rows(x)
     ws = [rows(t) for t in w.dense]
-    return lambda i: torch._scaled_mm(
-        a, ws[i % len(ws)][0].t(), a_scale, ws[i % len(ws)][1].t(), out_dtype=torch.bfloat16
+    return Call(
+        lambda i: torch._scaled_mm(
+            a, ws[i % len(ws)][0].t(), a_scale, ws[i % len(ws)][1].t(), out_dtype=torch.bfloat16
+        ),
+        a.nbytes + ws[0][0].nbytes + w.out_nbytes(x),
+        "fp8",
     )
 
 
@@ -145,8 +184,8 @@ def dense(seconds: float) -> None:
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
             rival = gemlite_rival.rival(x, w.dense) if m != 8192 else None
             if rival is not None:
-                cases["rival: gemlite int4 g128"] = rival
-            show("dense", (m, n, k), in_turn(cases, seconds=seconds))
+                cases["rival: gemlite int4 g128"] = w.gemlite(x, rival)
+            show("dense", (m, n, k), cases, seconds=seconds)
             del cases
         del w
         torch.cuda.empty_cache()
@@ -170,8 +209,8 @@ def decode(seconds: float) -> None:
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
             rival = gemlite_rival.rival(x, w.dense)
             if rival is not None:
-                cases["rival: gemlite int4 g128"] = rival
-            show("decode", (m, n, k), in_turn(cases, seconds=seconds, rotate=copies))
+                cases["rival: gemlite int4 g128"] = w.gemlite(x, rival)
+            show("decode", (m, n, k), cases, seconds=seconds, rotate=copies)
         del w
         torch.cuda.empty_cache()
 
@@ -190,7 +229,7 @@ def sweep(seconds: float) -> None:
             cases[f"dense x {fmt}"] = w.linear(x, fmt, None)
             cases[f"{fmt} x {fmt}"] = w.linear(x, fmt, fmt)
         rotate = 4 if m <= 64 else 1
-        show("sweep", (m, n, k), in_turn(cases, seconds=seconds, rotate=rotate, least=3))
+        show("sweep", (m, n, k), cases, seconds=seconds, rotate=rotate, least=3)
 
 
 def check() -> None:
@@ -305,6 +344,7 @@ def run(args: Any) -> None:
     print(json.dumps(machine()))
     start = time.perf_counter()
     check()
+    print(json.dumps(rates()))
     with torch.no_grad():
         for part in args.part or [name for name in PARTS if name != "sweep"]:
             began = time.perf_counter()
@@ -312,7 +352,7 @@ def run(args: Any) -> None:
             print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
     print(f"all: {time.perf_counter() - start:.0f} s")
     if args.save:
-        print(write(args.save, LINES))
+        print(write(args.save, LINES, rates=rates()))
 
 
 def main() -> int:

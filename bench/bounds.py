@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a GPU cannot beat: the bytes of a call at a copy's rate, its products at the tensor cores'.
+
+Both rates are measured in the run that they are bounds of: a copy of 4 GiB, and the library's GEMMs
+of 8192^3 on zeros, which hardly draw power, so that clocks stay where random operands push them
+down. No ordinary operands reach the second; it is what the silicon can do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from graphs import in_turn
+
+SIZE = 8192
+COPY = 2 << 30  # elements of two bytes
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call to time, the bytes that it must move, and the tensor cores that its products need."""
+
+    call: Callable[[int], Any]
+    nbytes: int
+    pipe: str = "bf16"  # or "fp8"
+
+    def __call__(self, i: int) -> Any:
+        return self.call(i)
+
+
+@functools.cache
+def rates() -> dict[str, float]:
+    """Return bytes a second of a copy, and operations a second of either pipe."""
+    source = torch.empty(COPY, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    zeros = torch.zeros(SIZE, SIZE, device="cuda", dtype=torch.bfloat16)
+    small = zeros.to(torch.float8_e4m3fn)
+    one = torch.ones((), device="cuda")
+    fp8 = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
+    found = in_turn(
+        {
+            "copy": lambda _: target.copy_(source),
+            "bf16": lambda _: torch.mm(zeros, zeros.t()),
+            "fp8": lambda _: fp8(small, small.t(), one, one),
+        },
+        seconds=0.1,
+        yardstick=False,
+    )
+    work = {"copy": 2 * source.nbytes, "bf16": 2 * SIZE**3, "fp8": 2 * SIZE**3}
+    return {name: work[name] / median for name, (median, _, _) in found.items()}
+
+
+def bound(call: Call, shape: tuple[int, int, int]) -> float:
+    """Return the seconds below which no call of (M, N, K) can be."""
+    m, n, k = shape
+    return max(call.nbytes / rates()["copy"], 2 * m * n * k / rates()[call.pipe])
