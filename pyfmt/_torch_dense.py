@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The GEMM paths of CUDA tensors, one function each; which one serves is _matmul_paths' choice.
 
-Every function takes a Left (what stands on the left, quantized or to be), a Right (the quantized
-weight) and an Out (bias, dtype, how), and returns (M, N).
+Every function takes a Left, a Right and an Out (`_torch_operands.py`), and returns (M, N).
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,218 +15,24 @@ import torch
 from torch import Tensor
 
 from pyfmt import _matmul_paths as paths
-from pyfmt._matmul_paths import Facts
+from pyfmt._torch_operands import (
+    Left,
+    Out,
+    Parts,
+    Right,
+    bf16,
+    chunks,
+    fp32,
+    panels,
+    quantized,
+    rotated,
+    total_of,
+    two_level,
+    whole_rows,
+)
 from pyfmt.formats import get_format
 
-# The bytes that an expanded weight may take; a larger one is expanded in panels of rows.
-PANEL_BYTES = 1 << 29
-
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-
-
-@dataclass(slots=True)
-class Left:
-    """The left operand, M rows: dense (`x` alone), codes and scales, or x still to be quantized.
-
-    format: of the codes, or what x is to be quantized to; None for a dense x.
-    """
-
-    rows: int
-    k: int
-    format: Facts | None = None
-    x: Tensor | None = None
-    codes: Tensor | None = None
-    scales: Tensor | None = None
-    tensor_scale: Tensor | None = None
-    scale_rule: str | None = None
-    recipe: str | None = None
-    clip: str = "symmetric"
-    rotation: int = 0
-    signs: Tensor | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32 if self.x is None else self.x.dtype
-
-
-@dataclass(slots=True)
-class Right:
-    """The weight (N, K); kept: what _expand_weight returned, or None."""
-
-    codes: Tensor
-    scales: Tensor
-    tensor_scale: Tensor | None
-    format: Facts
-    n: int
-    kept: list[Tensor] | None = None
-
-    def rows(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        if first == 0 and last >= self.n:
-            return self.codes, self.scales
-        step = self.format.block_rows
-        return self.codes[first:last], self.scales[first // step : -(-last // step)]
-
-
-@dataclass(slots=True)
-class Out:
-    bias: Tensor | None
-    dtype: torch.dtype
-    fast: bool = False
-    batch_invariant: bool = False
-
-
-class Parts:
-    """The operators that the paths stand on; tests put emulated ones in their place."""
-
-    ops: Any = torch.ops.pyfmt
-
-
-def _panels(right: Right, row_bytes: int) -> list[tuple[int, int]]:
-    step = max(PANEL_BYTES // max(row_bytes, 1) // 128, 1) * 128
-    step = -(-step // right.format.block_rows) * right.format.block_rows
-    return [(i, min(i + step, right.n)) for i in range(0, max(right.n, 1), step)]
-
-
-# ---- rows that did not fold are counted -------------------------------------------------------
-
-_totals: dict[int, Tensor] = {}
-
-
-def total_of(device: torch.device) -> Tensor | None:
-    """The device's count of rows that did not fold; None where a graph captures its first use."""
-    index = device.index or 0
-    total = _totals.get(index)
-    if total is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
-        total = _totals[index] = torch.zeros((), dtype=torch.int64, device=device)
-    return total
-
-
-# ---- the left operand -------------------------------------------------------------------------
-
-
-def quantized(left: Left) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and tensor scale of a left operand with a format."""
-    if left.codes is not None:
-        assert left.scales is not None
-        return left.codes, left.scales, left.tensor_scale
-    assert left.format is not None and left.x is not None
-    codes, scales, stored = Parts.ops.quantize.default(
-        left.x, left.format.key, -1, left.scale_rule, left.recipe, "nearest", None, left.clip,
-        None, left.rotation, left.signs,
-    )  # fmt: skip
-    return codes, scales, stored if stored.numel() else None
-
-
-def _whole_rows(left: Left) -> bool:
-    """Whether the kernels that read x take it: bfloat16 in whole blocks."""
-    x = left.x
-    assert left.format is not None
-    whole = left.format.whole
-    return (
-        x is not None
-        and x.dtype == torch.bfloat16
-        and whole > 0
-        and left.k % whole == 0
-        and left.k > 0
-        and left.rows > 0
-        and x.data_ptr() % 16 == 0
-    )
-
-
-def _rotated(left: Left) -> Tensor:
-    """A dense left operand, rotated if asked."""
-    assert left.x is not None
-    if not left.rotation:
-        return left.x
-    y: Tensor = Parts.ops.hadamard.default(left.x, left.rotation, left.signs)
-    return y
-
-
-def _bf16(left: Left, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Exact bfloat16 of element * scale, and the tensor scale (times `factor`) left out of it."""
-    if left.format is None:
-        return _rotated(left), factor
-    if left.codes is None and _whole_rows(left):
-        y, stored = Parts.ops._round_values.default(
-            left.x, left.format.key, left.scale_rule, left.recipe, left.clip, left.rotation,
-            left.signs, factor,
-        )  # fmt: skip
-        return y, stored if _two_level(left) else factor
-    codes, scales, stored = quantized(left)
-    y = Parts.ops.dequantize.default(
-        codes, scales, None, left.format.key, (left.rows, left.k), -1, torch.bfloat16
-    )
-    if stored is None or factor is None:
-        return y, factor if stored is None else stored
-    return y, stored * factor
-
-
-def fp32(left: Left) -> Tensor:
-    """The decoded left operand in float32."""
-    if left.format is None:
-        return _rotated(left).float()
-    if left.codes is None:
-        # In float32 fake_quantize is quantize and dequantize bit for bit, in one pass.
-        assert left.x is not None
-        x = left.x.float()
-        if left.rotation:
-            x = Parts.ops.hadamard.default(x, left.rotation, left.signs)
-        rest = (left.scale_rule, left.recipe, "nearest", None, left.clip)
-        y: Tensor = Parts.ops.fake_quantize.default(x, left.format.key, -1, *rest)
-        return y
-    y = Parts.ops.dequantize.default(
-        left.codes, left.scales, left.tensor_scale, left.format.key, (left.rows, left.k)
-    )
-    return y
-
-
-# ---- the paths --------------------------------------------------------------------------------
-
-
-def chunks(left: Left, right: Right, out: Out, rows: int, kernel: Callable[..., Tensor]) -> Tensor:
-    """Call a kernel on M rows at once, or on chunks of always the same number, padded by zeros."""
-    if not out.batch_invariant:
-        return kernel(left, right, out)
-    if left.format is not None and left.codes is None:
-        codes, scales, stored = quantized(left)
-        left = Left(left.rows, left.k, left.format, None, codes, scales, stored)
-    parts = []
-    for first in range(0, left.rows, rows):
-        last = min(first + rows, left.rows)
-        part = Left(rows, left.k, left.format)
-        part.tensor_scale, part.rotation, part.signs = left.tensor_scale, left.rotation, left.signs
-        for name in ("x", "codes", "scales"):
-            whole = getattr(left, name)
-            if whole is not None:
-                piece = whole[first:last]
-                if last - first < rows:
-                    padding = piece.new_zeros((rows - (last - first), piece.shape[1]))
-                    piece = torch.cat([piece, padding])
-                setattr(part, name, piece)
-        parts.append(kernel(part, right, out)[: last - first])
-    if not parts:
-        return left_device(left).new_empty((0, right.n), dtype=out.dtype)
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-
-
-def left_device(left: Left) -> Tensor:
-    """A tensor on the left operand's device."""
-    tensor = left.codes if left.x is None else left.x
-    assert tensor is not None
-    return tensor
-
-
-def _two_level(left: Left) -> bool:
-    """Whether the left operand has, or will have, a tensor scale."""
-    if left.codes is not None:
-        return left.tensor_scale is not None
-    return (
-        left.format is not None
-        and left.format.format.tensor_scale
-        and left.recipe != "single_level"
-    )
 
 
 def skinny(left: Left, right: Right, out: Out) -> Tensor:
@@ -240,9 +44,9 @@ def skinny(left: Left, right: Right, out: Out) -> Tensor:
 def _skinny(left: Left, right: Right, out: Out) -> Tensor:
     scale = right.tensor_scale
     if left.format is None:
-        x = _rotated(left)
-    elif left.format.exact and not (_two_level(left) and scale is None):
-        x, scale = _bf16(left, scale)
+        x = rotated(left)
+    elif left.format.exact and not (two_level(left) and scale is None):
+        x, scale = bf16(left, scale)
     else:
         x = fp32(left)
     y: Tensor = Parts.ops._matmul_skinny.default(
@@ -253,7 +57,7 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
 
 
 def wide(left: Left, right: Right, out: Out) -> Tensor:
-    x, scale = _bf16(left, right.tensor_scale)
+    x, scale = bf16(left, right.tensor_scale)
     if scale is not None and right.tensor_scale is None:
         # The left operand's tensor scale has no place in the kernel: it is for the epilogue.
         y: Tensor = Parts.ops._matmul_wide.default(
@@ -277,14 +81,14 @@ def _fold_both(
     """
     assert left.format is not None
     alone = codes is None and left.codes is None and left.rows <= 1024
-    if alone and left.k <= paths.LONGEST_FOLD and _whole_rows(left):
+    if alone and left.k <= paths.LONGEST_FOLD and whole_rows(left):
         given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
         return Parts.ops._fold_values.default(*given, e5m2, total), None
     if (
         codes is not None
         and left.codes is None
         and left.k <= paths.LONGEST_FOLD
-        and (_whole_rows(left))
+        and (whole_rows(left))
     ):
         given = (left.x, left.format.key, left.scale_rule, left.clip, left.rotation, left.signs)
         found = Parts.ops._fold_online.default(*given, e5m2, codes, scales, fmt, total)
@@ -309,7 +113,7 @@ def _fold_packed(left: Left, right: Right, out: Out) -> Tensor:
     assert left.format is not None
     x, codes, scales = left.x, left.codes, left.scales
     as_it_is = codes is None and left.rows <= 1024 and left.k <= paths.LONGEST_FOLD
-    if not (as_it_is and _whole_rows(left)):
+    if not (as_it_is and whole_rows(left)):
         x, (codes, scales, _) = None, quantized(left)
     w_scale, w_marks = right.kept[1:3] if right.kept else (None, None)
     y: Tensor = Parts.ops._matmul_fold.default(
@@ -329,12 +133,10 @@ def fold(left: Left, right: Right, out: Out) -> Tensor:
     e5m2 = left.format.e5m2
     total = total_of(right.codes.device)
     key = right.format.key
-    panels = (
-        _panels(right, right.format.format.padded(left.k)) if not right.kept else [(0, right.n)]
-    )
+    spans = panels(right, right.format.format.padded(left.k)) if not right.kept else [(0, right.n)]
     mine: Any = None
     parts = []
-    for first, last in panels:
+    for first, last in spans:
         codes, scales = right.rows(first, last)
         if mine is None and right.kept:
             mine, _ = _fold_both(left, e5m2, None, None, key, total)
@@ -408,9 +210,9 @@ def exact(left: Left, right: Right, out: Out) -> Tensor:
 
 
 def _exact(left: Left, right: Right, out: Out) -> Tensor:
-    a, factor = _bf16(left)
+    a, factor = bf16(left)
     parts = []
-    for first, last in [(0, right.n)] if right.kept else _panels(right, 2 * left.k):
+    for first, last in [(0, right.n)] if right.kept else panels(right, 2 * left.k):
         if right.kept:
             w = right.kept[0]
         else:

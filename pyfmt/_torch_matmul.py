@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pyfmt import _check, _torch_dense, _torch_matmul_cpu
 from pyfmt import _matmul_paths as paths
-from pyfmt._torch_dense import Left, Out, Right
 from pyfmt._torch_native import native
+from pyfmt._torch_operands import Left, Out, Parts, Right, chunks, fp32
 from pyfmt.formats import Format, get_format
 
 # A weight of more elements is expanded in panels of rows, so that memory stays bounded.
@@ -228,7 +228,7 @@ def full_precision_mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _portable(left: Left, right: Right, out: Out) -> Tensor:
     """y = a b^T + bias for a dense or quantized a of M rows and a quantized b of N rows."""
-    flat, n, k = _torch_dense.fp32(left).contiguous(), right.n, left.k
+    flat, n, k = fp32(left).contiguous(), right.n, left.k
     # The order of a BLAS library's sums may follow addresses and strides: give it always the same.
     if flat.data_ptr() % 64:
         flat = flat.clone()
@@ -251,7 +251,7 @@ def _panel(a: Tensor, right: Right, first: int, last: int, out: Out) -> Tensor:
 
 
 def _portable_rows(left: Left, right: Right, out: Out) -> Tensor:
-    return _torch_dense.chunks(left, right, out, paths.INVARIANT_ROWS["portable"], _portable)
+    return chunks(left, right, out, paths.INVARIANT_ROWS["portable"], _portable)
 
 
 _RUN = {
@@ -440,7 +440,7 @@ def linear(
         # The whole of a small call: what stands below would do the same, a few microseconds later.
         scale = w_tensor_scale if has_scale(w_tensor_scale) else None
         rows = x if x.dim() == 2 else x.reshape(m, k)
-        y = _torch_dense.Parts.ops._matmul_skinny.default(
+        y = Parts.ops._matmul_skinny.default(
             rows, w_codes, w_scales, scale, w_format, k, bias, x.dtype
         )
         return y if x.dim() == 2 else y.view(*lead, n)
@@ -449,7 +449,7 @@ def linear(
     if x.dim() != 2:
         if facts is not None and facts.block_rows > 1:
             # Square blocks lie within matrices: they are quantized before the rows are one matrix.
-            left = Left(m, k, x=_torch_dense.fp32(left))
+            left = Left(m, k, x=fp32(left))
         left.x = left.x.reshape(m, k)  # type: ignore[union-attr]
     scale = w_tensor_scale if has_scale(w_tensor_scale) else None
     right = Right(w_codes, w_scales, scale, paths.facts(w_format), n)

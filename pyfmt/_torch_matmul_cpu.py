@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt._torch_dense import Left, Out, Right
+from pyfmt._torch_operands import Left, Out, Right
 
 _OPS: Any = torch.ops.pyfmt
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyfmt import _torch_dense
-from pyfmt._torch_dense import Left, Out, Right
+from pyfmt._torch_operands import Left, Out, Right, quantized
 from pyfmt.formats import Format
 
 # What tl.dot_scaled calls the elements.
@@ -37,7 +36,7 @@ def native(left: Left, right: Right, out: Out) -> Tensor:
     """y = RNE(a b^T + bias) with the products and block scales in the tensor cores."""
     from pyfmt.triton_kernels.matmul import matmul_scaled
 
-    codes, scales, scale = _torch_dense.quantized(left)
+    codes, scales, scale = quantized(left)
     assert left.format is not None
     m, n, k = left.rows, right.n, left.format.format.padded(left.k)
     y = torch.empty((m, n), dtype=out.dtype, device=codes.device)

@@ -23,6 +23,7 @@ from pyfmt import _check, _torch_autograd, _torch_dense, _torch_matmul
 from pyfmt import _matmul_paths as paths
 from pyfmt._torch_autograd import _below, _wanted
 from pyfmt._torch_matmul import _check_float, has_scale, raw, row_bytes, scales_shape
+from pyfmt._torch_operands import PANEL_BYTES, Left, Out, Right
 from pyfmt.formats import SCALES, Format, get_format
 from pyfmt.recipes import Quantizer, Recipe, from_spec
 
@@ -138,7 +139,7 @@ def _weight(
     square = 1 < fmt.block_rows == fmt.block_columns(w.shape[-1])
     if square and w.is_cuda and not q.stochastic and not q.rotation:
         n, k = w.shape if axis == -1 else (w.shape[1], w.shape[0])
-        whole = 2 * w.numel() <= _torch_dense.PANEL_BYTES
+        whole = 2 * w.numel() <= PANEL_BYTES
         if whole and _is_exact(w.device, a_key, q.format, m, n, k):
             codes, scales, stored = _one(w, q, -1, seed, signs)
             key = rows_format(q.format).key
@@ -159,11 +160,11 @@ def _product(
     if isinstance(b, Values):
         scale = a[2] if has_scale(a[2]) else None
         rows = paths.facts(rows_format(a_key).key)
-        given = _torch_dense.Left(a[0].shape[0], k, rows, None, a[0], a[1], scale)
+        given = Left(a[0].shape[0], k, rows, None, a[0], a[1], scale)
         scale = b.tensor_scale if has_scale(b.tensor_scale) else None
         facts, n = paths.facts(rows_format(b_key).key), b.values.shape[0]
-        kept = _torch_dense.Right(b.values, b.values, scale, facts, n, [b.values])
-        return _torch_dense.exact(given, kept, _torch_dense.Out(bias, dtype))
+        kept = Right(b.values, b.values, scale, facts, n, [b.values])
+        return _torch_dense.exact(given, kept, Out(bias, dtype))
     left = (a[0], a[1], a[2] if has_scale(a[2]) else None, rows_format(a_key).key)
     right = (b[0], b[1], b[2] if has_scale(b[2]) else None, rows_format(b_key).key)
     y: Tensor = _OPS.matmul.default(*left, *right, k, bias, dtype)

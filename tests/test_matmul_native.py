@@ -19,7 +19,7 @@ import torch
 
 from pyfmt import _matmul_paths as paths
 from pyfmt import _torch_native, reference
-from pyfmt._torch_dense import Left, Out, Right
+from pyfmt._torch_operands import Left, Out, Right
 from pyfmt.formats import get_format
 from tests import grids
 from tests.rooms import to_torch

@@ -11,7 +11,7 @@ import torch
 
 import pyfmt.ops
 from pyfmt import _matmul_paths as paths
-from pyfmt import _torch_dense, _torch_matmul, reference
+from pyfmt import _torch_dense, _torch_matmul, _torch_operands, reference
 from pyfmt.formats import FORMATS, get_format
 from tests import grids
 from tests.cuda_rooms import emulated_ops
@@ -250,7 +250,7 @@ TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0*
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch, ops: Any) -> None:
     """CPU tensors take the paths of a GPU, with emulated kernels and torch's GEMMs for the CPU."""
-    monkeypatch.setattr(_torch_dense.Parts, "ops", ops)
+    monkeypatch.setattr(_torch_operands.Parts, "ops", ops)
     monkeypatch.setattr(_torch_matmul, "machine_of", lambda device: HOPPER)
     monkeypatch.setattr(paths, "PACKED", {})  # test_matmul_fold.py has the packed form
     _torch_matmul._choices.clear()
@@ -323,11 +323,11 @@ def test_fold_never_rounds_wild_rows(name: str) -> None:
     a[9] *= np.float32(2.0**75)
     w[7, :32] *= np.float32(2.0**40)
     w[34, 100:] *= np.float32(2.0**-60)
-    before = int(_torch_dense.total_of(torch.device("cpu")) or 0)
+    before = int(_torch_operands.total_of(torch.device("cpu")) or 0)
     bias = torch.linspace(-1, 1, 35)
     y, exact, weight = product(a, w, (name, name), bias=bias, dtype=torch.bfloat16, path="fold")
     within(y, exact, weight, 256)
-    after = int(_torch_dense.total_of(torch.device("cpu")) or 0)
+    after = int(_torch_operands.total_of(torch.device("cpu")) or 0)
     assert after - before == 4
 
 
@@ -357,7 +357,7 @@ def test_weights_in_panels_and_kept(path: str, monkeypatch: pytest.MonkeyPatch) 
     options = {"activation": "mxfp4", "rotation": 32}
     args = (a.bfloat16(), codes, scales, None, "mxfp4", torch.linspace(-1, 1, 300))
     want = torch.ops.pyfmt.linear(*args, **options, path=path)
-    monkeypatch.setattr(_torch_dense, "PANEL_BYTES", 128 * 128)
+    monkeypatch.setattr(_torch_operands, "PANEL_BYTES", 128 * 128)
     monkeypatch.setattr(_torch_matmul, "PANEL_ELEMENTS", 128 * 128)
     assert torch.equal(torch.ops.pyfmt.linear(*args, **options, path=path), want)
     if path != "portable":

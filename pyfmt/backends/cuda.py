@@ -334,12 +334,12 @@ def fold_exceptions(device: Any = None) -> Any:
     """
     import torch
 
-    from pyfmt import _torch_dense
+    from pyfmt._torch_operands import total_of
 
     _ops()
     index = torch.device("cuda" if device is None else device).index
     place = torch.device("cuda", torch.cuda.current_device() if index is None else index)
-    total = _torch_dense.total_of(place)
+    total = total_of(place)
     return torch.zeros((), dtype=torch.int64) if total is None else total.clone()
 
 
