@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write README's speed tables from the JSON in bench/results (`--check` only compares)."""
+"""Write the speed tables of README and docs from the JSON in bench/results (`--check`: compare)."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import matmul_chart
+
+import pyfmt
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -60,6 +65,7 @@ def cpu_table(record: dict[str, Any]) -> str:
 
 
 Lines = dict[tuple[str, str], dict[str, Any]]
+Matmuls = dict[tuple[str, int], dict[str, Any]]
 
 
 def _of_copy(lines: Lines, room: str, name: str) -> str:
@@ -147,7 +153,7 @@ def matmul_table(record: dict[str, Any]) -> str:
     """Return the Markdown table: calls down, rows of the left operand across."""
     n, k = 8192, 8192
     timed = [line for line in record["lines"] if line.get("shape", [])[1:] == [n, k]]
-    found = {(line["name"], line["shape"][0]): line for line in timed}
+    found: Matmuls = {(line["name"], line["shape"][0]): line for line in timed}
     counts = sorted({m for _, m in found})
     base = "cuBLAS bf16"
     names = [name for name in dict.fromkeys(name for name, _ in found) if name != base]
@@ -170,7 +176,26 @@ def matmul_table(record: dict[str, Any]) -> str:
             f"|---|{'--:|' * len(counts)}",
             f"| {base} | {times} |",
             *map(row, names),
+            "",
+            _of_bounds(record, found, [base, *names]),
         ]
+    )
+
+
+def _of_bounds(record: dict[str, Any], found: Matmuls, names: list[str]) -> str:
+    """How near calls come to what their bytes and products take at least."""
+    rates = record["rates"]
+    words = []
+    for m in (1, 64, 8192):
+        lines = [(name, found[name, m]) for name in names if (name, m) in found]
+        shares = [f"{n} {line['bound'] / line['median']:.2f}" for n, line in lines if ", " not in n]
+        words.append(f"M = {m}: {', '.join(shares)}")
+    other = f" of `bench/results/{rates['copy_of']}`" if "copy_of" in rates else ""
+    return (
+        f"Of what the device cannot beat (bytes at a copy's rate{other}, "
+        f"{rates['copy'] / 1e12:.2f} TB/s, and products at the library's rates on zeros, "
+        f"{rates['bf16'] / 1e12:.0f} TFLOP/s in bfloat16 and {rates['fp8'] / 1e12:.0f} in fp8): "
+        f"{'; '.join(words)}."
     )
 
 
@@ -227,37 +252,80 @@ def train_table(record: dict[str, Any]) -> str:
     )
 
 
-TABLES = {
-    "speed": ("cpu_quantize.json", cpu_table),
-    "speed on a GPU": ("h200_quantize.json", gpu_table),
-    "matmul on a GPU": ("h200_matmul.json", matmul_table),
-    "a model on a GPU": ("h200_decode.json", decode_table),
-    "training on a GPU": ("h200_train_layer.json", train_table),
+def _span(figures: list[float], form: str) -> str:
+    words = [form.format(figure) for figure in (min(figures), max(figures))] if figures else ["-"]
+    return " to ".join(dict.fromkeys(words))
+
+
+def codecs_in_short(cpu: dict[str, Any], gpu: dict[str, Any]) -> str:
+    """Return the Markdown table: verbs down, machines across, the span of formats in a cell."""
+    calls = {verb: {f"{verb} {name}" for name in pyfmt.FORMATS} for verb in VERBS}
+    calls |= {name: {name} for name in ("rotate 32 + quantize mxfp4", "hadamard 32")}
+    rows = []
+    for call, names in calls.items():
+        cells = []
+        for record, room in ((gpu, "cuda"), (gpu, "triton"), (cpu, None)):
+            lines = [line for line in record["lines"] if line["name"] in names]
+            lines = [line for line in lines if room in (None, line["room"])]
+            cells.append(_span([line["of_copy"] for line in lines], "{:.2f}"))
+            rivals = [min(line["rivals"].values()) for line in lines if line["rivals"]]
+            if room != "triton":
+                cells.append(_span(rivals, "{:.3g}x" if room is None else "{:.1f}x"))
+        rows.append(f"| {call} | {' | '.join(cells)} |")
+    machine = gpu["machine"]
+    return "\n".join(
+        [
+            "Fractions of the rate of a copy in the same run, over all named formats; "
+            "rival: the time of torchao or torch's formula over ours, the fastest that there is "
+            f"({machine['gpu']}, 16384 x 16384 bfloat16; {cpu['machine']['cpu']}, "
+            f"{cpu['machine']['threads']} threads, 8192 x 8192):",
+            "",
+            "| call | CUDA | rival | Triton | CPU | rival |",
+            "|---|--:|--:|--:|--:|--:|",
+            *rows,
+        ]
+    )
+
+
+SPEED = "docs/speed.md"
+TABLES: dict[str, tuple[str, tuple[str, ...], Callable[..., str]]] = {
+    "codecs in short": ("README.md", ("cpu_quantize", "h200_quantize"), codecs_in_short),
+    "a model on a GPU": ("README.md", ("h200_decode",), decode_table),
+    "training on a GPU": ("README.md", ("h200_train_layer",), train_table),
+    "codecs on a GPU": (SPEED, ("h200_quantize",), gpu_table),
+    "codecs on a CPU": (SPEED, ("cpu_quantize",), cpu_table),
+    "matmul on a GPU": (SPEED, ("h200_matmul",), matmul_table),
 }
+CHARTS = {"docs/matmul.png": ("h200_matmul", matmul_chart.chart)}
 
 
-def spliced(text: str, mark: str, table: str) -> str:
-    """Return README's text with a table between its marks."""
+def spliced(text: str, path: str, mark: str, table: str) -> str:
+    """Return a document's text with a table between its marks."""
     begin, end = BEGIN.format(mark), END.format(mark)
     head, found, rest = text.partition(begin)
-    assert found and end in rest, f"README.md: {begin.strip()} and its end are missing"
+    assert found and end in rest, f"{path}: {begin.strip()} and its end are missing"
     return f"{head}{begin}{table}\n{end}{rest.partition(end)[2]}"
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = text
-    for mark, (source, table) in TABLES.items():
-        record = json.loads((RESULTS / source).read_text(encoding="utf-8"))
-        wanted = spliced(wanted, mark, table(record))
-    if text == wanted:
-        return 0
+    def record(name: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        return found
+
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path, _, _ in TABLES.values()}
+    wanted = dict(texts)
+    for mark, (path, sources, table) in TABLES.items():
+        wanted[path] = spliced(wanted[path], path, mark, table(*map(record, sources)))
+    stale = [path for path, text in texts.items() if text != wanted[path]]
     if "--check" in sys.argv[1:]:
-        print("README.md: a speed table is stale; run python bench/tables.py")
-        return 1
-    readme.write_text(wanted, encoding="utf-8")
-    print("README.md: written")
+        for path in stale:
+            print(f"{path}: a speed table is stale; run python bench/tables.py")
+        return bool(stale)
+    for path in stale:
+        (ROOT / path).write_text(wanted[path], encoding="utf-8")
+    for path, (source, draw) in CHARTS.items():
+        (ROOT / path).write_bytes(draw(record(source)))
+    print("written:", ", ".join([*stale, *CHARTS]))
     return 0
 
 

@@ -18,19 +18,19 @@ Entries = tuple[tuple[str, int | None], ...]
 
 TABLE: dict[str, tuple[Entries, ...]] = {
     "fold-4": (
-        (("skinny", 8), ("wide", 32), ("fold", None)),
-        (("skinny", 4), ("wide", 32), ("fold", None)),
-        (("skinny", 8), ("wide", 32), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-6": (
-        (("skinny", 4), ("wide", 128), ("fold", None)),
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("wide", 192), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-4 kept": (
-        (("skinny", 8), ("wide", 32), ("fold", None)),
-        (("skinny", 8), ("wide", 32), ("fold", None)),
-        (("skinny", 8), ("wide", 32), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 48), ("fold", None)),
+        (("skinny", 8), ("wide", 48), ("fold", None)),
     ),
     "fold-6 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
@@ -39,13 +39,13 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     ),
     "bf16-4": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
-        (("skinny", 8), ("wide", 1536), ("exact", None)),
+        (("skinny", 8), ("wide", 2048), ("exact", None)),
         (("skinny", 8), ("wide", 1024), ("exact", None)),
     ),
     "bf16-6": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
-        (("skinny", 8), ("wide", 1536), ("exact", None)),
-        (("skinny", 8), ("wide", 1024), ("exact", None)),
+        (("skinny", 8), ("wide", 2048), ("exact", None)),
+        (("skinny", 8), ("wide", None)),
     ),
     "bf16-8": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
@@ -53,9 +53,9 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 8), ("wide", 1024), ("exact", None)),
     ),
     "bf16-4 kept": (
-        (("skinny", 8), ("wide", 32), ("exact", None)),
+        (("skinny", 8), ("wide", 48), ("exact", None)),
         (("skinny", 8), ("wide", 192), ("exact", None)),
-        (("skinny", 8), ("wide", 128), ("exact", None)),
+        (("skinny", 8), ("wide", 192), ("exact", None)),
     ),
     "bf16-6 kept": (
         (("skinny", 8), ("wide", 32), ("exact", None)),
@@ -63,17 +63,17 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "bf16-8 kept": (
-        (("skinny", 8), ("wide", 32), ("exact", None)),
-        (("skinny", 16), ("wide", 64), ("exact", None)),
+        (("skinny", 8), ("wide", 48), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
         (("skinny", 16), ("wide", 64), ("exact", None)),
     ),
     "groups-4": (
-        (("skinny", 24), ("wide", None)),
+        (("skinny", 16), ("wide", None)),
         (("skinny", 16), ("wide", None)),
         (("skinny", 16), ("wide", None)),
     ),
     "groups-8": (
-        (("skinny", 24), ("wide", None)),
+        (("skinny", 16), ("wide", None)),
         (("skinny", 16), ("wide", None)),
         (("skinny", 16), ("wide", None)),
     ),
