@@ -9,21 +9,19 @@
 namespace pyfmt {
 namespace cuda {
 
-// Rows of a warp, whose first loads are under way at once.
-constexpr int kScanRows = 4;
-
 inline int64_t scan_blocks(const FoldScanArgs& s) {
-  return (s.to.padded_rows + kWarps * kScanRows - 1) / (kWarps * kScanRows);
+  return (s.to.padded_rows + kWarps - 1) / kWarps;
 }
 
 PYFMT_DEVICE uint32_t range_of_scale(uint32_t scale) {
   return (scale + 1) | (256u - scale) << 16;
 }
 
-// first: the lane's first eight scales, where `wide`.
-PYFMT_DEVICE void scan_row(const FoldScanArgs& s, int64_t row, bool wide, uint2 first) {
+// A warp's rows of a block of threads.
+PYFMT_DEVICE void scan_rows(const FoldScanArgs& s, int64_t block) {
   const int lane = threadIdx.x & 31;
-  const int64_t units = s.to.columns / kUnit;
+  const int64_t row = block * kWarps + (threadIdx.x >> 5), units = s.to.columns / kUnit;
+  if (row >= s.to.padded_rows) return;
   const uint8_t* scales = s.scales + row * units;
   const int64_t count = row < s.to.rows ? units : 0;
   uint32_t range = 0;
@@ -33,9 +31,9 @@ PYFMT_DEVICE void scan_row(const FoldScanArgs& s, int64_t row, bool wide, uint2 
     poisoned = poisoned || scale == 255;
     if (scale - 1 < 254u) range = max_halves(range, range_of_scale(scale));
   };
-  if (wide) {
+  if (units % 8 == 0 && reinterpret_cast<uintptr_t>(s.scales) % 8 == 0) {
     for (int64_t i = lane; i < count / 8; i += 32) {
-      const uint2 v = i < 32 ? first : reinterpret_cast<const uint2*>(scales)[i];
+      const uint2 v = reinterpret_cast<const uint2*>(scales)[i];
 #pragma unroll
       for (int b = 0; b < 32; b += 8) {
         take(v.x >> b & 0xffu);
@@ -62,27 +60,6 @@ PYFMT_DEVICE void scan_row(const FoldScanArgs& s, int64_t row, bool wide, uint2 
   }
   base.fits = base.fits && !poisoned;
   if (lane == 0) store_base(s.to, row, base);
-}
-
-// A warp's rows of a block of threads.
-PYFMT_DEVICE void scan_rows(const FoldScanArgs& s, int64_t block) {
-  const int64_t units = s.to.columns / kUnit, lane = threadIdx.x & 31;
-  const int64_t row = (block * kWarps + (threadIdx.x >> 5)) * kScanRows;
-  const bool wide = units % 8 == 0 && reinterpret_cast<uintptr_t>(s.scales) % 8 == 0;
-  uint2 first[kScanRows];
-#pragma unroll
-  for (int r = 0; r < kScanRows; ++r) {
-    first[r] = {0, 0};
-    if (wide && lane < units / 8 && row + r < s.to.rows) {
-      first[r] = reinterpret_cast<const uint2*>(s.scales + (row + r) * units)[lane];
-    }
-  }
-#pragma unroll 1
-  for (int r = 0; r < kScanRows && row + r < s.to.padded_rows; ++r) {
-    scan_row(s, row + r, wide, first[0]);
-#pragma unroll
-    for (int i = 1; i < kScanRows; ++i) first[i - 1] = first[i];
-  }
 }
 
 }  // namespace cuda
