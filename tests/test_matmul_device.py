@@ -336,4 +336,7 @@ def test_fused_layers_give_the_same_numbers() -> None:
             with torch.no_grad():
                 for name in ("q", "k"):
                     want = alone[name](x).float()
-                    torch.testing.assert_close(fused[name](x).float(), want, atol=0.01, rtol=0.01)
+                    # Exact operands, sums in another order: no more than a unit of the last place.
+                    torch.testing.assert_close(
+                        fused[name](x).float(), want, rtol=2.0**-7, atol=1e-3
+                    )
