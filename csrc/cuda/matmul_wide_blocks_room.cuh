@@ -10,7 +10,7 @@ namespace cuda {
 namespace wide {
 namespace blocks {
 
-using turns::Ring, turns::kThreadsHere;
+using turns::kThreadsHere;
 
 // ---- shared memory ----------------------------------------------------------------------------
 

@@ -56,19 +56,6 @@ struct Layout {
 constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kCodesEmpty = 192, kTurns = 256,
                    kStagedFull = 272;
 
-// A place of a ring, in turn.
-template <uint32_t kCount>
-struct Ring {
-  uint32_t place = 0, parity = 0;
-
-  PYFMT_DEVICE void next() {
-    if (++place == kCount) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class S>
 PYFMT_DEVICE void init_barriers(uint32_t base) {
   const uint32_t i = threadIdx.x, at = 8 * i;

@@ -10,8 +10,6 @@ namespace cuda {
 namespace wide {
 namespace tall {
 
-using turns::Ring;
-
 constexpr int kGroups = 4;  // warpgroups that multiply
 constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
 

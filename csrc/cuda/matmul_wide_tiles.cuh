@@ -47,6 +47,19 @@ struct Params {
   int64_t later = 0;
 };
 
+// A place of a ring, in turn.
+template <uint32_t kCount>
+struct Ring {
+  uint32_t place = 0, parity = 0;
+
+  PYFMT_DEVICE void next() {
+    if (++place == kCount) {
+      place = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // How the host asks for a launch: matrices without their boxes.
 struct WideCall {
   hopper::MatrixBox x, codes;

@@ -47,19 +47,6 @@ struct Room {
 // (sums_barrier), of turns.
 constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kCodesEmpty = 256, kTurns = 320;
 
-// A place of a ring, in turn.
-template <uint32_t kCount>
-struct Ring {
-  uint32_t place = 0, parity = 0;
-
-  PYFMT_DEVICE void next() {
-    if (++place == kCount) {
-      place = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   const uint32_t i = threadIdx.x, at = 8 * i;

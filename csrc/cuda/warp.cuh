@@ -290,6 +290,9 @@ PYFMT_DEVICE void send4(SharedAddress there, float v, SharedAddress signal) {
   emulation::signal(signal).step();
 #endif
 }
+
+// ---- launches -----------------------------------------------------------------------------------
+
 struct ClusterLaunch {
   int64_t clusters = 0;
   int cluster = 1, tiles = 1, threads = 0, shared = 0;

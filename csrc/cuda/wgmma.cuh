@@ -20,8 +20,6 @@ PYFMT_DEVICE uint64_t tile_descriptor(uint32_t tile, int step) {
   return uint64_t(kRowsOf8 | kSwizzle128) << 32 | (tile + 2u * uint32_t(step));
 }
 
-// Words of four matrices of 8 rows of 16 bytes: lane 4 r + t has word t of row r of each, and says
-// where row `lane % 8` of matrix `lane / 8` goes.
 #if !defined(__CUDACC__)
 inline void emulated_matrices(uint32_t at, const uint32_t (&words)[4], bool turned) {
   static uint32_t places[8 * 1024];
@@ -39,6 +37,8 @@ inline void emulated_matrices(uint32_t at, const uint32_t (&words)[4], bool turn
   emulated_warp_sync();
 }
 #endif
+// Words of four matrices of 8 rows of 16 bytes: lane 4 r + t has word t of row r of each, and says
+// where row `lane % 8` of matrix `lane / 8` goes.
 PYFMT_DEVICE void store_matrices(uint32_t at, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a),
