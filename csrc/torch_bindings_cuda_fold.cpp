@@ -54,7 +54,7 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   a.a.columns = columns;
   a.plan = cuda::matmul_fold_plan(a);
 
-  const Fold left(device, rows, columns, e5m2, true, total, a.plan.tokens);
+  const Fold left(device, rows, columns, e5m2, true, total, a.plan.tokens, false);
   a.a = left.to;
   const Tensor panel = device.empty({cuda::matmul_fold_panel(a)}, ScalarType::Byte);
   a.a.panel = static_cast<uint8_t*>(panel.mutable_data_ptr());
@@ -108,7 +108,7 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   r.rows = rows;
   r.columns = r.stride = w.rows;
   r.k = columns;
-  r.a = left.to;
+  r.a = a.a;
   r.w = right;
   r.w_codes = a.codes;
   r.w_scales = a.scales;

@@ -38,14 +38,16 @@ struct Fold {
   Tensor fp8, scale, marks, spare;
   cuda::Folded to;
 
-  // pad: rows are padded to a multiple of it.
+  // pad: rows are padded to a multiple of it. written: there is room for fp8.
   Fold(const Device& device, int64_t rows, int64_t columns, bool e5m2, bool keep_spare,
-       const std::optional<Tensor>& total, int64_t pad = 16)
-      : fp8(device.empty({round_up(rows, pad), columns}, ScalarType::Byte)),
+       const std::optional<Tensor>& total, int64_t pad = 16, bool written = true)
+      : fp8(device.empty({round_up(rows, pad), written ? columns : 0}, ScalarType::Byte)),
         scale(device.empty({round_up(rows, pad)}, ScalarType::Float)),
         marks(device.empty({round_up(rows, pad)}, ScalarType::Byte)),
         spare(device.empty({keep_spare ? rows : 0, columns}, ScalarType::BFloat16)),
         to(view_of(fp8, scale, marks, spare, rows, e5m2)) {
+    to.columns = columns;
+    if (!written) to.fp8 = nullptr;
     if (!total) return;
     options::expect(total->scalar_type() == ScalarType::Long && total->numel() == 1,
                     "total: expected one int64 number");

@@ -142,7 +142,9 @@ def test_ragged_shapes_and_plans(ops: Any) -> None:
             (64, 2, 1),
             (96, 1, 2),
             (128, 2, 2),
+            (160, 1, 2),
             (192, 1, 2),
+            (192, 1, 1),
             (256, 1, 2),
         ):
             if plan[2] == 1 or k > 128:
@@ -172,12 +174,19 @@ def test_rows_that_do_not_fold(ops: Any, name: str) -> None:
     assert check(ops, Operand(a, name), Operand(w, name), 256 * 2.0**-24, bias=bias) == 4
 
 
-def test_scales_found_before(ops: Any) -> None:
-    a, w = noise("mxfp4", 4, 96, 1), noise("mxfp4", 40, 96, 2)
+@pytest.mark.parametrize("columns", [96, 512, 1536])
+def test_scales_found_before(ops: Any, columns: int) -> None:
+    values = grids.noise(40, columns, seed=2)
+    values[5, :32] = 0
+    values[17] = 0
+    a, w = noise("mxfp4", 4, columns, 1), Operand(values, "mxfp4")
     w.scales[3, 0] += 40
+    w.scales[39, -1] = 1
     w.decode()
     kept = ops._fold(*w.parts("cpu"), False, False, None)[1:3]
-    assert check(ops, a, w, 96 * 2.0**-24, kept=kept) == 0  # counted when they were found
+    assert list(np.flatnonzero(kept[1].numpy()[:40])) == [3, 39]
+    # Counted when they were found.
+    assert check(ops, a, w, columns * 2.0**-24, kept=kept) == 0
     assert np.array_equal(times(ops, a, w)[0], times(ops, a, w, kept=kept)[0])
 
 

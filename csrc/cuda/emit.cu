@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_consta
   __shared__ uint32_t of_warp[kWarps];
   allow_next_launch();
   if (blockIdx.x >= p.to.padded_rows) {
-    scan_rows(p.scan, blockIdx.x - p.to.padded_rows);
+    scan_block(p.scan, blockIdx.x - p.to.padded_rows);
     return;
   }
   const int64_t row = blockIdx.x;

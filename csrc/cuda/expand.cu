@@ -24,7 +24,7 @@ PYFMT_DEVICE void fold_or_scan(const FoldCodesArgs& p, int64_t blocks, const Fol
   __shared__ uint32_t of_warp[kWarps];
   allow_next_launch();
   if (blockIdx.x >= blocks) {
-    scan_rows(scan, blockIdx.x - blocks);
+    scan_block(scan, blockIdx.x - blocks);
     return;
   }
   fold_codes_row<E, kE5M2, kUnits, kBlock, kAgain, true>(p, blockIdx.x, shared, of_warp,
@@ -117,6 +117,7 @@ FoldScanArgs fold_scan_args(const FoldCodesArgs& a) {
   s.bits = a.format.bits();
   s.low = k.low;
   s.high = k.high;
+  s.lanes = scan_lanes(s);
   for (int i = 0; i < s.bits; ++i) s.masks[i] = k.mask(i);
   return s;
 }

@@ -11,16 +11,17 @@ namespace cuda {
 // Rows as fp8: value(row, k) = fp8(row, k) * scale(row), exactly. A row whose blocks' exponents
 // spread over more than the fp8 type holds has scale 0 and zeros, and is marked.
 struct Folded {
-  uint8_t* fp8 = nullptr;     // (padded rows, padded columns); rows beyond the end are zeros
-  float* scale = nullptr;     // of each padded row, a power of two
-  uint8_t* marks = nullptr;   // of each padded row: 1 where it does not fold
-  uint16_t* spare = nullptr;  // the rows that do not fold as exact bf16, or null
+  // (padded rows, padded columns), rows beyond the end are zeros; or null
+  uint8_t* fp8 = nullptr;
+  float* scale = nullptr;               // of each padded row, a power of two
+  uint8_t* marks = nullptr;             // of each padded row: 1 where it does not fold
+  uint16_t* spare = nullptr;            // the rows that do not fold as exact bf16, or null
   unsigned long long* total = nullptr;  // how many there were in all calls, or null
   int64_t rows = 0, padded_rows = 0, columns = 0;
   bool e5m2 = false;
-  // Or null: the numbers once more, as matmul_fold.h reads them. By chunks of 128 columns (the last
-  // one may end early), each with all padded rows: 16-byte piece q of row r lies at q ^ (r & 7) and
-  // has numbers 4q to 4q + 3 of each of the chunk's four blocks.
+  // Or null; in place of fp8, the numbers as matmul_fold.h reads them. By chunks of 128 columns
+  // (the last one may end early), each with all padded rows: 16-byte piece q of row r lies at q ^
+  // (r & 7) and has numbers 4q to 4q + 3 of each of the chunk's four blocks.
   uint8_t* panel = nullptr;
 };
 
@@ -43,6 +44,7 @@ struct FoldScanArgs {
   const uint8_t* scales = nullptr;
   Folded to;  // no fp8; no rows: nothing to do
   int bits = 0, low = 0, high = 0;
+  int lanes = 0;           // of a warp that share a row (fold_scan.cuh)
   uint32_t masks[6] = {};  // of a unit's words, without the signs of zeros
 };
 FoldScanArgs fold_scan_args(const FoldCodesArgs&);

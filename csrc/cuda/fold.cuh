@@ -150,14 +150,39 @@ PYFMT_DEVICE void store_base(const Folded& to, int64_t row, const AnyBase& base)
   if (!base.fits && to.total) atomicAdd(to.total, 1ull);
 }
 
-// One unit of a row to the panel; zeros beyond the row's end.
+// Two words of this lane and two of a neighbour, `far` lanes away, as a square that is turned.
+PYFMT_DEVICE void turn_square(uint32_t& a, uint32_t& b, int far) {
+  const bool upper = threadIdx.x & unsigned(far);
+  const uint32_t got = __shfl_xor_sync(kAll, upper ? a : b, far);
+  (upper ? a : b) = got;
+}
+
+// One unit of a row to the panel; zeros beyond the row's end. All lanes of a warp call, with
+// neighbouring units: four have one word each of every piece, and exchange them for whole pieces.
 PYFMT_DEVICE void store_in_panel(const Folded& to, int64_t row, int64_t unit,
                                  const uint32_t (&words)[8]) {
-  if (!to.panel || unit * kUnit >= (to.columns + 127) / 128 * 128) return;
-  uint32_t* out =
-      reinterpret_cast<uint32_t*>(to.panel) + unit % 4 + (unit / 4 * to.padded_rows + row) * 32;
+  uint32_t v[8];
 #pragma unroll
-  for (int q = 0; q < 8; ++q) out[(q ^ int(row & 7)) * 4] = words[q];
+  for (int i = 0; i < 8; ++i) v[i] = words[i];
+#pragma unroll
+  for (int h = 0; h < 8; h += 4) {
+    turn_square(v[h], v[h + 1], 1);
+    turn_square(v[h + 2], v[h + 3], 1);
+    turn_square(v[h], v[h + 2], 2);
+    turn_square(v[h + 1], v[h + 3], 2);
+  }
+  if (unit * kUnit >= (to.columns + 127) / 128 * 128) return;
+  uint4* out = reinterpret_cast<uint4*>(to.panel) + (unit / 4 * to.padded_rows + row) * 8;
+  const int piece = int(unit & 3) ^ int(row & 7);
+  out[piece] = make_uint4(v[0], v[1], v[2], v[3]);
+  out[piece ^ 4] = make_uint4(v[4], v[5], v[6], v[7]);
+}
+
+// One unit of a row to where `to` has it; all lanes of a warp call, with neighbouring units.
+PYFMT_DEVICE void store_folded(const Folded& to, int64_t row, int64_t unit,
+                               const uint32_t (&words)[8], uint4* shared) {
+  if (to.panel) return store_in_panel(to, row, unit, words);
+  Stage<32>::store(to.fp8 + row * to.columns, unit, to.columns / kUnit, words, shared);
 }
 
 // One unit of a row; all lanes of a warp call, with neighbouring units.
@@ -175,8 +200,7 @@ PYFMT_DEVICE void store_unit(const Folded& to, int64_t row, int64_t unit,
 #pragma unroll
     for (int i = 0; i < 8; ++i) words[i] = base.fits ? 0x7f7f7f7fu : 0u;
   }
-  Stage<32>::store(to.fp8 + row * to.columns, unit, units, words, shared);
-  store_in_panel(to, row, unit, words);
+  store_folded(to, row, unit, words, shared);
   if (base.fits || !to.spare || unit >= units) return;
   const float s = as_float(codec::e8m0_decode<uint32_t>(scale));
   uint32_t* out = reinterpret_cast<uint32_t*>(to.spare + row * to.columns + unit * kUnit);

@@ -78,13 +78,15 @@ PYFMT_DEVICE void fold_codes_row(const FoldCodesArgs& p, int64_t block, uint4* s
   // Within the window, without NaN: few instructions. Blocks of zeros may have any scale.
   const bool usual = base.fits && !__any_sync(kAll, poisoned);
   const int offset = -(base.exponent + 127) - F::kLow;
-  uint8_t* const out = p.to.fp8 + row * p.to.columns;
   const auto store = [&](int64_t unit, const uint32_t* of_unit, uint32_t s) {
     uint32_t words[8];
     const int place = max(0, min(int(s) + offset, Decoded::kExponents - 1));
     Decoded::decode_block(of_unit, uint32_t(place), table, words);
-    Stage<32>::store(out, unit, units, words, shared);
-    if constexpr (kPanel) store_in_panel(p.to, row, unit, words);
+    if constexpr (kPanel) {
+      store_folded(p.to, row, unit, words, shared);
+    } else {
+      Stage<32>::store(p.to.fp8 + row * p.to.columns, unit, units, words, shared);
+    }
   };
   int64_t next = 0;
   if (usual) {

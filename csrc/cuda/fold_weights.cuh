@@ -46,7 +46,7 @@ PYFMT_DEVICE uint32_t look_up(uint32_t a, uint32_t b, uint32_t places) {
 // halves hold all.
 template <int kPlace>
 struct PlacedSixBits {
-  static constexpr uint32_t kSign = both(0x8000u), kMagnitude = both(0x1fu << kPlace);
+  static constexpr uint32_t kMagnitude = both(0x1fu << kPlace);
   uint32_t y[3];
 
   PYFMT_DEVICE explicit PlacedSixBits(const uint32_t* w)
@@ -66,10 +66,15 @@ struct PlacedSixBits {
     out[5] =
         select_bits(y[1] >> (14 - kPlace), y[2] << (kPlace + 2), both(0x3u << kPlace)) & kMagnitude;
   }
-  // `pair` with the signs of pair i.
-  PYFMT_DEVICE uint32_t with_signs(int i, uint32_t pair) const {
-    constexpr int kUp[8] = {10, 4, 14, 8, 2, 12, 6, 0};
-    return select_bits(y[i < 2 ? 0 : i < 5 ? 1 : 2] << kUp[i], pair, kSign);
+  // Four bytes with the signs of pairs 2 j and 2 j + 1: of codes 2 j, 2 j + 1, and 8 further. A
+  // product has a word at two places, whose signs do not meet.
+  PYFMT_DEVICE uint32_t with_signs(int j, uint32_t four) const {
+    constexpr uint32_t kLow = 0x00ff00ffu;
+    const uint32_t signs = j == 0   ? (y[0] & 0x08200820u) * (1u << 2 | 1u << 4)
+                           : j == 1 ? (y[1] & 0x00820082u) * (1u << 6 | 1u << 8)
+                           : j == 2 ? select_bits(y[1] >> 6, y[2] << 12, kLow)
+                                    : select_bits(y[2] >> 2, y[2], kLow);
+    return select_bits(signs, four, 0x80808080u);
   }
 
  private:
@@ -198,14 +203,17 @@ struct FoldWeights {
         pairs[i] = multiply_float16(pairs[i], both(uint32_t(kTwice + 15) << 10));
       }
       pairs[i] = multiply_float16(pairs[i], factor);
-      pairs[i] = placed.with_signs(i, kE5M2 ? pairs[i] : pairs[i] << 1);
+    }
+    uint32_t fours[4];  // codes 2 j, 2 j + 1, and 8 further
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t a = pairs[2 * j], b = pairs[2 * j + 1];
+      fours[j] = placed.with_signs(j, kE5M2 ? pick_bytes(a, b, 0x7351) : (a >> 7) + (b << 1));
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t* of = pairs + 4 * i;
-      const uint32_t a = pick_bytes(of[0], of[1], 0x7351), b = pick_bytes(of[2], of[3], 0x7351);
-      out[i] = pick_bytes(a, b, 0x5410);
-      out[i + 2] = pick_bytes(a, b, 0x7632);
+      out[i] = pick_bytes(fours[2 * i], fours[2 * i + 1], 0x5410);
+      out[i + 2] = pick_bytes(fours[2 * i], fours[2 * i + 1], 0x7632);
     }
   }
 };

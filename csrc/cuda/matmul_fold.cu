@@ -29,8 +29,9 @@ const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a) {
   return a.plan.tokens
              ? a.plan
-             : wide::cheapest_plan(a.a.rows, a.n, a.a.columns,
-                                   {{64, 740}, {96, 870}, {128, 1000}, {192, 1400}, {256, 1600}});
+             : wide::cheapest_plan(
+                   a.a.rows, a.n, a.a.columns,
+                   {{64, 740}, {96, 870}, {128, 1000}, {160, 1150}, {192, 1250}, {256, 1500}});
 }
 
 int64_t matmul_fold_panel(const MatmulFoldArgs& a) {

@@ -16,7 +16,7 @@ namespace pyfmt {
 namespace cuda {
 
 struct WidePlan {
-  int tokens = 0;  // rows of x of one tile: 16, 32, 64, 96, 128, 192 or 256
+  int tokens = 0;  // rows of x of one tile: 16, 32, 64, 96, 128, 160, 192 or 256
   // Tiles of w that share what is read of x: blocks of a cluster, or, of up to 64 rows of x,
   // warpgroups of a block (1, 2 or 4).
   int share = 1;

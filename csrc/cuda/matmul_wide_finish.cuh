@@ -49,12 +49,14 @@ struct Ending {
   float of_token = 1.0f;  // of the warp's token number `lane`
   float factor[4], bias[4], scale = 1.0f;
 
-  PYFMT_DEVICE Ending(const Params& p, const Place& at)
+  PYFMT_DEVICE Ending(const Params& p, const Place& at) : Ending(p, at, at.part) {}
+  // half: of the tokens, of two parts of K.
+  PYFMT_DEVICE Ending(const Params& p, const Place& at, int half)
       : warp(int(threadIdx.x) >> 5), lane(int(threadIdx.x) & 31) {
     n = at.n0 + 4 * lane;
     here = p.n - n < 4 ? p.n - n : 4;
     count = kTokens >> (p.split - 1);
-    m0 = at.m0 + at.part * count;
+    m0 = at.m0 + (p.split > 1 ? half : 0) * count;
     live = p.m - m0 < count ? p.m - m0 : count;
     const int token = warp + lane * kWarpsHere;
     if (p.x_scale && token < live) of_token = p.x_scale[m0 + token];

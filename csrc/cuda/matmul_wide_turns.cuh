@@ -4,13 +4,14 @@
 // owns 128 rows of w and kTokens rows of x; two warpgroups of 64 rows each decode codes into
 // fragments, in registers, and multiply. They take turns at the tensor cores: while one has its
 // products of a group there, the other scales those it had and decodes what comes next. Of 256 rows
-// of x half are multiplied at a time, and fragments decoded after both halves. A third warpgroup
-// has the copy engine bring x and codes, and scales.
+// of x half are multiplied at a time, and fragments decoded after both halves, those of fp8 in
+// place and without turns. A third warpgroup has the copy engine bring x and codes, and scales.
 #pragma once
 
 #include "matmul_wide.cuh"
 #include "matmul_wide_finish.cuh"
 #include "matmul_wide_turns_room.cuh"
+#include "matmul_wide_turns_sums.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -26,7 +27,7 @@ struct Multiplier {
   static constexpr int kCount = R::kWide / 2, kAll = kTokens / 2, kParts = R::kParts;
   static constexpr int kSteps = F::kOut / 2 / kParts;        // of a part
   static constexpr int kMost = R::kHalves == 2 ? 240 : 232;  // registers
-  static constexpr bool kInPlace = R::kHalves == 2 && F::kFolded;
+  static constexpr bool kInPlace = R::kInPlace;
   using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
@@ -268,22 +269,18 @@ struct Multiplier {
     }
   }
 
-  // The whole of chunk i, whose fragments become those of the next: a step's as soon as the second
-  // half of the tokens has been multiplied by it.
+  // The whole of chunk i, not the last, whose fragments become those of the next: a step's as soon
+  // as the second half of the tokens has been multiplied by it.
   PYFMT_DEVICE void chunk_in_place(int i, float (&sums)[kAll], float (&fresh)[kCount],
                                    Fragments& of, Packed& c) {
     constexpr int kBy = F::kPartsOfBlock;  // parts of the four steps
     const float factor[2] = {1.0f, 1.0f};
-    const bool more = i + 1 < steps;
     multiply<0, 0>(fresh, of);
-    if (more) {
-      wait_codes();
-      read_chunk(i + 1, c);
-    }
+    wait_codes();
+    read_chunk(i + 1, c);
     add<0, false>(sums, fresh, factor);
-    if (more) release_codes(i + 1);
+    release_codes(i + 1);
     multiply<0, 1, true>(fresh, of);
-    // After the last chunk what is decoded is of no use.
     hopper::products_wait<4 - 4 / kBy>();
     decode_some<0>(c, of);
     if constexpr (kBy == 4) {
@@ -292,13 +289,45 @@ struct Multiplier {
       hopper::products_wait<1>();
       decode_some<2>(c, of);
     }
-    if (more) {
-      Ring<R::kStages> coming = stage;
-      coming.next();
-      wait_x(coming);
-    }
+    Ring<R::kStages> coming = stage;
+    coming.next();
+    wait_x(coming);
     add<1, true>(sums, fresh, factor);
     decode_some<kBy - 1>(c, of);
+  }
+  // The last one, and the sums of its first half on their way to the other part of K.
+  PYFMT_DEVICE void last_chunk(float (&sums)[kAll], float (&fresh)[kCount], const Fragments& of) {
+    const float factor[2] = {1.0f, 1.0f};
+    if (steps > 0) {
+      multiply<0, 0>(fresh, of);
+      add<0, false>(sums, fresh, factor);
+      multiply<0, 1>(fresh, of);
+    }
+    if (p.split > 1) send_sums<R>(p, at, sums);
+    if (steps > 0) add<1, true>(sums, fresh, factor);
+  }
+
+  // What is left once all of run is over.
+  PYFMT_DEVICE void end(float (&sums)[kAll]) const {
+    if constexpr (kInPlace) {
+      const bool parts = p.split > 1;
+      const Ending<kTokens> ending(p, at, at.part ^ 1);
+      if (parts) take_sums<R>(at, steps, sums);
+      // Nothing is written to before all products are over, and sums that came have been read.
+      if (p.share > 1) {
+        hopper::cluster_meet();
+      } else {
+        hopper::partial_sync<kConsumers>();
+      }
+      const int row = row_of(lane);
+      uint32_t staged = at.base + kHeader;
+      if (!parts) stage_sums<0, kCount>(staged, sums, row);
+      stage_sums<kCount, kCount>(staged - (parts ? kTokens / 2 * kPitch * 4 : 0), sums, row);
+      hopper::partial_sync<kConsumers>();
+      ending.write(p, staged);
+    } else {
+      meet_and_finish<kTokens>(p, at, sums, row_of(lane));
+    }
   }
 
   PYFMT_DEVICE void chunk(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
@@ -330,7 +359,8 @@ struct Multiplier {
       Packed c = {};
       if (steps > 0) wait_x(stage);
 #pragma unroll 1
-      for (int i = 0; i < steps; ++i) chunk_in_place(i, sums, fresh, a, c);
+      for (int i = 0; i + 1 < steps; ++i) chunk_in_place(i, sums, fresh, a, c);
+      last_chunk(sums, fresh, a);
     } else if constexpr (R::kHalves == 2) {
       // Registers hold the fragments of one chunk: they are decoded beside the other's products.
 #pragma unroll 1
@@ -355,18 +385,19 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   turns::init_barriers<F, kTokens>(p, at.base);
   if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
   if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
-  if (p.share > 1) hopper::cluster_meet();
+  // Before anything is sent to another block.
+  if (p.share > 1 || (Room<F, kTokens>::kInPlace && p.split > 1)) hopper::cluster_meet();
   if (p.share == 1 || F::kFolded) __syncthreads();
   // Registers: 168 for each of 384 threads, shared out anew.
   if (threadIdx.x >= kConsumers) {
     hopper::fewer_registers<Multiplier<F, kTokens>::kMost == 240 ? 24 : 40>();
-    hopper::start_dependents();
     Bringer<F, kTokens>{p, at, at.last - at.first}.run();
   } else {
     hopper::more_registers<Multiplier<F, kTokens>::kMost>();
     float sums[kTokens / 2];
-    Multiplier<F, kTokens>(p, at).run(sums);
-    meet_and_finish<kTokens>(p, at, sums, Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31));
+    Multiplier<F, kTokens> multiplier(p, at);
+    multiplier.run(sums);
+    multiplier.end(sums);
   }
 }
 
@@ -393,6 +424,7 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   }
   if constexpr (F::kFolded) {
     if (call.tokens == 192) return launch_turns<F, 192>(p, call, stream);
+    if (call.tokens == 160) return launch_turns<F, 160>(p, call, stream);
   }
   if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
   if (call.tokens == 96) return launch_turns<F, 96>(p, call, stream);

@@ -23,6 +23,8 @@ struct Room {
                                       : kTokens == 256                ? 5
                                       : kTokens < 128 || F::kOut == 8 ? 6
                                                                       : 4;
+  // Fragments become those of the next chunk in place.
+  static constexpr bool kInPlace = kHalves == 2 && F::kFolded;
   static constexpr int kTiles = F::kOut / 8;  // of x, of 128 bytes a row, in a chunk
   static constexpr uint32_t kTile = kTokens * 128, kStage = kTiles * kTile;
   static constexpr uint32_t kFactors = F::kGroups ? kParts * kRows * 4 : 0;
@@ -41,11 +43,15 @@ struct Room {
   static constexpr uint32_t kEnd = kHeader + kTokens * kPitch * 4;
   static constexpr uint32_t kBytes = kLoop > kEnd ? kLoop : kEnd;
   static_assert(kBytes <= hopper::kMostShared, "the block's shared memory");
+  // Sums of half of the tokens take two stages.
+  static constexpr uint32_t kRoomForSums = kTokens / 4 * kConsumers * 4;
+  static_assert(!kInPlace || kRoomForSums == 2 * kStage, "the stages that sums are sent to");
 };
 
 // Barriers of the header: of stages (full, empty), of slots of codes (full, empty), for sums
-// (sums_barrier), of turns.
-constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kCodesEmpty = 256, kTurns = 320;
+// (sums_barrier), of the stages that the other part of K sends its sums to, of turns.
+constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kMaySend = 200, kCodesEmpty = 256,
+                   kTurns = 320;
 
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
@@ -86,6 +92,19 @@ struct Bringer {
   const Place& at;
   int steps;
 
+  // Stages that no chunk takes any more are where the other part of K sends sums of half of the
+  // tokens, while the last chunks are multiplied here.
+  PYFMT_DEVICE void give_room(Ring<R::kStages> ring) const {
+    const uint32_t there = hopper::cluster_address(
+        at.base + kMaySend, uint32_t((at.part ^ 1) << p.share_bits | at.sub));
+    hopper::barrier_expect(sums_barrier(at.base), R::kRoomForSums);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i, ring.next()) {
+      hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
+    }
+    hopper::barrier_arrive(there);
+  }
+
   // One thread. Parts of K take the halves of the tokens in different order (finish).
   PYFMT_DEVICE void bring_x() const {
     const uint32_t bytes = R::kTile >> (p.share_bits + p.split - 1),
@@ -98,9 +117,13 @@ struct Bringer {
     first += at.part * (R::kTile / 2);
     Ring<R::kStages> ring;
     hopper::wait_for_previous();
+    // What comes next may read what the launch before this one wrote, without waiting for this one.
+    hopper::start_dependents();
 #pragma unroll 1
     for (int i = 0; i < steps; ++i, ring.next()) {
       const uint32_t full = at.base + kFull + 8 * ring.place;
+      // All stages at once would hold up what the first decoding waits for.
+      if (F::kFolded && i == 1) hopper::barrier_wait(at.base + kFull, 0);
       uint32_t to = at.base + kHeader + ring.place * R::kStage + mine;
       hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
       hopper::barrier_expect(full, R::kStage);
@@ -114,6 +137,9 @@ struct Bringer {
         second += pitch;
         to += R::kTile;
       }
+    }
+    if constexpr (R::kInPlace) {
+      if (p.split > 1) give_room(ring);
     }
   }
 
@@ -193,10 +219,10 @@ struct Bringer {
   PYFMT_DEVICE void bring_places(int thread) const {
     const int64_t row[2] = {min(at.n0 + thread, p.n - 1), min(at.n0 + thread + 64, p.n - 1)};
     uint32_t raw[2][R::kSpan];
-    hopper::wait_for_previous();
-    const int offset[2] = {F::offset_of(p.w_scale[row[0]]), F::offset_of(p.w_scale[row[1]])};
     read_scales(row[0], 0, raw[0]);
     read_scales(row[1], 0, raw[1]);
+    hopper::wait_for_previous();
+    const int offset[2] = {F::offset_of(p.w_scale[row[0]]), F::offset_of(p.w_scale[row[1]])};
     Ring<R::kDepth> ring;
 #pragma unroll 1
     for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {

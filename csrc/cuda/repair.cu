@@ -40,7 +40,11 @@ constexpr int kTile = 8;  // rows of the other operand that a warp takes at once
 
 // Four neighbouring values of a folded row.
 PYFMT_DEVICE void folded4(const Folded& f, int64_t row, int64_t k, float (&v)[4]) {
-  const uint32_t bytes = *reinterpret_cast<const uint32_t*>(f.fp8 + row * f.columns + k);
+  const int64_t piece = (k / 4 & 7) ^ (row & 7);  // of the panel
+  const uint8_t* from =
+      f.panel ? f.panel + (k / 128 * f.padded_rows + row) * 128 + piece * 16 + (k / 32 & 3) * 4
+              : f.fp8 + row * f.columns + k;
+  const uint32_t bytes = *reinterpret_cast<const uint32_t*>(from);
   if (f.e5m2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = from_half(((bytes >> (8 * i)) & 0xffu) << 8);
