@@ -29,6 +29,11 @@ INVARIANT_ROWS = {"skinny": 64, "exact": 256, "portable": 256}
 # Blocks of activations that the kernels read as they are.
 _READ_WHOLE = (16, 32, 64, 128, 256, 512, 1024)
 
+# Formats whose codes the kernel for few rows multiplies as they are, up to how many rows of a, and
+# by how long rows; half as many rows may be twice as long.
+_CODES = ("mxfp4", "mxint4")
+CODES_ROWS, CODES_LONGEST = 16, 8192
+
 _FOLDING = ("e2m1", "e3m2", "e2m3", "int4q2")
 # The longest row of activations that is quantized and folded in one kernel.
 LONGEST_FOLD = 32768
@@ -58,6 +63,13 @@ def exact_in_bf16(fmt: Format) -> bool:
     if fmt.scale not in ("e8m0", "e4m3") or element.step_exp < -16 or element.emax > 16:
         return False
     return element.significand + 1 + (4 if fmt.scale == "e4m3" else 0) <= 8
+
+
+def multiplies_codes(a: Format, w: Format, m: int, n: int, k: int) -> bool:
+    """Whether few rows of a are multiplied as codes, on compute capability 9.0 and later."""
+    if a.name not in _CODES or w.name not in _CODES or n % 16 or k % 256:
+        return False
+    return m <= CODES_ROWS and k <= CODES_LONGEST * (2 if m <= CODES_ROWS // 2 else 1)
 
 
 @dataclass(frozen=True)
@@ -204,8 +216,13 @@ def row_of(call: Call) -> str:
     """The row of the table that speaks for a call."""
     fmt = call.w_format
     bits = max(4, fmt.bits + fmt.bits % 2)
+    kept = " kept" if call.kept == "fold" else ""
+    if call.a_format is not None and multiplies_codes(
+        call.a_format, fmt, CODES_ROWS, call.n, call.k
+    ):
+        return "codes-4" + kept
     if _both_fold(call):
-        return f"fold-{bits}" + (" kept" if call.kept == "fold" else "")
+        return f"fold-{bits}" + kept
     if _left_in_bf16(call):
         if exact_in_bf16(fmt):
             return f"bf16-{bits}" + (" kept" if call.kept == "exact" else "")

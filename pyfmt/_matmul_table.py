@@ -5,7 +5,8 @@ A row of the table has entries (path, limit) for each size of a weight: up to SI
 to SIZES[1], and more. They are read from the front; the first path whose limit, a number of rows of
 a, is not exceeded and that can serve the call is taken. None: any number.
 
-Rows: what the operands allow ("fold": both fold into fp8; "bf16": both are exact in bfloat16;
+Rows: what the operands allow ("codes": both have four bits that few rows multiply as they are, see
+multiplies_codes, and fold; "fold": both fold into fp8; "bf16": both are exact in bfloat16;
 "groups": the weight is of integers with float scales; "any"), the bits of a weight's code, and
 "kept" for a weight that is kept expanded. Devices with block-scaled tensor cores take those first.
 """
@@ -17,6 +18,11 @@ SIZES = (6144, 16384)
 Entries = tuple[tuple[str, int | None], ...]
 
 TABLE: dict[str, tuple[Entries, ...]] = {
+    "codes-4": (
+        (("skinny", 16), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("wide", 64), ("fold", None)),
+    ),
     "fold-4": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
@@ -26,6 +32,11 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 4), ("wide", 64), ("fold", None)),
         (("skinny", 4), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
+    ),
+    "codes-4 kept": (
+        (("skinny", 16), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("wide", 48), ("fold", None)),
+        (("skinny", 16), ("wide", 48), ("fold", None)),
     ),
     "fold-4 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),

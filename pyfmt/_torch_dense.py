@@ -41,7 +41,42 @@ def skinny(left: Left, right: Right, out: Out) -> Tensor:
     return _skinny(left, right, out)
 
 
+@lru_cache(maxsize=64)
+def _codes_kernel(ops: Any, device: torch.device) -> bool:
+    """Whether the library has the kernel that multiplies codes, and the device its instructions."""
+    if not hasattr(ops, "_matmul_codes"):
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# The longest rotation that the kernel for few rows of codes does itself.
+_LONGEST_TURN = 256
+
+
+def _multiplies_codes(left: Left, right: Right, out: Out) -> bool:
+    """Whether both sides stay codes; their sums have an order of their own."""
+    if left.format is None or out.batch_invariant:
+        return False
+    a, w = left.format.format, right.format.format
+    if not paths.multiplies_codes(a, w, left.rows, right.n, left.k):
+        return False
+    if left.codes is None:
+        ready = whole_rows(left) and left.rotation <= _LONGEST_TURN
+    else:
+        ready = left.codes.data_ptr() % 4 == 0
+    lies = right.codes.data_ptr() % 16 == 0 and right.scales.data_ptr() % 8 == 0
+    return ready and lies and _codes_kernel(Parts.ops, right.codes.device)
+
+
 def _skinny(left: Left, right: Right, out: Out) -> Tensor:
+    if _multiplies_codes(left, right, out):
+        assert left.format is not None
+        x = left.x if left.codes is None else None
+        y: Tensor = Parts.ops._matmul_codes.default(
+            x, left.codes, left.scales, left.format.key, left.scale_rule, left.clip, left.rotation,
+            left.signs, right.codes, right.scales, right.format.key, out.bias, out.dtype,
+        )  # fmt: skip
+        return y
     scale = right.tensor_scale
     if left.format is None:
         x = rotated(left)
@@ -49,7 +84,7 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
         x, scale = bf16(left, scale)
     else:
         x = fp32(left)
-    y: Tensor = Parts.ops._matmul_skinny.default(
+    y = Parts.ops._matmul_skinny.default(
         x, right.codes, right.scales, scale, right.format.key, left.k, out.bias, out.dtype,
         out.batch_invariant,
     )  # fmt: skip

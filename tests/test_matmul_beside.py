@@ -43,6 +43,8 @@ PROCESSES = [
     [f"skinny:{name}:16x1400x2048" for name in FEW],
     [f"skinny:{name}:{m}x4224x8192" for name in FEW[:4] for m in (1, 8)],
     [f"skinny:{name}:3x1280x14336" for name in FEW[:4]],
+    [f"codes:{name}:{m}x4224x8192" for name in ("mxfp4", "mxint4") for m in (1, 8, 16)],
+    ["codes:mxfp4:16x6400x1024", "codes:mxfp4:5x1280x14336", "codes:mxint4:3x2816x3840"],
     ["linear:mxfp4:1x4096x2048", "linear:nvfp4:4x4096x2048", "linear:mxint4:16x4096x2048"],
 ]
 

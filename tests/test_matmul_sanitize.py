@@ -21,11 +21,13 @@ torch = pytest.importorskip("torch")
 
 from pyfmt import reference  # noqa: E402
 from pyfmt.formats import get_format  # noqa: E402
+from tests import codes as by_codes  # noqa: E402
 from tests import grids, skinny  # noqa: E402
 from tests import test_matmul_fold as fold  # noqa: E402
 from tests import test_matmul_wide as wide  # noqa: E402
 from tests.grids import BF16  # noqa: E402
 from tests.rooms import to_torch  # noqa: E402
+from tests.test_matmul_codes import quantize as quantize_codes  # noqa: E402
 from tests.test_matmul_cuda import on_device  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -58,6 +60,14 @@ def test_few_tokens_for_the_sanitizers(few: skinny.Skinny, name: str) -> None:
         skinny.within_bound(few, name, 5, 19, 100, dtype)
     if name != "mxfp8_e5m2":  # whose sums of 768 do not stay exact
         skinny.exact_integers(few, name, 3, 100, 768, plan=[2, 1])
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
+def test_few_codes_by_rings_for_the_sanitizers(few: skinny.Skinny, name: str) -> None:
+    op = by_codes.Codes(few.ops, "cuda")
+    for m, n, k in ((1, 32, 256), (16, 112, 768), (3, 32, 8448)):
+        by_codes.exact_sums(op, (name, name), m, n, k, plan=[2, 1, 0])
+    by_codes.rounds_like_quantize(op, name, quantize_codes)
 
 
 @pytest.mark.parametrize("name", KINDS)

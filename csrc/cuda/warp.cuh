@@ -26,6 +26,23 @@ PYFMT_DEVICE void mma16816(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
 #endif
 }
 
+// d = A (16 x 32) B (32 x 8) + c, signed bytes with int32 sums. Lane l holds of A rows l / 4 and
+// l / 4 + 8 by columns 4 (l % 4) and three more, then the same 16 columns on; of B the same of
+// column l / 4; of d columns 2 (l % 4) and the next.
+PYFMT_DEVICE void mma16832(uint32_t (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1, const uint32_t (&c)[4]) {
+#if defined(__CUDA_ARCH__)
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+        "r"(c[3]));
+#elif !defined(__CUDACC__)
+  const uint32_t a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  emulation::mma16832(d, a, b, c);
+#endif
+}
+
 PYFMT_DEVICE bool any_lane(bool mine) {
 #if defined(__CUDA_ARCH__)
   return __any_sync(kAll, mine);
@@ -157,6 +174,43 @@ PYFMT_DEVICE uint4 load_once16(const void* from) {
   uint4 v;
   memcpy(&v, from, 16);
   return v;
+#endif
+}
+
+// Sixteen bytes that an earlier launch wrote, or zeros; without a branch, so that many of them
+// start at once. Not by ld.nc: the assembler moves that above the wait for the earlier launch.
+PYFMT_DEVICE uint4 load_later16_if(bool wanted, const void* from) {
+#if defined(__CUDA_ARCH__)
+  uint4 v = make_uint4(0, 0, 0, 0);
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n"
+      "@p ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(uint32_t(wanted))
+      : "memory");
+  return v;
+#else
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (wanted) memcpy(&v, from, 16);
+  return v;
+#endif
+}
+
+// Four matrices of eight rows of 16 bytes, whose addresses eight lanes each hold: lane l gets of
+// each matrix the word l % 4 of row l / 4.
+PYFMT_DEVICE void load_matrices(SharedAddress row, uint32_t (&words)[4]) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(row)
+               : "memory");
+#elif !defined(__CUDACC__)
+  const uintptr_t base = reinterpret_cast<uintptr_t>(dynamic_shared());
+  const int lane = int(threadIdx.x & 31);
+  for (int i = 0; i < 4; ++i) {
+    const uintptr_t from = base + emulation::from_lane(uint32_t(row - base), 8 * i + lane / 4);
+    memcpy(words + i, reinterpret_cast<const void*>(from + uintptr_t(4 * (lane % 4))), 4);
+  }
 #endif
 }
 

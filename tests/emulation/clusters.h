@@ -129,6 +129,28 @@ inline void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   warp_barrier();
 }
 
+// The same of signed bytes: exact.
+inline void mma16832(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     const uint32_t (&c)[4]) {
+  Cluster::Lane* lanes = warp_lanes();
+  const int lane = block().current % 32;
+  std::memcpy(lanes[lane].a, a, sizeof a);
+  std::memcpy(lanes[lane].b, b, sizeof b);
+  warp_barrier();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
+    int64_t sum = int32_t(c[i]);
+    for (int k = 0; k < 32; ++k) {
+      const int owner = k % 16 / 4, shift = 8 * (k % 4);
+      const uint32_t left = lanes[4 * row + owner].a[i / 2 + 2 * (k / 16)];
+      const uint32_t right = lanes[4 * column + owner].b[k / 16];
+      sum += int64_t(int8_t(left >> shift)) * int8_t(right >> shift);
+    }
+    d[i] = uint32_t(sum);
+  }
+  warp_barrier();
+}
+
 template <class P>
 void launch_clusters(void (*kernel)(P), int64_t clusters, int blocks, int tiles, int threads,
                      int shared, const P& params) {

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// The left operand of products of codes: where its bytes and scales lie, and the small kernels that
+// put them there.
+#pragma once
+
+#include "coder.cuh"
+#include "matmul_codes.h"
+#include "rotate.cuh"
+#include "scale.cuh"
+#include "warp.cuh"
+
+namespace pyfmt {
+namespace cuda {
+
+// Elements as signed bytes: E2M1 times two, integers as they are. A run of 64 columns of eight rows
+// (a tile) is 512 bytes: lane l of a warp takes 16 from 16 l on, of row l / 4, eight columns of
+// either block of 32, as the tensor cores want them. Scales are float32: of 64 columns, lane t of
+// four has those of either block for rows 2 t and 2 t + 1 of each tile.
+struct CodesLayout {
+  static constexpr int kColumns = 512;  // whose runs of a tile lie together
+
+  PYFMT_HD static int tiles(int m) { return (m + 7) / 8; }
+  PYFMT_HD static int64_t run(int tiles, int tile, int64_t block) {
+    return ((block / 16 * tiles + tile) * 8 + block % 16 / 2) * 512;
+  }
+  // Of the eight bytes of columns 8 t and on, of the block.
+  PYFMT_HD static int64_t byte(int tiles, int row, int64_t block, int t) {
+    return run(tiles, row / 8, block) + row % 8 * 64 + t * 16 + block % 2 * 8;
+  }
+  PYFMT_HD static int64_t scale(int tiles, int row, int64_t block) {
+    return ((block / 2 * 4 + row % 8 / 2) * 2 + block % 2) * (2 * tiles) + row / 8 * 2 + row % 2;
+  }
+};
+
+// Bytes of four codes, by the low 16 bits; the table's entries are those of positive codes, and
+// negative ones give zero where these are not negative.
+PYFMT_DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t codes) {
+#if defined(__CUDA_ARCH__)
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(codes));
+  return d;
+#else
+  const uint64_t all = uint64_t(high) << 32 | low;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t code = codes >> (4 * i) & 15, byte = uint32_t(all >> (8 * (code & 7))) & 0xff;
+    d |= (code & 8 ? byte >> 7 ? 0xffu : 0u : byte) << (8 * i);
+  }
+  return d;
+#endif
+}
+
+// E2M1 times two is the sum of two bytes of a code c: twice its magnitude unless it is negative,
+// and less its magnitude.
+struct TwiceE2M1 {
+  uint32_t low = 0x06040200u, high = 0x18100c08u;
+  uint32_t less_low = 0xfdfeff00u, less_high = 0xf4f8fafcu;
+
+  // In registers for good, by way of shared memory: a constant would be moved to one for every use.
+  PYFMT_DEVICE void hold(SharedAddress room) {
+    store_small<4>(room, low);
+    store_small<4>(room + 4, less_low);
+    warp_barrier();
+    low = load_small<4>(room);
+    less_low = load_small<4>(room + 4);
+  }
+  PYFMT_DEVICE uint32_t positive(uint32_t codes) const { return look_up(low, high, codes); }
+  // codes: without signs.
+  PYFMT_DEVICE uint32_t less(uint32_t codes) const { return look_up(less_low, less_high, codes); }
+};
+
+// Four bytes added without carries between them.
+PYFMT_DEVICE uint32_t add_bytes(uint32_t a, uint32_t b) {
+  return ((a & 0x7f7f7f7fu) + (b & 0x7f7f7f7fu)) ^ ((a ^ b) & 0x80808080u);
+}
+
+struct PlaceParams {
+  const void* x = nullptr;  // bfloat16, or packed codes
+  const uint8_t* x_scales = nullptr;
+  int64_t eights = 0;  // of elements, in all
+  int row_eights = 1;
+  ScaleParams scale;
+  Limits limits;
+  RotationParams rotation;
+  uint8_t* bytes = nullptr;
+  float* scales = nullptr;
+  int tiles = 1;
+  bool halves = false;
+};
+
+// A lane's eight codes as bytes to their place, and, from the first lane of a block, its scale.
+template <class E>
+PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t eight, uint32_t codes,
+                              uint32_t scale) {
+  const uint32_t row = eight / uint32_t(p.row_eights), inside = eight % uint32_t(p.row_eights);
+  const int block = int(inside / 4), t = int(inside % 4);
+  uint32_t bytes[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t four = codes >> (16 * h);
+    if constexpr (Coder<E>::kE2M1) {
+      const TwiceE2M1 twice;
+      bytes[h] = add_bytes(twice.positive(four), twice.less(four & 0x7777u));
+    } else {
+      // Two's complement of four bits stretched over eight.
+      const uint32_t spread =
+          (four & 0xfu) | (four & 0xf0u) << 4 | (four & 0xf00u) << 8 | (four & 0xf000u) << 12;
+      bytes[h] = spread | (spread & 0x08080808u) * 0x1eu;
+    }
+  }
+  if (p.halves) {
+    const uint32_t even = pick_bytes(bytes[0], bytes[1], 0x6420);
+    bytes[1] = pick_bytes(bytes[0], bytes[1], 0x7531);
+    bytes[0] = even;
+  }
+  *reinterpret_cast<uint2*>(p.bytes + CodesLayout::byte(p.tiles, int(row), block, t)) =
+      make_uint2(bytes[0], bytes[1]);
+  if (t == 0) {
+    p.scales[CodesLayout::scale(p.tiles, int(row), block)] =
+        as_float(codec::e8m0_decode<uint32_t>(scale));
+  }
+}
+
+// Few threads of few registers, which find room beside the blocks of a product: eight elements a
+// lane, so that four lanes have a block and a warp has whole rotations of up to 256.
+constexpr int kPlaceThreads = 64;
+constexpr int kLongestTurn = 256;
+
+PYFMT_DEVICE void rotate_eight(float (&v)[8], const RotationParams& r) {
+#pragma unroll
+  for (int stride = 1; stride < 8; stride *= 2) {
+    if (stride >= r.size) break;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (i & stride) continue;
+      const float a = v[i], b = v[i + stride];
+      v[i] = a + b;
+      v[i + stride] = a - b;
+    }
+  }
+#pragma unroll 1
+  for (int far = 1; far < r.size / 8; far *= 2) far_butterfly(v, far);
+  multiply(v, r.factor);
+}
+
+template <class E>
+__global__ void __launch_bounds__(kPlaceThreads, 32)
+    round_to_bytes(const __grid_constant__ PlaceParams p) {
+  using C = Coder<E>;
+  allow_next_launch();
+  wait_for_earlier_launch();
+  const uint32_t eight = blockIdx.x * uint32_t(kPlaceThreads) + threadIdx.x;
+  const bool live = eight < p.eights;
+  uint4 raw = make_uint4(0, 0, 0, 0);
+  if (live) raw = static_cast<const uint4*>(p.x)[eight];
+  uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  if (p.rotation.signs && live) {
+    const uint32_t signs = p.rotation.signs[signs_word(p.rotation, eight / 4)];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i] = flip_pair(words[i], signs, int(eight % 4) * 4 + i);
+  }
+  float v[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = half_at<DType::kBF16>(words[i / 2], i & 1);
+  if (p.rotation.size) rotate_eight(v, p.rotation);
+  float m = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) m = max_abs_nan(m, v[i]);
+  m = max_abs_nan(m, __shfl_xor_sync(kAll, m, 1));
+  m = max_abs_nan(m, __shfl_xor_sync(kAll, m, 2));
+  const BlockScale b = block_scale<true>(p.scale, {}, as_uint(m));
+  uint32_t codes[C::kWords];  // of sixteen, of which there are eight
+  C::encode([&](int i) { return i < 8 ? v[i & 7] : 0.0f; }, b.multiplier, p.limits, codes);
+  if (live) place_eight<E>(p, eight, b.poisoned ? 0u : codes[0], b.code);
+}
+
+template <class E>
+__global__ void __launch_bounds__(kPlaceThreads, 32)
+    place_as_bytes(const __grid_constant__ PlaceParams p) {
+  allow_next_launch();
+  wait_for_earlier_launch();
+  const uint32_t eight = blockIdx.x * uint32_t(kPlaceThreads) + threadIdx.x;
+  if (eight >= p.eights) return;
+  place_eight<E>(p, eight, static_cast<const uint32_t*>(p.x)[eight], p.x_scales[eight / 4]);
+}
+
+}  // namespace cuda
+}  // namespace pyfmt

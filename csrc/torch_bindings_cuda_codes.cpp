@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// torch.ops.pyfmt._matmul_codes: few rows in four bits by a weight in four bits.
+#include "cuda/matmul_codes.h"
+#include "torch_expand.h"
+
+namespace pyfmt {
+namespace {
+
+using namespace tensors;
+
+// The left operand is x, still to be rotated and quantized, or codes and scales.
+Tensor matmul_codes(std::optional<Tensor> x, std::optional<Tensor> codes,
+                    std::optional<Tensor> scales, std::string format, Text scale_rule,
+                    std::string clip, int64_t rotation, std::optional<Tensor> signs, Tensor w_codes,
+                    Tensor w_scales, std::string w_format, std::optional<Tensor> bias,
+                    ScalarType dtype, std::optional<std::vector<int64_t>> plan) {
+  const Device device(w_codes);
+  options::expect(x.has_value() != codes.has_value() && codes.has_value() == scales.has_value(),
+                  "codes: expected x, or codes and scales");
+  const Codes w(device, w_codes, w_scales, w_format);
+  std::optional<Rows> values;
+  std::optional<Codes> packed;
+  int64_t m, k;
+  if (x) {
+    device.expect_here("x", *x);
+    values.emplace(*x, format, scale_rule, std::nullopt, clip, rotation, signs);
+    options::expect(cuda::round_codes_serves(values->args),
+                    "x: expected bfloat16 rows of whole blocks; quantize it first");
+    m = values->args.view.outer;
+    k = values->args.view.columns;
+  } else {
+    packed.emplace(device, *codes, *scales, format);
+    m = packed->rows;
+    k = packed->columns;
+  }
+  options::expect(w.columns == k, "w_codes: expected rows of ", k,
+                  " elements like those of the left operand, got ", w.columns);
+  cuda::MatmulCodesArgs a;
+  a.x_format = x ? values->args.format : packed->format;
+  a.format = w.format;
+  a.n = w.rows;
+  if (const char* reason = cuda::matmul_codes_refuses(a.x_format, a.format, m, a.n, k)) {
+    options::fail("_matmul_codes: ", reason, "; choose another path");
+  }
+  const Tensor bytes = device.empty({cuda::codes_bytes(m, k)}, ScalarType::Byte);
+  const Tensor numbers = device.empty({cuda::codes_scales(m, k)}, ScalarType::Float);
+  a.x.bytes = bytes.mutable_data_ptr();
+  a.x.scales = static_cast<float*>(numbers.mutable_data_ptr());
+  a.x.m = int(m);
+  a.x.k = int(k);
+  a.x.halves = cuda::codes_in_halves(a.format);
+  a.codes = static_cast<const uint8_t*>(w.packed.const_data_ptr());
+  a.scales = static_cast<const uint8_t*>(w.grid.const_data_ptr());
+  options::expect(
+      cuda::matmul_codes_reads(a.codes, a.scales),
+      "w_codes: expected codes at a multiple of 16 bytes and scales at one of 8; copy them");
+  if (x) {
+    cuda::round_codes(values->args, a.x, device.stream);
+  } else {
+    cuda::place_codes(static_cast<const uint8_t*>(packed->packed.const_data_ptr()),
+                      static_cast<const uint8_t*>(packed->grid.const_data_ptr()), packed->format,
+                      a.x, device.stream);
+  }
+  const Tensor y = device.empty({m, w.rows}, dtype);
+  Tensor flat_bias;
+  if (bias) {
+    flat_bias = dense(*bias);
+    a.bias_dtype = bias_into(device, flat_bias, w.rows, &a.bias);
+  }
+  a.out = y.mutable_data_ptr();
+  a.out_dtype = dtype_of("dtype", dtype);
+  if (plan) {
+    options::expect(plan->size() == 3, "plan: expected three numbers, got ", int64_t(plan->size()));
+    a.blocks = int((*plan)[0]);
+    a.overlap = (*plan)[1] != 0;
+    a.early = int((*plan)[2]);
+  }
+  cuda::matmul_codes(a, device.stream);
+  return y;
+}
+
+}  // namespace
+}  // namespace pyfmt
+
+PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
+  // plan: for measurements; blocks that share the rows (0: chosen), whether to start before the
+  // launch ahead ends, slots that are filled ahead of x (0: chosen).
+  m.def(
+      "_matmul_codes(Tensor? x, Tensor? codes, Tensor? scales, str format, str? scale_rule, "
+      "str clip, int rotation, Tensor? signs, Tensor w_codes, Tensor w_scales, str w_format, "
+      "Tensor? bias, ScalarType dtype, int[]? plan=None) -> Tensor");
+}
+
+PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
+  m.impl("_matmul_codes", TORCH_BOX(&pyfmt::matmul_codes));
+}

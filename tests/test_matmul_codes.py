@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Few rows of codes by codes: run on the CPU by the emulation, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import pyfmt.ops  # noqa: E402, F401
+from pyfmt import _matmul_paths as paths  # noqa: E402
+from pyfmt import _torch_dense as dense  # noqa: E402
+from pyfmt._torch_operands import Left, Out, Parts, Right  # noqa: E402
+from pyfmt.formats import get_format  # noqa: E402
+from tests import codes  # noqa: E402
+from tests.codes import Codes  # noqa: E402
+
+PAIRS = [("mxfp4", "mxfp4"), ("mxint4", "mxint4"), ("mxfp4", "mxint4"), ("mxint4", "mxfp4")]
+
+
+def emulated() -> Codes:
+    from tests.cuda_rooms import emulated_ops
+
+    return Codes(emulated_ops(), "cpu")
+
+
+def on_device() -> Codes:
+    from tests.cuda_rooms import device_room
+
+    device_room()
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the kernel under test is compiled for compute capability 9.0")
+    return Codes(torch.ops.pyfmt, "cuda")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(emulated, id="emulated"),
+            pytest.param(on_device, id="device", marks=pytest.mark.gpu)],
+)  # fmt: skip
+def op(request: pytest.FixtureRequest) -> Codes:
+    make: Callable[[], Codes] = request.param
+    return make()
+
+
+def quantize(x: Any, name: str, rule: Any, clip: str, rotation: int, signs: Any) -> Any:
+    """Codes and scales by the device's own quantize."""
+    signs = None if signs is None else signs.to(x.device)
+    given = (name, -1, rule, None, "nearest", None, clip, None, rotation, signs)
+    return torch.ops.pyfmt.quantize(x, *given)[:2]
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_exact_sums(op: Codes, names: tuple[str, str]) -> None:
+    for m, n, k in ((1, 32, 256), (5, 64, 768), (8, 96, 512), (16, 48, 512), (11, 176, 1280)):
+        codes.exact_sums(op, names, m, n, k)
+    for plan in ([1, 1, 1], [2, 0, 2], [3, 1, 99]):
+        codes.exact_sums(op, names, 3, 112, 768, plan=plan)
+
+
+@pytest.mark.parametrize("names", PAIRS[:2], ids="-".join)
+def test_long_rows(op: Codes, names: tuple[str, str]) -> None:
+    codes.exact_sums(op, names, 2, 32, 8448)
+    codes.exact_sums(op, names, 16, 32, 4352)
+
+
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_extreme_codes_and_scales(op: Codes, names: tuple[str, str]) -> None:
+    codes.extreme_sums(op, names)
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
+def test_x_is_rounded_as_quantize_does(op: Codes, name: str) -> None:
+    codes.rounds_like_quantize(op, name, quantize)
+
+
+@pytest.mark.parametrize("names", PAIRS[:2], ids="-".join)
+def test_error_is_bounded(op: Codes, names: tuple[str, str]) -> None:
+    for m, n, k in ((1, 64, 512), (13, 48, 2304)):
+        codes.within_bound(op, names, m, n, k)
+
+
+def test_bits_do_not_depend_on_the_rows(op: Codes) -> None:
+    codes.same_for_any_rows(op, 48, 1280, (1, 3, 8, 9, 15))
+
+
+def test_dtypes_and_bias(op: Codes) -> None:
+    left, right = codes.operand("mxfp4", 3, 256, 1), codes.operand("mxfp4", 32, 256, 2)
+    exact = torch.from_numpy(codes.value(left, 256) @ codes.value(right, 256).T)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for kind in (torch.bfloat16, torch.float16, torch.float32):
+            bias = torch.arange(32).to(kind)
+            y = op(left, right, bias=bias, dtype=dtype).cpu()
+            assert y.dtype == dtype and torch.equal(y, (exact + bias.double()).float().to(dtype))
+
+
+def test_refusals(op: Codes) -> None:
+    for m, n, k, names, words in (
+        (17, 32, 256, ("mxfp4", "mxfp4"), "1 to 16 rows"),
+        (2, 40, 256, ("mxfp4", "mxfp4"), "multiple of 16 rows"),
+        (2, 32, 288, ("mxfp4", "mxfp4"), "multiple of 256"),
+        (9, 16, 8448, ("mxfp4", "mxfp4"), "8192 columns of 16 rows"),
+        (2, 32, 256, ("mxfp8_e4m3", "mxfp4"), "MXFP4 and MXINT4"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            op(codes.operand(names[0], m, k, 1), codes.operand(names[1], n, k, 2))
+    with pytest.raises(RuntimeError, match="bfloat16 rows"):
+        op((torch.zeros(2, 256), "mxfp4"), codes.operand("mxfp4", 32, 256, 2))
+
+
+def test_the_path_for_few_rows_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows to be rounded and packed ones, as the path hands them over; not where it cannot."""
+    emulator = emulated()
+    called: list[Any] = []
+
+    class Ops:
+        def __getattr__(self, name: str) -> Any:
+            called.append(name)
+            return getattr(emulator.ops, name)
+
+    monkeypatch.setattr(Parts, "ops", Ops())
+    m, n, k = 5, 32, 256
+    w_codes, w_scales, _ = codes.operand("mxfp4", n, k, 1)
+    facts = paths.facts("mxfp4")
+    right = Right(emulator.there(w_codes), emulator.there(w_scales), None, facts, n)
+    x = torch.randn(m, k).bfloat16()
+    out = Out(None, torch.float32)
+    left = Left(m, k, facts, x, rotation=32)
+    y = dense.skinny(left, right, out)
+    packed = quantize(x, "mxfp4", None, "symmetric", 32, None)
+    given = Left(m, k, facts, None, *packed)
+    assert torch.equal(y, dense.skinny(given, right, out))
+    assert called.count("_matmul_codes") >= 2 and "_matmul_skinny" not in called
+    called.clear()
+    invariant = dense.skinny(left, right, Out(None, torch.float32, batch_invariant=True))
+    assert "_matmul_codes" not in called and (invariant - y).abs().max() <= 1e-4 * y.abs().max()
+
+
+def test_which_calls_it_serves() -> None:
+    fp4, int4, fp8 = map(get_format, ("mxfp4", "mxint4", "mxfp8_e4m3"))
+    assert paths.multiplies_codes(fp4, int4, 16, 64, 8192)
+    assert paths.multiplies_codes(int4, fp4, 8, 16, 16384)
+    for m, n, k in ((17, 64, 8192), (16, 64, 8448), (1, 40, 256), (1, 64, 288), (8, 64, 16640)):
+        assert not paths.multiplies_codes(fp4, fp4, m, n, k)
+    assert not paths.multiplies_codes(fp8, fp4, 1, 64, 256)
+    call = paths.Call(fp4, "bfloat16", fp4, 16, 8192, 8192)
+    machine = paths.Machine((9, 0))
+    assert paths.row_of(call) == "codes-4" and paths.choose(call, machine) == "skinny"
+    assert "codes-4" in paths.explain(call, machine)["skinny"]
