@@ -25,10 +25,15 @@ SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
 // The kernel whose activations stay in registers, where it can.
 bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   const bool fine = a.format.scale == Scale::kE4M3;
+  const bool grouped = !fine && a.format.scale != Scale::kE8M0;
   if (a.batch_invariant || a.split < 0 || a.m > 8 || a.k % 256 != 0 || a.n % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(a.scales) % (fine ? 16 : 8) != 0) {
+      reinterpret_cast<uintptr_t>(a.scales) % (fine      ? 16
+                                               : grouped ? 4
+                                                         : 8) !=
+          0) {
     return false;
   }
+  if (grouped && (a.format.block_columns != 128 || scale_bytes(a.format.scale) != 2)) return false;
   const SkinnyKernel kernel = find_kernel(a.format, int(a.m), Inputs::kStill);
   if (!kernel.run) return false;
   const int parts = int((a.k + kernel.columns - 1) / kernel.columns);
