@@ -99,8 +99,9 @@ def within_bound(op: Skinny, name: str, m: int, n: int, k: int, dtype: torch.dty
 
 
 def decodes_like_the_reference(
-    op: Skinny, name: str, n: int, k: int, device_dtype: Any, among: Any = None, at_once: int = 64
-) -> None:
+    op: Skinny, name: str, n: int, k: int, device_dtype: Any, among: Any = None, at_once: int = 64,
+    plan: list[int] | None = None,
+) -> None:  # fmt: skip
     """One-hot tokens read the weight back: every code, every kind of scale, bit for bit.
 
     among: E8M0 bytes that scales are drawn from; at_once: tokens of a call.
@@ -130,7 +131,7 @@ def decodes_like_the_reference(
         count = min(at_once, k - first)
         x = torch.zeros(count, k, dtype=device_dtype)
         x[torch.arange(count), first + torch.arange(count)] = 1.0
-        got = to_numpy(op(x, codes, scales, tensor_scale, fmt).cpu())
+        got = to_numpy(op(x, codes, scales, tensor_scale, fmt, plan=plan).cpu())
         with np.errstate(invalid="ignore"):
             # An infinity or NaN anywhere in a row meets the zeros of x.
             rest = np.where(np.isfinite(want), 0, np.nan)

@@ -3,7 +3,7 @@
 //
 // A warp owns 512 columns of k of up to eight tokens, as the right-hand operands of the tensor
 // cores: 64 registers, brought once. Codes and scales of all rows of its block stream by, sixteen
-// rows at once, through a ring of its own, in whole lines of 128 bytes. What the warps have of two
+// rows at once, through a ring of its own, by 128 or 192 bytes of a row. What the warps have of two
 // tiles of rows meets in shared memory, where some of them add it up while the others go on. Two
 // blocks of a cluster may share k: each finishes every other tile.
 //
@@ -34,7 +34,9 @@ struct SkinnyStillWarp {
   int lane, t;
   int first_column, slots;  // slots of this warp that k has
   uint32_t x[Still::kColumns / 8];
-  float sums[4];
+  struct Sums {
+    float of[4];
+  } sums;
   // Of the next tile, as this lane copies them: whole lines of 128 bytes, and what is beside them.
   const uint8_t *codes, *beside, *scales;
   uint32_t four_rows, scale_row;
@@ -161,7 +163,8 @@ struct SkinnyStillWarp {
 
   PYFMT_DEVICE void load_slot(SharedAddress slot, int which) const {
     if (which >= slots) return;
-    // Of rows of 192 bytes one slot begins with a line, the other ends with one.
+    // Of rows of 192 bytes one slot begins with a line, the other ends with one; they share the one
+    // between.
     const int line = kSix ? 256 * which : kLine * which, place = kSix ? 64 * which : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -221,6 +224,21 @@ struct SkinnyStillWarp {
 
   PYFMT_DEVICE void multiply_slot(SharedAddress slot, int which, const Scales& scale,
                                   bool special) {
+    constexpr bool kMay = W::kScale == Scale::kE8M0 && !W::kGrouped;
+    if (!kMay || !special) {
+      const Sums before = sums;
+      const uint32_t largest = multiply<false>(slot, which, scale);
+      // Codes that are no numbers are found on the way; then what they gave is taken back.
+      if constexpr (D::kHasSpecials) {
+        special = any_lane(D::found_special(largest));
+        if (special) sums = before;
+      }
+    }
+    if (kMay && special) multiply<true>(slot, which, scale);
+  }
+
+  template <bool kEverything>
+  PYFMT_DEVICE uint32_t multiply(SharedAddress slot, int which, const Scales& scale) {
     uint32_t words[2][4 * Still::kVectors];  // of rows lane / 4 and 8 more
 #pragma unroll
     for (int v = 0; v < Still::kVectors; ++v) {
@@ -231,19 +249,7 @@ struct SkinnyStillWarp {
             words[r] + 4 * v);
       }
     }
-    if constexpr (D::kHasSpecials) {
-      special = special || any_lane(D::template special_codes<8 * Still::kVectors>(words[0]) != 0);
-    }
-    if (W::kScale == Scale::kE8M0 && special) {
-      multiply<true>(words, which, scale);
-    } else {
-      multiply<false>(words, which, scale);
-    }
-  }
-
-  template <bool kEverything>
-  PYFMT_DEVICE void multiply(const uint32_t (&words)[2][4 * Still::kVectors], int which,
-                             const Scales& scale) {
+    uint32_t largest = 0;
     // Elements that come as they are want sums that are not scaled down.
     constexpr bool kApart = kEverything && D::kSubnormal;
     constexpr int kBlockUnits = 32 / D::kElements, kBlocks = Still::kBlocks;
@@ -269,13 +275,17 @@ struct SkinnyStillWarp {
         uint32_t a[2][D::kPairs];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          D::template scaled<kEverything>(words[r] + u * D::kWords, f[r][2 * i / kBlockUnits],
-                                          a[r]);
+          const uint32_t* const unit = words[r] + u * D::kWords;
+          if constexpr (D::kHasSpecials && !kEverything) {
+            D::scaled_finding(unit, f[r][0], a[r], largest);
+          } else {
+            D::template scaled<kEverything>(unit, f[r][2 * i / kBlockUnits], a[r]);
+          }
         }
         const uint32_t* const by = x + (which * Still::kUnits + u) * D::kPairs;
 #pragma unroll
         for (int j = 0; j < D::kPairs; j += 2) {
-          mma16816(W::kGrouped ? group : sums, a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], by[j],
+          mma16816(W::kGrouped ? group : sums.of, a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], by[j],
                    by[j + 1]);
         }
       }
@@ -284,22 +294,23 @@ struct SkinnyStillWarp {
         for (int c = 0; c < 4; ++c) {
           const uint32_t half = scale[c / 2][which % Still::kScaleSlots * kBlocks + b];
           const float by = p.scale == Scale::kBF16 ? as_float(half << 16) : from_half(half);
-          sums[c] = fused(by, group[c], sums[c]);
+          sums.of[c] = fused(by, group[c], sums.of[c]);
         }
       }
     }
     if constexpr (kApart) scale_sums(1.0f / float(1 << D::kDown));
+    return largest;
   }
 
   // ---- sums -------------------------------------------------------------------------------------
 
   PYFMT_DEVICE void clear() {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) sums[c] = 0;
+    for (int c = 0; c < 4; ++c) sums.of[c] = 0;
   }
   PYFMT_DEVICE void scale_sums(float by) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) sums[c] = sums[c] * by;
+    for (int c = 0; c < 4; ++c) sums.of[c] = sums.of[c] * by;
   }
   // [token][row]; mine: this lane's first
   PYFMT_DEVICE void store_sums(SharedAddress mine, int tokens) const {
@@ -307,8 +318,8 @@ struct SkinnyStillWarp {
     for (int c = 0; c < 2; ++c) {
       if (2 * t + c >= tokens) continue;
       const SharedAddress at = mine + unsigned(4 * c * Still::kPitch);
-      store_small<4>(at, as_uint(sums[c]));
-      store_small<4>(at + 32, as_uint(sums[2 + c]));
+      store_small<4>(at, as_uint(sums.of[c]));
+      store_small<4>(at + 32, as_uint(sums.of[2 + c]));
     }
   }
 };

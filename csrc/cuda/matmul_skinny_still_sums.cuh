@@ -7,11 +7,10 @@
 namespace pyfmt {
 namespace cuda {
 
-// Whether there is such a kernel: for elements with scales of their blocks, and for integers of 4
-// bits in groups of 128 with scales of two bytes.
+// Whether there is such a kernel: for elements with scales of their blocks, and for integers in
+// groups of 128 with scales of two bytes.
 template <class W>
-constexpr bool kStillServes =
-    !W::kGrouped || (W::D::kBits == 4 && W::kGrouping == Grouping::kSteps);
+constexpr bool kStillServes = !W::kGrouped || W::kGrouping == Grouping::kSteps;
 
 // How a warp's columns lie: slots of its ring, which are sixteen rows of a tile by 256 columns, or
 // by 128 of eight bits. A lane of four takes runs of 32 columns, a block; 64 of six bits, since
@@ -29,7 +28,9 @@ struct SkinnyStill {
   static constexpr int kSlot = kRows * kLine;
   static constexpr int kDepth = D::kBits == 4 ? 4 : D::kBits == 6 ? 3 : 5;  // slots in the ring
   static constexpr int kRun = D::kBits == 6 ? 64 : 32;  // columns of a lane that lie together
-  static constexpr int kVectors = kLine / 64;           // of 16 bytes, a lane's of a row
+  // Slots that are filled ahead of activations: more where memory is what takes the time.
+  static constexpr int kEarly = D::kBits == 8 ? 3 : 1;
+  static constexpr int kVectors = kLine / 64;                     // of 16 bytes, a lane's of a row
   static constexpr int kUnits = kSlotColumns / 4 / D::kElements;  // of a lane in a row
   // Scales of a tile: of those a warp's ring has two.
   static constexpr int kScaleSpan = W::kGrouped ? 128 : 32;           // columns
