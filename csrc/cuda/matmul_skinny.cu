@@ -28,7 +28,7 @@ bool grouped(const FormatSpec& f) {
 
 // Where the general kernels are faster, as measured: for 8 rows of 4096 x 4096 of 6 bits by 5%; for
 // integers of 8 bits, which take memory's time in either, where blocks have few tiles to spread the
-// activations' time over: by 3% at 4 rows and 5% at 8 of 8192 x 8192, by 2 to 6% of 4096 x 14336.
+// activations' time over: by 5% at 8 rows of 8192 x 8192, by 2 to 6% of 4096 x 14336.
 bool faster_without(const SkinnyArgs& a, int64_t tiles, int warps, int split) {
   const int64_t places = multiprocessors();
   const int bits = a.format.element.bits();
