@@ -81,12 +81,23 @@ def test_blocks_with_many_rows(op: Skinny, name: str) -> None:
     skinny.exact_integers(op, name, 3, 260, 256, plan=[1, 0])
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if get_format(name).bits == 4])
+@pytest.mark.parametrize("name", [*FORMATS, "int4-b128-fp16"])
 def test_activations_in_registers(op: Skinny, name: str) -> None:
     skinny.activations_in_registers(op, name)
+    sets: list[Any] = [None]
     if get_format(name).scale == "e8m0":
-        for among in ((0, 120, 127), (5, 140), (200, 254)):
-            skinny.decodes_like_the_reference(op, name, 128, 256, torch.bfloat16, among, 16)
+        least = 10 if get_format(name).element.special != "none" else 0  # bfloat16's smallest
+        low, high = EDGES.get(name, (least, 127))
+        sets += [
+            (low, 127, high),
+            (max(low - 1, least), high),
+            (low, min(high + 1, 254)),
+            (200, 255),
+        ]
+    for among in sets:
+        skinny.decodes_like_the_reference(
+            op, name, 128, 256, torch.bfloat16, among, 8, plan=[0, 1, 1]
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,13 +22,30 @@ SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
   return {};
 }
 
+bool grouped(const FormatSpec& f) {
+  return f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
+}
+
+// Where the general kernels are faster, as measured: for 8 rows of 4096 x 4096 of 6 bits by 5%; for
+// integers of 8 bits, which take memory's time in either, where blocks have few tiles to spread the
+// activations' time over: by 5% at 8 rows of 8192 x 8192, by 2 to 6% of 4096 x 14336.
+bool faster_without(const SkinnyArgs& a, int64_t tiles, int warps, int split) {
+  const int64_t places = multiprocessors();
+  const int bits = a.format.element.bits();
+  if (bits == 6) return a.m >= 4 && split == 1 && warps <= 8 && tiles <= 2 * places;
+  if (bits != 8 || !a.format.element.is_int() || tiles >= 6 * places) return false;
+  if (split > 1) return true;
+  if (grouped(a.format)) return a.m > 2 && warps > 8;
+  return a.m > 2 || tiles < 3 * places;
+}
+
 // The kernel whose activations stay in registers, where it can.
 bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
-  const bool fine = a.format.scale == Scale::kE4M3;
-  if (a.batch_invariant || a.split < 0 || a.m > 8 || a.k % 256 != 0 || a.n % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(a.scales) % (fine ? 16 : 8) != 0) {
-    return false;
-  }
+  if (a.batch_invariant || a.split < 0 || a.m > 8 || a.k % 256 != 0 || a.n % 16 != 0) return false;
+  const bool groups = grouped(a.format);
+  if (groups && (a.format.block_columns != 128 || scale_bytes(a.format.scale) != 2)) return false;
+  const int unit = groups ? 4 : a.format.scale == Scale::kE4M3 ? 16 : 8;  // of a copy of scales
+  if (reinterpret_cast<uintptr_t>(a.scales) % unit != 0) return false;
   const SkinnyKernel kernel = find_kernel(a.format, int(a.m), Inputs::kStill);
   if (!kernel.run) return false;
   const int parts = int((a.k + kernel.columns - 1) / kernel.columns);
@@ -38,16 +55,19 @@ bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   l.shared = kernel.still(int(a.m), warps, p.split);
   if (warps > 16 || (p.split > 1 && warps < a.m) || p.split > 2 || l.shared > kMostShared)
     return false;
-  // Where two blocks fit a multiprocessor and each has work, one begins while the other ends.
   const int64_t tiles = a.n / 16, places = multiprocessors();
+  if (!a.split && faster_without(a, tiles, warps, p.split)) return false;
+  // Where two blocks fit a multiprocessor and each has work, one begins while the other ends.
   const bool two = warps <= 8 && 2 * (l.shared + 1024) <= 228 * 1024 && tiles >= 6 * places;
   l.cluster = p.split;
   l.clusters = std::min(tiles, (a.blocks ? a.blocks : two ? 2 * places : places) / p.split);
   p.even_tiles = int(tiles / l.clusters);
   p.longer_blocks = int(tiles % l.clusters);
   p.tile_tokens = int(a.m);
-  // Many copies ahead of activations hold these up; where a block has little to do they are all.
-  p.early = a.early ? a.early : tiles <= 2 * l.clusters ? 99 : 1;
+  // Many copies ahead of activations hold these up, unless copies are what takes the time; where a
+  // block has little to do they are all.
+  const bool little = kernel.early == 1 && tiles <= 2 * l.clusters;
+  p.early = a.early ? a.early : little ? 99 : kernel.early;
   l.overlap = a.overlap;
   l.threads = 32 * warps;
   launch_clusters(kernel.run, l, stream, p);

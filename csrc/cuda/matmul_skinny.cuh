@@ -194,7 +194,7 @@ struct SkinnyKernel {
   int step = 0, depth = 0, codes = 0, scales = 0, strip = 0, strips = 0, warps = 0, parts = 0,
       blocks = 0, tiles = 0;
   int (*shared)(int tokens) = nullptr;  // of blocks with many rows
-  int columns = 0;                      // of a warp that keeps its activations
+  int columns = 0, early = 0;           // of a warp that keeps its activations; SkinnyParams'
   int (*still)(int tokens, int warps, int split) = nullptr;
 };
 
@@ -232,6 +232,7 @@ SkinnyKernel describe_skinny_still() {
   if constexpr (kStillServes<W>) {
     kernel.run = skinny_still<W>;
     kernel.columns = SkinnyStill<W>::kColumns;
+    kernel.early = SkinnyStill<W>::kEarly;
     kernel.still = SkinnyStill<W>::shared_bytes;
   }
   return kernel;

@@ -3,7 +3,7 @@
 //
 // A warp owns 512 columns of k of up to eight tokens, as the right-hand operands of the tensor
 // cores: 64 registers, brought once. Codes and scales of all rows of its block stream by, sixteen
-// rows at once, through a ring of its own, in whole lines of 128 bytes. What the warps have of two
+// rows at once, through a ring of its own, by 128 or 192 bytes of a row. What the warps have of two
 // tiles of rows meets in shared memory, where some of them add it up while the others go on. Two
 // blocks of a cluster may share k: each finishes every other tile.
 //
@@ -27,19 +27,20 @@ template <class W>
 struct SkinnyStillWarp {
   using Still = SkinnyStill<W>;
   using D = typename W::D;
-  static constexpr int kSteps = Still::kSteps, kSlots = Still::kSlots;
-  static constexpr int kSpan = kSteps * kSlots;  // steps of a tile
-  static constexpr int kWords = 4 * W::kVectors * kSteps;
+  static constexpr int kSlots = Still::kSlots, kLine = Still::kLine, kRun = Still::kRun;
+  static constexpr bool kSix = D::kBits == 6;
 
   const SkinnyParams& p;
   int lane, t;
   int first_column, slots;  // slots of this warp that k has
-  uint32_t x[kSpan][W::kUnits][D::kPairs];
-  float sums[4];
-  // Of the next tile, as this lane copies them.
-  const uint8_t *codes, *scales;
-  uint32_t four_rows;
-  unsigned to, scales_to;
+  uint32_t x[Still::kColumns / 8];
+  struct Sums {
+    float of[4];
+  } sums;
+  // Of the next tile, as this lane copies them: whole lines of 128 bytes, and what is beside them.
+  const uint8_t *codes, *beside, *scales;
+  uint32_t four_rows, scale_row;
+  unsigned to, beside_to, scales_to;
   // Where this lane reads: even and odd vectors, scales.
   unsigned from[2], scales_from;
 
@@ -50,21 +51,34 @@ struct SkinnyStillWarp {
     slots = max(0, min(kSlots, (p.k - first_column) / Still::kSlotColumns));
     keep(slots);
     const int first = Still::kRows * first_tile, row = lane >> 2;
-    codes = p.codes + int64_t(first + (lane >> 3)) * p.row_bytes + first_column / 8 * D::kBits +
-            16 * (lane & 7);
+    const uint8_t* const part_codes =
+        p.codes + int64_t(first) * p.row_bytes + first_column / 8 * D::kBits;
+    codes = part_codes + int64_t(lane >> 3) * p.row_bytes + 16 * (lane & 7);
     four_rows = 4 * uint32_t(p.row_bytes);
-    // The halves of every other row change places, against conflicts.
-    to = unsigned((16 * lane) ^ ((lane & 8) << 3));
+    if constexpr (kSix) {
+      to = unsigned(kLine * (lane >> 3) + 16 * (lane & 7));
+      beside = part_codes + int64_t(row) * p.row_bytes + 16 * t;
+      beside_to = unsigned(kLine * row + 16 * t);
+      keep(beside);
+      keep(beside_to);
+      from[0] = from[1] = unsigned(kLine * row + 48 * t);
+      keep(from[0]);
+    } else {
+      // Halves, or neighbours, of every other row change places, against conflicts.
+      constexpr unsigned kApart = D::kBits == 4 ? 64 : 16;
+      to = unsigned(16 * lane) ^ (lane & 8 ? kApart : 0);
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      from[v] = unsigned(Still::kLine * row + 16 * t + 64 * (row & 1) * (v ? -1 : 1));
-      keep(from[v]);
+      for (unsigned v = 0; v < 2; ++v) {
+        from[v] = unsigned(kLine * row + (D::kBits == 4 ? 16 : 32) * t) + kApart * (v ^ (row & 1));
+        keep(from[v]);
+      }
     }
-    const int scale_row = lane / Still::kScaleLanes, share = lane % Still::kScaleLanes;
-    scales = static_cast<const uint8_t*>(p.scales) + int64_t(first + scale_row) * p.row_scales +
-             first_column / W::kStep * Still::kStepScales + share * Still::kScaleUnit;
-    scales_to = unsigned(kSlots * Still::kSlot + lane * Still::kScaleUnit);
-    scales_from = unsigned(kSlots * Still::kSlot + row * Still::kRowScales + W::kFactors * t);
+    scale_row = uint32_t(p.row_scales) * (W::kGrouped ? 2 : 1);
+    scales = static_cast<const uint8_t*>(p.scales) + int64_t(first + (lane >> 1)) * scale_row +
+             first_column / Still::kScaleSpan * Still::kFactors + (lane & 1) * Still::kScaleUnit;
+    scales_to = unsigned(lane * Still::kScaleUnit);
+    scales_from =
+        unsigned(row * Still::kRowScales + (W::kGrouped ? 0 : kRun / 32 * Still::kFactors * t));
     keep(codes);
     keep(four_rows);
     keep(scales);
@@ -74,55 +88,66 @@ struct SkinnyStillWarp {
 
   // ---- activations, once ------------------------------------------------------------------------
 
-  // A load of a warp is of two tokens by a step. What is beyond k is not used.
+  // A load of a warp is of two tokens by 128 columns. What is beyond k is not used.
   static constexpr int kLoads = Still::kMostTokens / 2;
-  using Rows = const uint16_t* [kLoads][kSlots];
-  static_assert(W::kStep == 128 && W::kUnits * D::kPairs == 4 * kLoads, "a step of x");
+  struct Rows {
+    const uint16_t* from[kLoads];
+    int second;  // from the first 256 columns to the others
+  };
 
   PYFMT_DEVICE void find_x(int first_token, int tokens, Rows& rows) const {
+    const int first = min(first_column, p.k - 256);
+    rows.second = min(first_column + 256, p.k - 256) - first;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       const int token = first_token + min(2 * j + (lane >> 4), tokens - 1);
-#pragma unroll
-      for (int v = 0; v < kSlots; ++v) {
-        const int column = min(first_column + v * Still::kSlotColumns, p.k - Still::kSlotColumns);
-        rows[j][v] = static_cast<const uint16_t*>(p.x) + int64_t(token) * p.x_stride + column +
-                     8 * (lane & 15);
-      }
+      rows.from[j] =
+          static_cast<const uint16_t*>(p.x) + int64_t(token) * p.x_stride + first + 8 * (lane & 15);
     }
   }
   PYFMT_DEVICE void ask_for_x(const Rows& rows, int tokens) {
 #pragma unroll
-    for (int s = 0; s < kSpan; ++s) {
+    for (int j = 0; j < kLoads; ++j) {
+      if (2 * j >= tokens) break;
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        if (2 * j >= tokens) break;
-        put(load_once16(rows[j][s / kSteps] + s % kSteps * W::kStep), x[s][0] + 4 * j);
+      for (int c = 0; c < 4; ++c) {
+        put(load_once16(rows.from[j] + (c < 2 ? 0 : rows.second) + c % 2 * 128),
+            x + 16 * c + 4 * j);
       }
     }
   }
-  // Sixteen bytes of a token's step in `room`, placed against conflicts.
+  // Sixteen bytes of a token's 128 columns, placed against conflicts.
   PYFMT_DEVICE static unsigned x_place(int token, int chunk) {
     return unsigned(Still::kTokenBytes * token + 16 * (chunk ^ chunk >> 3 ^ (token & 1) << 1));
   }
-  // From lane to lane. Tokens beyond the last are as the last: what they give is never stored.
-  PYFMT_DEVICE void turn_x(SharedAddress room, int tokens) {
-    const int token = min(lane >> 2, tokens - 1);
+  // From lane to lane, the runs of four lanes at once; of 256 columns the second half goes through
+  // a room of its own. Tokens beyond the last are as the last: what they give is never stored.
+  PYFMT_DEVICE void turn_x(SharedAddress first, SharedAddress second, int tokens) {
+    const int token = min(lane >> 2, tokens - 1), column = kRun * t % 128;
+    const SharedAddress room = kRun * t / 128 ? second : first;
 #pragma unroll
-    for (int s = 0; s < kSpan; ++s) {
+    for (int w = 0; w < Still::kColumns / 8; w += kRun / 2) {
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        if (2 * j >= tokens) break;
-        const uint32_t* const w = x[s][0] + 4 * j;
-        store_shared16(room + x_place(min(2 * j + (lane >> 4), tokens - 1), lane & 15),
-                       make_uint4(w[0], w[1], w[2], w[3]));
+      for (int c = 0; c < kRun / 32; ++c) {
+#pragma unroll
+        for (int j = 0; j < kLoads; ++j) {
+          if (2 * j >= tokens) break;
+          const uint32_t* const four = x + w + 16 * c + 4 * j;
+          store_shared16(
+              (c ? second : first) + x_place(min(2 * j + (lane >> 4), tokens - 1), lane & 15),
+              make_uint4(four[0], four[1], four[2], four[3]));
+        }
       }
       warp_barrier();
 #pragma unroll
-      for (int u = 0; u < W::kUnits; ++u) {
+      for (int u = 0; u < kRun / D::kElements; ++u) {
         uint32_t raw[D::kPairs];
-        put(load_shared16(room + x_place(token, W::unit_start(t, u) / 8)), raw);
-        order_pairs<D>(raw, x[s][u]);
+#pragma unroll
+        for (int i = 0; i < D::kPairs; i += 4) {
+          put(load_shared16(room + x_place(token, (column + u * D::kElements + 2 * i) / 8)),
+              raw + i);
+        }
+        order_pairs<D>(raw, x + w + u * D::kPairs);
       }
       warp_barrier();
     }
@@ -136,43 +161,59 @@ struct SkinnyStillWarp {
 
   // ---- codes and scales, in the background ------------------------------------------------------
 
-  // The scales of a tile come with its first slot.
-  PYFMT_DEVICE void load_slot(SharedAddress stage, int which) const {
-    if (which < slots) {
-      const SharedAddress slot = stage + to + unsigned(which * Still::kSlot);
+  PYFMT_DEVICE void load_slot(SharedAddress slot, int which) const {
+    if (which >= slots) return;
+    // Of rows of 192 bytes one slot begins with a line, the other ends with one; they share the one
+    // between.
+    const int line = kSix ? 256 * which : kLine * which, place = kSix ? 64 * which : 0;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        start_copy<16>(slot + unsigned(512 * i),
-                       codes + uint64_t(four_rows) * unsigned(i) + which * Still::kLine, 16);
+    for (int i = 0; i < 4; ++i) {
+      start_copy<16>(slot + to + unsigned(place + 4 * kLine * i),
+                     codes + uint64_t(four_rows) * unsigned(i) + line, 16);
+    }
+    if constexpr (kSix) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        start_copy_line(slot + beside_to + unsigned(128 - 128 * which + 8 * kLine * i),
+                        beside + uint64_t(four_rows) * unsigned(2 * i) + (128 + 64 * which), 16);
       }
     }
-    if (which == 0 && lane % Still::kScaleLanes < slots) {
-      start_copy<Still::kScaleUnit>(stage + scales_to, scales, Still::kScaleUnit);
+  }
+  // Of a tile.
+  PYFMT_DEVICE void load_scales(SharedAddress to) const {
+    if ((lane & 1) * (256 / Still::kSlotColumns) < slots) {
+      start_copy<Still::kScaleUnit>(to + scales_to, scales, Still::kScaleUnit);
     }
   }
   PYFMT_DEVICE void next_tile() {
     codes += int64_t(Still::kRows) * p.row_bytes;
-    scales += int64_t(Still::kRows) * p.row_scales;
+    if constexpr (kSix) beside += int64_t(Still::kRows) * p.row_bytes;
+    scales += int64_t(Still::kRows) * scale_row;
   }
 
   // ---- products ---------------------------------------------------------------------------------
 
-  using Scales =
-      uint32_t[2][kSpan];  // of rows lane / 4 and 8 more: one of 32 elements, or two of 16
+  // Of rows lane / 4 and 8 more, of each 32 columns of this lane: one, or two of 16 columns, or the
+  // one of a group. As many slots' as are read at once.
+  using Scales = uint32_t[2][Still::kBlocks * Still::kScaleSlots];
 
-  // All scales of a tile. Whether one of them asks for `scaled<true>`.
-  PYFMT_DEVICE bool read_scales(SharedAddress stage, Scales& scale) const {
+  // Scales of `which` slot and those that are read with it. Whether one of them asks for
+  // `scaled<true>`.
+  PYFMT_DEVICE bool read_scales(SharedAddress tile, int which, Scales& scale) const {
+    constexpr int kOfRun = kRun / 32;  // blocks
     uint32_t found = 0;
 #pragma unroll
-    for (int s = 0; s < kSpan; ++s) {
+    for (int i = 0; i < Still::kBlocks * Still::kScaleSlots; ++i) {
+      const int b = which * Still::kBlocks + i;
+      const int place = (W::kGrouped ? b : b / kOfRun * 4 * kOfRun + b % kOfRun) * Still::kFactors;
       uint32_t here = 0;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        scale[r][s] = load_small<W::kFactors>(
-            stage + scales_from + unsigned(8 * r * Still::kRowScales + s * Still::kStepScales));
-        here |= scale[r][s] - unsigned(D::kLowest);
+        scale[r][i] = load_small<Still::kFactors>(tile + scales_from +
+                                                  unsigned(8 * r * Still::kRowScales + place));
+        here |= scale[r][i] - unsigned(D::kLowest);
       }
-      if (s / kSteps < slots) found |= here;
+      if (b / Still::kBlocks < slots) found |= here;
     }
     if constexpr (W::kScale == Scale::kE8M0) {
       static_assert(D::kHighest >= D::kLowest + 127, "bytes that one factor serves");
@@ -181,69 +222,95 @@ struct SkinnyStillWarp {
     return false;
   }
 
-  template <int kWhich>
-  PYFMT_DEVICE void multiply_slot(SharedAddress stage, const Scales& scale, bool special) {
-    uint32_t words[2][kWords];  // of rows lane / 4 and 8 more
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      const int r = i & 1, v = i >> 1;
-      put(load_shared16(stage + from[v & 1] +
-                        unsigned(kWhich * Still::kSlot + 8 * Still::kLine * r + 64 * v)),
-          words[r] + 4 * v);
+  PYFMT_DEVICE void multiply_slot(SharedAddress slot, int which, const Scales& scale,
+                                  bool special) {
+    constexpr bool kMay = W::kScale == Scale::kE8M0 && !W::kGrouped;
+    if (!kMay || !special) {
+      const Sums before = sums;
+      const uint32_t largest = multiply<false>(slot, which, scale);
+      // Codes that are no numbers are found on the way; then what they gave is taken back.
+      if constexpr (D::kHasSpecials) {
+        special = any_lane(D::found_special(largest));
+        if (special) sums = before;
+      }
     }
-    if (W::kScale == Scale::kE8M0 && special) {
-      multiply<kWhich, true>(words, scale);
-    } else {
-      multiply<kWhich, false>(words, scale);
-    }
+    if (kMay && special) multiply<true>(slot, which, scale);
   }
 
-  template <int kWhich, bool kEverything>
-  PYFMT_DEVICE void multiply(const uint32_t (&words)[2][kWords], const Scales& scale) {
-    // Elements that come as they are have their own sums, which are scaled down to the others.
-    constexpr bool kApart = kEverything && D::kSubnormal;
-    float apart[4] = {};
-    float (&d)[4] = kApart ? apart : sums;
+  template <bool kEverything>
+  PYFMT_DEVICE uint32_t multiply(SharedAddress slot, int which, const Scales& scale) {
+    uint32_t words[2][4 * Still::kVectors];  // of rows lane / 4 and 8 more
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) {
-      Factor f[2][2];
+    for (int v = 0; v < Still::kVectors; ++v) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint32_t code = scale[r][kWhich * kSteps + s];
-        if constexpr (W::kScale == Scale::kE4M3) {
+        put(load_shared16(slot + from[kSix ? 0 : v] +
+                          unsigned(8 * kLine * r + (kSix ? 16 * v : 0))),
+            words[r] + 4 * v);
+      }
+    }
+    uint32_t largest = 0;
+    // Elements that come as they are want sums that are not scaled down.
+    constexpr bool kApart = kEverything && D::kSubnormal;
+    constexpr int kBlockUnits = 32 / D::kElements, kBlocks = Still::kBlocks;
+    if constexpr (kApart) scale_sums(float(1 << D::kDown));
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      Factor f[2][2];
+      float group[4] = {};
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t code = scale[r][which % Still::kScaleSlots * kBlocks + b];
+        if constexpr (W::kGrouped) {
+          f[r][0] = f[r][1] = D::unit_factor();
+        } else if constexpr (W::kScale == Scale::kE4M3) {
           D::factors(code, f[r]);
         } else {
           f[r][0] = f[r][1] = D::template factor<kEverything>(code);
         }
       }
 #pragma unroll
-      for (int u = 0; u < W::kUnits; ++u) {
+      for (int i = 0; i < kBlockUnits; ++i) {
+        const int u = b * kBlockUnits + i;
         uint32_t a[2][D::kPairs];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          D::template scaled<kEverything>(words[r] + (s * W::kUnits + u) * D::kWords,
-                                          f[r][2 * u / W::kUnits], a[r]);
+          const uint32_t* const unit = words[r] + u * D::kWords;
+          if constexpr (D::kHasSpecials && !kEverything) {
+            D::scaled_finding(unit, f[r][0], a[r], largest);
+          } else {
+            D::template scaled<kEverything>(unit, f[r][2 * i / kBlockUnits], a[r]);
+          }
         }
-        const uint32_t (&b)[D::kPairs] = x[kWhich * kSteps + s][u];
+        const uint32_t* const by = x + (which * Still::kUnits + u) * D::kPairs;
 #pragma unroll
-        for (int i = 0; i < D::kPairs; i += 2) {
-          mma16816(d, a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[i], b[i + 1]);
+        for (int j = 0; j < D::kPairs; j += 2) {
+          mma16816(W::kGrouped ? group : sums.of, a[0][j], a[1][j], a[0][j + 1], a[1][j + 1], by[j],
+                   by[j + 1]);
+        }
+      }
+      if constexpr (W::kGrouped) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const uint32_t half = scale[c / 2][which % Still::kScaleSlots * kBlocks + b];
+          const float by = p.scale == Scale::kBF16 ? as_float(half << 16) : from_half(half);
+          sums.of[c] = fused(by, group[c], sums.of[c]);
         }
       }
     }
-    if constexpr (kApart) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        sums[c] = fused(apart[c], 1.0f / float(1 << D::kDown), sums[c]);
-      }
-    }
+    if constexpr (kApart) scale_sums(1.0f / float(1 << D::kDown));
+    return largest;
   }
 
   // ---- sums -------------------------------------------------------------------------------------
 
   PYFMT_DEVICE void clear() {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) sums[c] = 0;
+    for (int c = 0; c < 4; ++c) sums.of[c] = 0;
+  }
+  PYFMT_DEVICE void scale_sums(float by) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sums.of[c] = sums.of[c] * by;
   }
   // [token][row]; mine: this lane's first
   PYFMT_DEVICE void store_sums(SharedAddress mine, int tokens) const {
@@ -251,8 +318,8 @@ struct SkinnyStillWarp {
     for (int c = 0; c < 2; ++c) {
       if (2 * t + c >= tokens) continue;
       const SharedAddress at = mine + unsigned(4 * c * Still::kPitch);
-      store_small<4>(at, as_uint(sums[c]));
-      store_small<4>(at + 32, as_uint(sums[2 + c]));
+      store_small<4>(at, as_uint(sums.of[c]));
+      store_small<4>(at + 32, as_uint(sums.of[2 + c]));
     }
   }
 };
@@ -262,7 +329,7 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
     skinny_still(const __grid_constant__ SkinnyParams p) {
   using Still = SkinnyStill<W>;
   using Warp = SkinnyStillWarp<W>;
-  constexpr int kSlots = Still::kSlots, kStages = Still::kStages;
+  constexpr int kSlots = Still::kSlots, kDepth = Still::kDepth;
   const int warps = int(blockDim.x >> 5), me = int(threadIdx.x >> 5);
   const int rank = int(blockIdx.x) % p.split, group = int(blockIdx.x) / p.split;
   const int first_tile = group * p.even_tiles + min(group, p.longer_blocks);
@@ -270,37 +337,47 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
   const int first_token = int(blockIdx.y) * p.tile_tokens;
   const int tokens = min(p.tile_tokens, p.tokens - first_token);
   const SharedAddress base = shared_address(dynamic_shared());
-  const SharedAddress places = base + unsigned(warps * kStages * Still::kStage);
+  const SharedAddress places = base + unsigned(warps * Still::kRing);
   const int bytes = 4 * tokens * Still::kPitch;
   const SharedAddress inbox = places + unsigned(Still::kPlaces * warps * bytes);
   const SharedAddress signals = inbox + unsigned(p.split > 1 ? 2 * Still::kInboxTile : 0);
   SkinnyStillSums<Still> sums{p,     tokens, warps, me,      rank,  first_token, first_tile,
                               count, places, inbox, signals, bytes, me};
 
-  // The ring is filled but for the slot that was used last.
-  const SharedAddress ring = base + unsigned(me * kStages * Still::kStage);
-  const SharedAddress last = ring + unsigned((kStages - 1) * Still::kStage);
+  // The ring is filled but for the slot that was used last. A tile's scales come with its first
+  // slot, to places that take turns.
+  const SharedAddress ring = base + unsigned(me * Still::kRing);
+  const SharedAddress last = ring + unsigned((kDepth - 1) * Still::kSlot);
+  const SharedAddress all_scales = 2 * (last + unsigned(Still::kSlot)) + Still::kTileScales;
+  const auto after = [&](SharedAddress slot) {
+    return slot == last ? ring : slot + unsigned(Still::kSlot);
+  };
   Warp warp(p, rank * warps + me, first_tile);
   int ahead = count;  // tiles to be copied
+  SharedAddress scales_to = last + unsigned(Still::kSlot);
   const auto fill = [&](SharedAddress to, int which) {
-    if (ahead > 0) warp.load_slot(to, which);
+    if (ahead > 0) {
+      warp.load_slot(to, which);
+      if (which == 0) warp.load_scales(scales_to);
+    }
     close_copies();
+    if (which == 0) scales_to = all_scales - scales_to;
     if (which == kSlots - 1) {
       warp.next_tile();
       --ahead;
     }
   };
-  SharedAddress stage = ring;
+  SharedAddress slot = ring;
   int next = 0;
   const auto fill_to = [&](int slots) {
 #pragma unroll 1
     for (; next < slots; ++next) {
-      fill(stage, next % kSlots);
-      if (next % kSlots == kSlots - 1) stage += unsigned(Still::kStage);
+      fill(slot, next % kSlots);
+      slot += unsigned(Still::kSlot);
     }
   };
   // Few of them first: activations must not wait behind them.
-  fill_to(min(p.early, kSlots * kStages - 1));
+  fill_to(min(p.early, kDepth - 1));
   typename Warp::Rows rows;
   warp.find_x(first_token, tokens, rows);
   sums.meet();
@@ -308,31 +385,32 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
   allow_next_launch();
   warp.ask_for_x(rows, tokens);
   const float tensor_scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
-  fill_to(kSlots * kStages - 1);
-  warp.turn_x(sums.place(0, me), tokens);
+  fill_to(kDepth - 1);
+  warp.turn_x(sums.place(0, me), last, tokens);
 
   const SharedAddress mine =
       sums.place(0, me) + unsigned(4 * (2 * warp.t * Still::kPitch + (warp.lane >> 2)));
   const auto factor = [&] { return tensor_scale * float(1 << W::D::kDown); };
-  SharedAddress before = last;
-  stage = ring;
+  SharedAddress before = last, scales = last + unsigned(Still::kSlot);
+  slot = ring;
 #pragma unroll 1
   for (int i = 0; i < count; ++i) {
     typename Warp::Scales scale;
+    bool special = false;
     warp.clear();
-    copies_arrived<kSlots * kStages - 2>();
-    warp_barrier();
-    fill(before, kSlots - 1);
-    const bool special = warp.read_scales(stage, scale);
-    if (warp.slots > 0) warp.template multiply_slot<0>(stage, scale, special);
-    if constexpr (kSlots > 1) {
-      copies_arrived<kSlots * kStages - 2>();
+#pragma unroll
+    for (int q = 0; q < kSlots; ++q) {
+      copies_arrived<kDepth - 2>();
       warp_barrier();
-      fill(stage, 0);
-      if (warp.slots > 1) warp.template multiply_slot<1>(stage, scale, special);
+      fill(before, (q + kDepth - 1) % kSlots);
+      if (warp.slots > q) {
+        if (q % Still::kScaleSlots == 0) special = warp.read_scales(scales, q, scale);
+        warp.multiply_slot(slot, q, scale, special);
+      }
+      before = slot;
+      slot = after(slot);
     }
-    before = stage;
-    stage = stage == last ? ring : stage + unsigned(Still::kStage);
+    scales = all_scales - scales;
     sums.wait_for_place(i);
     warp.store_sums(mine + unsigned((i & (Still::kPlaces - 1)) * bytes), tokens);
     sums.stored(i);

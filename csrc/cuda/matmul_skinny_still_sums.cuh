@@ -7,37 +7,52 @@
 namespace pyfmt {
 namespace cuda {
 
-// Whether there is such a kernel: for elements of 4 bits with scales of their blocks.
+// Whether there is such a kernel: for elements with scales of their blocks, and for integers in
+// groups of 128 with scales of two bytes.
 template <class W>
-constexpr bool kStillServes = W::D::kBits == 4 && !W::kGrouped;
+constexpr bool kStillServes = !W::kGrouped || W::kGrouping == Grouping::kSteps;
 
+// How a warp's columns lie: slots of its ring, which are sixteen rows of a tile by 256 columns, or
+// by 128 of eight bits. A lane of four takes runs of 32 columns, a block; 64 of six bits, since
+// that many make whole vectors of 16 bytes.
 template <class W>
 struct SkinnyStill {
   using D = typename W::D;
   static constexpr int kMostTokens = 8;
-  static constexpr int kMostWarps = 16;        // of a block
-  static constexpr int kRows = 16;             // of a tile
-  static constexpr int kColumns = 512;         // of a warp
-  static constexpr int kSteps = 8 / D::kBits;  // of a slot
-  static constexpr int kSlotColumns = kSteps * W::kStep, kSlots = kColumns / kSlotColumns;
+  static constexpr int kMostWarps = 16;  // of a block
+  static constexpr int kRows = 16;       // of a tile
+  static constexpr int kColumns = 512;   // of a warp
+  static constexpr int kSlotColumns = D::kBits == 8 ? 128 : 256;
+  static constexpr int kSlots = kColumns / kSlotColumns;     // of a tile
   static constexpr int kLine = kSlotColumns * D::kBits / 8;  // bytes of a row of a slot
   static constexpr int kSlot = kRows * kLine;
-  static constexpr int kStepScales = W::kStep / (W::kScale == Scale::kE4M3 ? 16 : 32);
-  static constexpr int kRowScales = kSlots * kSteps * kStepScales;  // of a tile, bytes
-  static constexpr int kScaleLanes = kSlots;                        // that copy a row's
-  static constexpr int kScaleUnit = kRowScales / kScaleLanes;
-  static constexpr int kStage = kSlots * kSlot + kRows * kRowScales;  // a warp's part of a tile
-  static constexpr int kStages = 2;
+  static constexpr int kDepth = D::kBits == 4 ? 4 : D::kBits == 6 ? 3 : 5;  // slots in the ring
+  static constexpr int kRun = D::kBits == 6 ? 64 : 32;  // columns of a lane that lie together
+  // Slots that are filled ahead of activations: more where memory is what takes the time.
+  static constexpr int kEarly = D::kBits == 8 ? 3 : 1;
+  static constexpr int kVectors = kLine / 64;                     // of 16 bytes, a lane's of a row
+  static constexpr int kUnits = kSlotColumns / 4 / D::kElements;  // of a lane in a row
+  // Scales of a tile: of those a warp's ring has two.
+  static constexpr int kScaleSpan = W::kGrouped ? 128 : 32;           // columns
+  static constexpr int kFactors = W::kScale == Scale::kE8M0 ? 1 : 2;  // bytes of them
+  static constexpr int kBlocks = kSlotColumns / 128;  // of 32 columns, a lane's of a slot
+  // Slots whose scales are read at once, before the next copies take their place.
+  static constexpr int kScaleSlots = kDepth > kSlots + 1 ? kSlots : 1;
+  static constexpr int kRowScales = kColumns / kScaleSpan * kFactors;
+  static constexpr int kScaleUnit = kRowScales / 2;  // of a copy
+  static constexpr int kTileScales = kRows * kRowScales;
+  static constexpr int kRing = kDepth * kSlot + 2 * kTileScales;
   // Sums: of tiles that are under way; tiles that are finished together.
   static constexpr int kPitch = kRows + 4, kPlaces = 4, kRound = 2;
   static constexpr int kInboxTile = 4 * kMostTokens * kRows;      // the other block's sums
   static constexpr int kSignals = 8 * (2 * 2 + 2 * kMostTokens);  // bytes
-  static constexpr int kTokenBytes = 2 * W::kStep;                // of a step of x
+  static constexpr int kTokenBytes = 256;                         // of 128 columns of x
   static_assert(kTokenBytes <= kPlaces * 4 * kPitch, "x in the places of sums");
+  static_assert(kTokenBytes * kMostTokens <= kSlot, "x in the slot that is filled last");
 
   static int shared_bytes(int tokens, int warps, int split) {
     const int sums = kPlaces * warps * tokens * kPitch * 4;
-    return warps * kStages * kStage + sums + (split > 1 ? 2 * kInboxTile : 0) + kSignals;
+    return warps * kRing + sums + (split > 1 ? 2 * kInboxTile : 0) + kSignals;
   }
 };
 
