@@ -82,11 +82,11 @@ int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
 // Up to 64 rows of x: the warpgroups of a block have rows of w of their own, or take turns. By
 // nanoseconds on an H200.
 WidePlan tall_plan(const MatmulWideArgs& a) {
-  const bool bytes = a.format.element.bits() == 8;
+  const bool bytes = a.format.element.bits() == 8, nibbles = a.format.element.bits() == 4;
   // What a chunk of 64 rows of w takes, by 1, 2 or 4 of them in a block; of 64 rows of x a block
   // has too few stages for four warpgroups that take turns.
-  const double few[] = {185, 175, 170}, more[] = {bytes ? 250.0 : 300.0, 192, 190},
-               most[] = {0, 328, 240};
+  const double few[] = {nibbles ? 200.0 : 185.0, nibbles ? 165.0 : 175.0, nibbles ? 168.0 : 170.0},
+               more[] = {bytes ? 250.0 : 300.0, 192, 190}, most[] = {0, 328, 240};
   WidePlan best;
   best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
   const double* rows = best.tokens == 16 ? few : best.tokens == 32 ? more : most;
