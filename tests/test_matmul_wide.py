@@ -171,6 +171,20 @@ def test_few_tokens(ops: Any, share: int, split: int) -> None:
         check_sums(ops, w, m, plan=(tile, share, split))
 
 
+@pytest.mark.parametrize("share,split", [(1, 1), (1, 2), (2, 2), (4, 2), (2, 4)])
+def test_few_tokens_by_whole_slots(ops: Any, share: int, split: int) -> None:
+    """Scales are aligned and no slot ends beyond k; warpgroups do not share them out evenly."""
+    for name, tile, m, n, k in (
+        ("mxfp4", 16, 9, 130, 2304),
+        ("nvfp4", 16, 16, 70, 2304),
+        ("mxint8", 16, 16, 300, 1152),
+        ("mxfp6_e2m3", 32, 20, 70, 1152),
+    ):
+        w = Weights(name, n, k)
+        check_single_columns(ops, w, m, plan=(tile, share, split))
+        check_sums(ops, w, m, plan=(tile, share, split))
+
+
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
 def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
     w = Weights(name, 140, 900)

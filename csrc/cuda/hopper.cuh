@@ -177,6 +177,17 @@ PYFMT_DEVICE void load_words(const uint8_t* from, uint32_t* words) {
 #endif
 }
 
+// A float of global memory, asked for here though it be needed later.
+PYFMT_DEVICE float load_early(const float* from) {
+#if defined(__CUDA_ARCH__)
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from) : "memory");
+  return v;
+#else
+  return *from;
+#endif
+}
+
 PYFMT_DEVICE float4 load_floats(uint32_t at) {
   const uint4 v = load_shared16(at);
   return {as_float(v.x), as_float(v.y), as_float(v.z), as_float(v.w)};
@@ -363,15 +374,24 @@ PYFMT_DEVICE uint32_t cluster_rank() {
 #endif
 }
 
-// All threads of the cluster that are still running. Orders no memory but initialized barriers
-// (barrier_init_fence), and so waits for no stores or copies under way.
-PYFMT_DEVICE void cluster_meet() {
+// All threads of the cluster that are still running: each arrives, and those wait that need to know
+// that all have. Orders no memory but initialized barriers (barrier_init_fence), and so waits for
+// no stores or copies under way.
+PYFMT_DEVICE void cluster_arrive() {
 #if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+PYFMT_DEVICE void cluster_wait() {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #elif !defined(__CUDA_ARCH__)
   emulated_cluster_sync();
 #endif
+}
+PYFMT_DEVICE void cluster_meet() {
+  cluster_arrive();
+  cluster_wait();
 }
 
 // The first kThreads threads of the block only; the others do not take part.

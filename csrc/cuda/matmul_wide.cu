@@ -85,7 +85,7 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
   const bool bytes = a.format.element.bits() == 8;
   // What a chunk of 64 rows of w takes, by 1, 2 or 4 of them in a block; of 64 rows of x a block
   // has too few stages for four warpgroups that take turns.
-  const double few[] = {185, 175, 170}, more[] = {bytes ? 250.0 : 300.0, 192, 190},
+  const double few[] = {173, 140, 143}, more[] = {bytes ? 250.0 : 300.0, 192, 190},
                most[] = {0, 328, 240};
   WidePlan best;
   best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
@@ -104,7 +104,7 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
       if (split == 2) sums = 600 + 25 * best.tokens;
       if (split > 2) {
         sums = 2e-3 * double(a.n) * split * best.tokens;
-        sums = (sums < 2000 ? 2000 : sums) + (bytes ? 1500 : 0);
+        sums = std::max(sums, best.tokens == 16 ? 3000.0 : 2000.0) + (bytes ? 1500 : 0);
       }
       const double own = double(chunks) / split * share * rows[bits];
       const double cost = double(waves) * (own + 2000) + 3000 + sums;

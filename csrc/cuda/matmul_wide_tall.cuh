@@ -52,9 +52,9 @@ struct Multiplier {
     const uint32_t group = uint32_t(hopper::uniform(int(threadIdx.x) >> 7));
     const int turn = int(group) >> p.share_bits;
     mine = (at.slots - turn + at.turns - 1) >> (2 - p.share_bits);
-    skip = uint32_t(at.turns - 1) * R::kSpan;
-    stage.place = uint32_t(turn) * R::kSpan % R::kStages;
-    stage.parity = uint32_t(turn) * R::kSpan / R::kStages & 1;
+    skip = uint32_t(at.turns - 1) * R::kStep;
+    stage.place = uint32_t(turn) * R::kStep % R::kStages;
+    stage.parity = uint32_t(turn) * R::kStep / R::kStages & 1;
     const uint32_t row = uint32_t(16 * (threadIdx.x >> 5 & 3) + row_of(lane));
     const uint32_t turned = F::kBits == 6 ? 0 : (row & 7) << 4;
 #pragma unroll
@@ -135,26 +135,34 @@ struct Multiplier {
   PYFMT_DEVICE void find_stage() {
     x = uint32_t(hopper::uniform(int(tiles + stage.place * (R::kStage / 16))));
   }
+  // By chunk kPart of the stage. Tiles' addresses are added to in 64 bits: one instruction.
+  template <uint32_t kPart>
   PYFMT_DEVICE void multiply(float (&sums)[kCount], const Fragments& w) const {
-    hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
+    if (kPart == 0) hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
     hopper::products_fence();
+    const uint64_t first = hopper::tile_descriptor(x, 0);
 #pragma unroll
-    for (int s = 0; s < 8; ++s) {
-      Product::add_to(sums, w[s], hopper::tile_descriptor(x + uint32_t(s / 4 * kTokens * 8), s % 4),
-                      1);
+    for (uint32_t s = 0; s < 8; ++s) {
+      const uint32_t tile = (2 * kPart + s / 4) * (R::kTile / 16);
+      Product::add_to(sums, w[s], first + (tile + s % 4 * 2), 1);
     }
     hopper::products_commit();
   }
-  template <bool kSkip>
+  // kLast: of the stage; kSkip: of the slot.
+  template <bool kLast, bool kSkip>
   PYFMT_DEVICE void finish_products() {
-    const uint32_t used = at.base + kEmpty + 8 * stage.place;
-    stage.place += kSkip ? 1 + skip : 1;
-    if (stage.place >= R::kStages) {
-      stage.place -= R::kStages;
-      stage.parity ^= 1;
+    if constexpr (!kLast) {
+      hopper::products_wait<0>();
+    } else {
+      const uint32_t used = at.base + kEmpty + 8 * stage.place;
+      stage.place += kSkip ? 1 + skip : 1;
+      if (stage.place >= R::kStages) {
+        stage.place -= R::kStages;
+        stage.parity ^= 1;
+      }
+      hopper::products_wait<0>();
+      if (lane == 0) hopper::barrier_arrive_here(used);
     }
-    hopper::products_wait<0>();
-    if (lane == 0) hopper::barrier_arrive_here(used);
   }
 
   PYFMT_DEVICE void run(float (&sums)[kCount]) {
@@ -168,21 +176,21 @@ struct Multiplier {
 #pragma unroll 1
       for (int left = mine;;) {
         Fragments w;
-        if constexpr (R::kSpan == 2) {
-          find_stage();
-          decode(c, w, sums[0]);
-          multiply(sums, w);
-          load<R::kSpan - 1>(c);
-          finish_products<false>();
-        }
         find_stage();
+        if constexpr (R::kSpan == 2) {
+          decode(c, w, sums[0]);
+          multiply<0>(sums, w);
+          load<R::kSpan - 1>(c);
+          finish_products<R::kJoined == 1, false>();
+          if (R::kJoined == 1) find_stage();
+        }
         decode(c, w, sums[0]);
-        multiply(sums, w);
+        multiply<R::kJoined - 1>(sums, w);
         release_codes();
         if (--left == 0) break;
         wait_codes();
         load<0>(c);
-        finish_products<true>();
+        finish_products<true, true>();
       }
     }
     hopper::products_wait<0>();
@@ -228,15 +236,11 @@ PYFMT_DEVICE bool add_turns(const Params& p, const Place& at, float (&sums)[kCou
 
 // Two parts of K: each block finishes half of the warps' rows, and is given their sums by the
 // other. Two summands: the order does not matter. Whether this warp's rows are finished here.
-template <class R>
-PYFMT_DEVICE void expect_sums(const Params& p, const Place& at) {
-  hopper::barrier_expect(at.base + kSumsThere, uint32_t(2 * p.share) * R::kSums);
-}
 template <class R, int kCount>
 PYFMT_DEVICE bool add_parts(const Params& p, const Place& at, float (&sums)[kCount]) {
   const int warp = hopper::uniform(int(threadIdx.x) >> 5), owner = warp / (2 * p.share);
-  const uint32_t place =
-      at.base + kHeader + uint32_t(4 * kGroups + warp) * R::kSums + (threadIdx.x & 31) * 16;
+  const uint32_t place = at.base + R::kInboxAt + uint32_t(warp - owner * 2 * p.share) * R::kSums +
+                         (threadIdx.x & 31) * 16;
   if (owner == at.part) {
     hopper::barrier_wait(at.base + kSumsThere, 0);
     add_sums<kCount>(place, sums);
@@ -255,10 +259,9 @@ PYFMT_DEVICE bool add_parts(const Params& p, const Place& at, float (&sums)[kCou
 // By way of a kilobyte of shared memory that only this warp uses, 16 rows of x at a time.
 template <int kTokens>
 PYFMT_DEVICE void write(const Params& p, const Place& at, const float (&sums)[kTokens / 2], int row,
-                        uint32_t staged) {
+                        uint32_t staged, float scale) {
   const int lane = int(threadIdx.x) & 31, t = lane % 4, token = lane / 2;
   const int n0 = at.n0 + 16 * (int(threadIdx.x) >> 5) + lane % 2 * 8;
-  const float scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
   float bias[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) bias[i] = p.bias && n0 + i < p.n ? p.bias[n0 + i] : 0.0f;
@@ -306,10 +309,14 @@ PYFMT_DEVICE void write_partial(const Params& p, const Place& at, const float (&
 template <class F, int kTokens>
 PYFMT_DEVICE void work(const Params& p) {
   using R = Room<F, kTokens>;
+  if (threadIdx.x == kMultipliers) {
+    hopper::prefetch_map(p.codes_map);
+    hopper::prefetch_map(p.x);
+  }
   tall::init_barriers<F, kTokens>(p);
   const Place at = Place::of<R, kTokens>(p);
-  if (threadIdx.x == 0) hopper::prefetch_map(p.codes_map);
   __syncthreads();
+  if (R::kApart && p.split > 1) hopper::cluster_arrive();
   // Registers: 96 for each of 640 threads, shared out anew.
   constexpr bool kMany = kTokens == 64;
   if (threadIdx.x >= kMultipliers) {
@@ -322,20 +329,21 @@ PYFMT_DEVICE void work(const Params& p) {
   float sums[kTokens / 2];
   Multiplier<F, kTokens>(p, at).run(sums);
   hopper::wait_for_previous();
+  const float scale = p.tensor_scale ? hopper::load_early(p.tensor_scale) : 1.0f;
   if (p.share < kGroups && !add_turns<R>(p, at, sums)) return;
   if (p.split > 1) {
-    if (threadIdx.x == 0) expect_sums<R>(p, at);
-    // No block is written to while it may still need its slots.
-    hopper::cluster_meet();
+    // No block is written to before it runs, nor while it may still need what lies there.
+    if (!R::kApart) hopper::cluster_arrive();
+    hopper::cluster_wait();
     if (!add_parts<R>(p, at, sums)) return;
   }
   const int row = Multiplier<F, kTokens>::row_of(int(threadIdx.x) & 31);
   if (p.parts > 1) return write_partial<kTokens>(p, at, sums, row);
   // Where others may still multiply, the rows of codes that this warp had.
   const uint32_t warp = threadIdx.x >> 5;
-  const bool alone = p.share == kGroups && p.split == 1;
+  const bool alone = p.share == kGroups && (p.split == 1 || R::kApart);
   const uint32_t codes = R::kCodesAt + warp / 4 * R::kSlot + warp % 4 * (16 * R::kRowBytes);
-  write<kTokens>(p, at, sums, row, at.base + (alone ? codes : kHeader + warp * R::kSums));
+  write<kTokens>(p, at, sums, row, at.base + (alone ? codes : kHeader + warp * R::kSums), scale);
 }
 
 template <class F, int kTokens>
@@ -354,8 +362,10 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   x.box_bytes = kChunk;
   x.box_rows = kTokens;
   p.x = hopper::encode(x);
-  launch_clusters(matmul_tall_kernel<F, kTokens>, p, p.split, kTokens, kBlockThreads, R::kBytes,
-                  stream);
+  // What another block sends has its room only where it comes: the launch that adds parts of K
+  // wants to run beside this one.
+  launch_clusters(matmul_tall_kernel<F, kTokens>, p, p.split, kTokens, kBlockThreads,
+                  p.split > 1 ? R::kBytes : R::kLoop, stream);
 }
 
 template <class F>

@@ -17,13 +17,14 @@ constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
 
 template <class F, int kTokens>
 struct Room {
-  // A stage is a chunk of x: at least as many as a warpgroup that takes turns goes on by, since it
-  // must not wait for a phase of a barrier two ahead (64 tokens: turns of two). Each warpgroup has
-  // a ring of its own of slots: a box of its rows of one chunk, or of two where that makes rows of
-  // 128 bytes, and their scales.
-  static constexpr uint32_t kStages = kTokens == 16 ? 16 : kTokens == 32 ? 9 : 5;
-  static constexpr uint32_t kStage = kTokens * kChunk * 2;
+  // Each warpgroup has a ring of its own of slots: a box of its rows of one chunk, or of two where
+  // that makes rows of 128 bytes, and their scales. A stage is a chunk of x, or, of few rows, those
+  // of a slot: at least as many as a warpgroup that takes turns goes on by, since it must not wait
+  // for a phase of a barrier two ahead (64 tokens: turns of two).
   static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
+  static constexpr uint32_t kJoined = kTokens == 16 ? kSpan : 1, kStep = kSpan / kJoined;
+  static constexpr uint32_t kStages = kTokens == 16 ? 16 / kJoined : kTokens == 32 ? 9 : 5;
+  static constexpr uint32_t kTile = kTokens * 128, kStage = 2 * kTile * kJoined;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
   static constexpr uint32_t kSlot = 64 * kRowBytes;
   static constexpr uint32_t kHalfScales = 4 * F::kEntry, kRowScales = kHalfScales * kSpan;
@@ -32,11 +33,18 @@ struct Room {
   static constexpr uint32_t kFit = (hopper::kMostShared - kCodesAt) / (kGroups * (kSlot + kScales));
   static constexpr uint32_t kDepth = kFit < 8 ? kFit : 8;
   static constexpr uint32_t kScalesAt = kCodesAt + kDepth * kGroups * kSlot;
-  static constexpr uint32_t kBytes = kScalesAt + kDepth * kGroups * kScales;
-  static_assert(kBytes <= hopper::kMostShared && kDepth >= 3, "the block's shared memory");
-  // What a warp has of sums: there is room for those of all warps, and as many of another block.
+  static constexpr uint32_t kLoop = kScalesAt + kDepth * kGroups * kScales;
+  // What a warp has of sums: there is room for those of all warps.
   static constexpr uint32_t kSums = kTokens * 64;
-  static_assert(kHeader + 8 * kGroups * kSums <= kBytes, "sums");
+  static_assert(kHeader + 4 * kGroups * kSums <= kLoop, "sums");
+  // And for those of half of another block's, where nothing else lies if that fits: then it may
+  // send them at any time.
+  static constexpr uint32_t kInbox = 2 * kGroups * kSums;
+  static constexpr bool kApart = kLoop + kInbox <= hopper::kMostShared;
+  static constexpr uint32_t kInboxAt = kApart ? kLoop : kHeader + 4 * kGroups * kSums;
+  static constexpr uint32_t kBytes = kApart ? kLoop + kInbox : kLoop;
+  static_assert(kBytes <= hopper::kMostShared && kInboxAt + kInbox <= kBytes && kDepth >= 3,
+                "the block's shared memory");
 };
 
 // Barriers of the header: of slots (full, empty; [place][warpgroup]), of stages (as they come, in
@@ -66,6 +74,7 @@ PYFMT_DEVICE void init_barriers(const Params& p) {
   if (threadIdx.x == 96) {
     init_row<kStages>(base + kEmpty, 4 * uint32_t(p.share));
     init_row<1>(base + kSumsThere, 1);
+    hopper::barrier_expect(base + kSumsThere, uint32_t(2 * p.share) * R::kSums);
   }
   if (threadIdx.x < 128 && threadIdx.x % 32 == 0) hopper::barrier_init_fence();
 }
@@ -108,6 +117,10 @@ struct Place {
 template <class F, int kTokens>
 struct Bringer {
   using R = Room<F, kTokens>;
+  // With 64 rows of x, weights that come faster hold up more than they gain. With few rows and
+  // 8 bits a product waits for memory, and so asks for all that it has room for.
+  static constexpr bool kFew = kTokens < 64;
+  static constexpr bool kWaits = kFew && (kTokens == 32 || F::kBits < 8);
   const Params& p;
   const Place& at;
 
@@ -115,17 +128,17 @@ struct Bringer {
   PYFMT_DEVICE void bring_x() const {
     hopper::wait_for_previous();
     Ring<R::kStages> ring;
-    const int chunks = at.slots * int(R::kSpan);
+    const int stages = at.slots * int(R::kStep);
 #pragma unroll 1
-    for (int i = 0; i < chunks; ++i, ring.next()) {
+    for (int i = 0; i < stages; ++i, ring.next()) {
       const uint32_t raw = at.base + kRaw + 8 * ring.place;
       const uint32_t to = at.base + kHeader + ring.place * R::kStage;
       hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
       hopper::barrier_expect(raw, R::kStage);
+      const int column = (at.first + i * int(R::kJoined)) * (2 * kChunk);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        hopper::copy_box(to + uint32_t(h) * (R::kStage / 2), p.x,
-                         (at.first + i) * (2 * kChunk) + 128 * h, at.m0, raw, 0, false);
+      for (int h = 0; h < 2 * int(R::kJoined); ++h) {
+        hopper::copy_box(to + uint32_t(h) * R::kTile, p.x, column + 128 * h, at.m0, raw, 0, false);
       }
     }
   }
@@ -154,6 +167,41 @@ struct Bringer {
     }
   }
 
+  // Slots of all warpgroups, at a place of the ring. kWhole: none of them ends beyond k, and scales
+  // are aligned: what this warp does takes turns with those that multiply.
+  template <bool kWhole>
+  PYFMT_DEVICE void bring_slots(int lane, int i, const Ring<R::kDepth>& ring,
+                                const uint8_t* (&row)[2 * kGroups], int (&left)[kGroups],
+                                int by) const {
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const int slot = i + (g >> p.share_bits), n = at.n0 + 64 * (g & (p.share - 1));
+      if (!kWhole && slot >= at.slots) break;
+      const uint32_t place = ring.place * kGroups + uint32_t(g);
+      const uint32_t full = at.base + kCodesFull + 8 * place;
+      hopper::barrier_wait(at.base + kCodesEmpty + 8 * place, ring.parity ^ 1);
+      if (lane == 0) {
+        hopper::barrier_expect(full, R::kSlot);
+        hopper::copy_box(at.base + R::kCodesAt + place * R::kSlot, p.codes_map,
+                         at.first * int(R::kHalf) + slot * int(R::kRowBytes), n, full, 0, false);
+      }
+      const uint32_t to =
+          at.base + R::kScalesAt + place * R::kScales + uint32_t(lane) * R::kRowScales;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const uint32_t there = to + uint32_t(r) * 32 * R::kRowScales;
+        if constexpr (kWhole) {
+          hopper::copy_small<int(R::kRowScales)>(there, row[2 * g + r], int(R::kRowScales));
+        } else {
+          copy_scales(there, row[2 * g + r], left[g]);
+        }
+        row[2 * g + r] += by;
+      }
+      left[g] -= by;
+      hopper::arrive_after_copies(full);
+    }
+  }
+
   // One warp: codes, which its first lane asks for, and scales.
   PYFMT_DEVICE void bring_weights(int lane) const {
     const int64_t first = int64_t(at.first) * int(R::kHalfScales);
@@ -168,37 +216,26 @@ struct Bringer {
       left[g] = int(p.blocks - from);
     }
     const int by = int(R::kRowScales) << (2 - p.share_bits);
+    // So many slots are whole, of those that warpgroups take together.
+    const int whole = p.scales_align >= int(R::kRowScales)
+                          ? min(at.slots, int(p.blocks - first) / int(R::kRowScales)) & -at.turns
+                          : 0;
     if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
     Ring<R::kDepth> ring;
 #pragma unroll 1
     for (int i = 0; i < at.slots; i += at.turns, ring.next()) {
-      // All that a ring holds, asked for at once, would hold up the launch that adds the parts of
-      // the product before, and x.
-      if (p.parts > 1 && i == at.turns) {
+      // All that a ring holds, asked for at once, would hold up x, and the launch that adds the
+      // parts of the product before. Of x the chunk of the slot that comes now: its stage cannot
+      // have been used again.
+      if (i == at.turns && (kWaits || p.parts > 1)) {
         hopper::wait_for_previous();
-        hopper::barrier_wait(at.base + kFull, 0);
+        hopper::barrier_wait(
+            at.base + (kFew ? kRaw + 8 * uint32_t(at.turns) * R::kStep : uint32_t(kFull)), 0);
       }
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        const int slot = i + (g >> p.share_bits), n = at.n0 + 64 * (g & (p.share - 1));
-        if (slot >= at.slots) break;
-        const uint32_t place = ring.place * kGroups + uint32_t(g);
-        const uint32_t full = at.base + kCodesFull + 8 * place;
-        hopper::barrier_wait(at.base + kCodesEmpty + 8 * place, ring.parity ^ 1);
-        if (lane == 0) {
-          hopper::barrier_expect(full, R::kSlot);
-          hopper::copy_box(at.base + R::kCodesAt + place * R::kSlot, p.codes_map,
-                           at.first * int(R::kHalf) + slot * int(R::kRowBytes), n, full, 0, false);
-        }
-        const uint32_t to =
-            at.base + R::kScalesAt + place * R::kScales + uint32_t(lane) * R::kRowScales;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          copy_scales(to + uint32_t(r) * 32 * R::kRowScales, row[2 * g + r], left[g]);
-          row[2 * g + r] += by;
-        }
-        left[g] -= by;
-        hopper::arrive_after_copies(full);
+      if (kFew && i < whole) {
+        bring_slots<true>(lane, i, ring, row, left, by);
+      } else {
+        bring_slots<false>(lane, i, ring, row, left, by);
       }
     }
   }
@@ -228,37 +265,61 @@ struct Bringer {
     }
 #pragma unroll
     for (int j = 0; j < 16; j += 4) {
-      hopper::store_matrices((to ^ (j & 4 ? 64u : 0u)) + uint32_t(j / 8) * (R::kStage / 2),
-                             pairs[j], pairs[j + 1], pairs[j + 2], pairs[j + 3]);
+      hopper::store_matrices((to ^ (j & 4 ? 64u : 0u)) + uint32_t(j / 8) * R::kTile, pairs[j],
+                             pairs[j + 1], pairs[j + 2], pairs[j + 3]);
     }
   }
+  // Two units of eight tokens at once, of two chunks where a chunk has one: each pass is a chain of
+  // latencies, and so many warps beside it make them long. More would take registers that leave
+  // room for the launch that adds parts of K.
   PYFMT_DEVICE void order_x(uint32_t warp, int lane) const {
-    constexpr uint32_t kUnits = kTokens / 8 / 2;  // of eight tokens, of a warp
-    constexpr uint32_t kTogether = kUnits % 2 ? 1 : 2;
+    constexpr uint32_t kUnits = kTokens / 8 / 2;    // of a warp and a chunk
+    constexpr uint32_t kAll = kUnits * R::kJoined;  // of a stage
+    constexpr uint32_t kTogether = kAll < 2 ? 1 : 2;
+    constexpr int kAtOnce = kAll < 2 ? 2 : 1;  // stages
     const uint32_t row = uint32_t(lane) % 8, piece = uint32_t(lane) / 8;
     const uint32_t token = uint32_t(lane) / 4, t = uint32_t(lane) % 4;
     const uint32_t start = at.base + kHeader + warp * (kUnits * 1024);
-    const uint32_t from =
-        start + t / 2 * (R::kStage / 2) + token * 128 + ((t & 1) * 4 ^ token) * 16;
+    const uint32_t from = start + t / 2 * R::kTile + token * 128 + ((t & 1) * 4 ^ token) * 16;
     const uint32_t to = start + row * 128 + (piece ^ row) * 16;
-    const int chunks = at.slots * int(R::kSpan);
+    const auto unit = [](uint32_t v) { return v / kUnits * (2 * R::kTile) + v % kUnits * 1024; };
+    const int stages = at.slots * int(R::kStep);
     Ring<R::kStages> ring;
 #pragma unroll 1
-    for (int i = 0; i < chunks; ++i, ring.next()) {
-      const uint32_t stage = ring.place * R::kStage;
-      hopper::barrier_wait(at.base + kRaw + 8 * ring.place, ring.parity);
+    for (int i = 0; i < stages; i += kAtOnce) {
+      const bool both = kAtOnce == 2 && i + 1 < stages;
+      Ring<R::kStages> places[kAtOnce];
 #pragma unroll
-      for (uint32_t v = 0; v < kUnits; v += kTogether) {
-        Columns c[kTogether];
+      for (int j = 0; j < kAtOnce; ++j, ring.next()) {
+        places[j] = ring;
+        if (j == 0 || both) hopper::barrier_wait(at.base + kRaw + 8 * ring.place, ring.parity);
+      }
 #pragma unroll
-        for (uint32_t u = 0; u < kTogether; ++u) load_x(from + stage + (v + u) * 1024, c[u]);
+      for (uint32_t v = 0; v < kAll; v += kTogether) {
+        Columns c[kAtOnce][kTogether];
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (j && !both) break;
+          const uint32_t stage = places[j].place * R::kStage;
+#pragma unroll
+          for (uint32_t u = 0; u < kTogether; ++u) load_x(from + stage + unit(v + u), c[j][u]);
+        }
         hopper::warp_sync();
 #pragma unroll
-        for (uint32_t u = 0; u < kTogether; ++u) store_x(to + stage + (v + u) * 1024, c[u]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          if (j && !both) break;
+          const uint32_t stage = places[j].place * R::kStage;
+#pragma unroll
+          for (uint32_t u = 0; u < kTogether; ++u) store_x(to + stage + unit(v + u), c[j][u]);
+        }
       }
       hopper::stores_fence();
       hopper::warp_sync();
-      if (lane == 0) hopper::barrier_arrive_here(at.base + kFull + 8 * ring.place);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (j && !both) break;
+        if (lane == 0) hopper::barrier_arrive_here(at.base + kFull + 8 * places[j].place);
+      }
     }
   }
 
