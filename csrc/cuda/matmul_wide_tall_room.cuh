@@ -229,8 +229,7 @@ struct Bringer {
       // have been used again.
       if (i == at.turns && (kWaits || p.parts > 1)) {
         hopper::wait_for_previous();
-        hopper::barrier_wait(
-            at.base + (kFew ? kRaw + 8 * uint32_t(at.turns) * R::kStep : uint32_t(kFull)), 0);
+        hopper::barrier_wait(at.base + kRaw + 8 * uint32_t(at.turns) * R::kStep, 0);
       }
       if (kFew && i < whole) {
         bring_slots<true>(lane, i, ring, row, left, by);
