@@ -199,12 +199,12 @@ def decode(seconds: float) -> None:
     for n, k in ((8192, 8192), (28672, 8192)):
         copies = max(2, math.ceil(CACHE / (n * k // 2)) + 1)
         w = Weights(n, k, copies)
-        for m in (1, 4, 16, 32, 64):
+        for m in (1, 4, 8, 16, 32, 64):
             x = randn(m, k)
             cases = {"cuBLAS bf16": w.bf16(x)}
             for fmt in DECODE if n == 8192 else DECODE[:2]:
                 cases[f"dense x {fmt}"] = w.linear(x, fmt, None)
-            for fmt in ("mxfp4", "nvfp4"):
+            for fmt in ("mxfp4", "nvfp4", "mxint4"):
                 cases[f"rotate 32, {fmt} x {fmt}"] = w.linear(x, fmt, fmt, 32)
             cases["rival: torch fp8, prequantized"] = fp8_rival(x, w)
             rival = gemlite_rival.rival(x, w.dense)

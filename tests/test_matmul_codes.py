@@ -146,7 +146,7 @@ def test_which_calls_it_serves() -> None:
     for m, n, k in ((17, 64, 8192), (16, 64, 8448), (1, 40, 256), (1, 64, 288), (8, 64, 16640)):
         assert not paths.multiplies_codes(fp4, fp4, m, n, k)
     assert not paths.multiplies_codes(fp8, fp4, 1, 64, 256)
-    call = paths.Call(fp4, "bfloat16", fp4, 16, 8192, 8192)
+    call = paths.Call(fp4, "bfloat16", fp4, 8, 8192, 8192)
     machine = paths.Machine((9, 0))
     assert paths.row_of(call) == "codes-4" and paths.choose(call, machine) == "skinny"
     assert "codes-4" in paths.explain(call, machine)["skinny"]
