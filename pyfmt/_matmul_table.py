@@ -20,32 +20,32 @@ Entries = tuple[tuple[str, int | None], ...]
 TABLE: dict[str, tuple[Entries, ...]] = {
     "codes-4": (
         (("skinny", 16), ("wide", 64), ("fold", None)),
-        (("skinny", 16), ("wide", 64), ("fold", None)),
-        (("skinny", 16), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-4": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-6": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "codes-4 kept": (
         (("skinny", 16), ("wide", 64), ("fold", None)),
-        (("skinny", 16), ("wide", 48), ("fold", None)),
-        (("skinny", 16), ("wide", 48), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
     ),
     "fold-4 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("wide", 48), ("fold", None)),
-        (("skinny", 8), ("wide", 48), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
     ),
     "fold-6 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "bf16-4": (
@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     "bf16-6": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
         (("skinny", 8), ("wide", 2048), ("exact", None)),
-        (("skinny", 8), ("wide", None)),
+        (("skinny", 8), ("wide", 2048), ("exact", None)),
     ),
     "bf16-8": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
@@ -69,14 +69,14 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 8), ("wide", 192), ("exact", None)),
     ),
     "bf16-6 kept": (
-        (("skinny", 8), ("wide", 32), ("exact", None)),
+        (("skinny", 8), ("wide", 48), ("exact", None)),
         (("skinny", 8), ("wide", 64), ("exact", None)),
         (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "bf16-8 kept": (
         (("skinny", 8), ("wide", 48), ("exact", None)),
         (("skinny", 8), ("wide", 64), ("exact", None)),
-        (("skinny", 16), ("wide", 64), ("exact", None)),
+        (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "groups-4": (
         (("skinny", 16), ("wide", None)),

@@ -46,6 +46,7 @@ PlaceParams place_params(const FormatSpec& f, const CodesLeft& to) {
   PlaceParams p;
   p.eights = int64_t(to.m) * (to.k / 8);
   p.row_eights = to.k / 8;
+  p.rows = to.m;
   p.limits = limits(f.element, false);
   p.bytes = static_cast<uint8_t*>(to.bytes);
   p.scales = to.scales;

@@ -78,7 +78,7 @@ struct PlaceParams {
   const void* x = nullptr;  // bfloat16, or packed codes
   const uint8_t* x_scales = nullptr;
   int64_t eights = 0;  // of elements, in all
-  int row_eights = 1;
+  int row_eights = 1, rows = 0;
   ScaleParams scale;
   Limits limits;
   RotationParams rotation;
@@ -118,6 +118,12 @@ PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t eight, uint32_t cod
   if (t == 0) {
     p.scales[CodesLayout::scale(p.tiles, int(row), block)] =
         as_float(codec::e8m0_decode<uint32_t>(scale));
+  }
+  // Rows of the last tile that x has not: their scales are read too, for sums that nobody stores.
+  if (int(row) + 1 == p.rows) {
+    for (int beyond = p.rows + t; beyond < 8 * p.tiles; beyond += 4) {
+      p.scales[CodesLayout::scale(p.tiles, beyond, block)] = 0.0f;
+    }
   }
 }
 
