@@ -190,10 +190,9 @@ def _of_bounds(record: dict[str, Any], found: Matmuls, names: list[str]) -> str:
         lines = [(name, found[name, m]) for name in names if (name, m) in found]
         shares = [f"{n} {line['bound'] / line['median']:.2f}" for n, line in lines if ", " not in n]
         words.append(f"M = {m}: {', '.join(shares)}")
-    other = f" in the run of commit {rates['products_of']}" if "products_of" in rates else ""
     return (
-        f"Of what the device cannot beat (bytes at a copy's rate, {rates['copy'] / 1e12:.2f} TB/s, "
-        f"and products at the library's rates on zeros{other}, "
+        f"Of the time that bytes take at a copy's rate, or products at the library's on zeros, as "
+        f"this run measured them ({rates['copy'] / 1e12:.2f} TB/s; "
         f"{rates['bf16'] / 1e12:.0f} TFLOP/s in bfloat16 and {rates['fp8'] / 1e12:.0f} in fp8): "
         f"{'; '.join(words)}."
     )
