@@ -81,6 +81,25 @@ PYFMT_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
+// The same by the low 16 bits of a selector, whose nibbles' upper bits ask for eight copies of the
+// byte's sign in its place.
+PYFMT_DEVICE uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  // __byte_perm drops the bits that ask for signs.
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+  return d;
+#else
+  const uint32_t picked = pick_bytes(a, b, selector & 0x7777u);
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t byte = picked >> (8 * i) & 0xffu;
+    d |= (selector >> (4 * i) & 8u ? (byte >> 7) * 0xffu : byte) << (8 * i);
+  }
+  return d;
+#endif
+}
+
 PYFMT_DEVICE float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);

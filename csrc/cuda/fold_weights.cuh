@@ -30,17 +30,6 @@ PYFMT_DEVICE uint32_t multiply_float16(uint32_t a, uint32_t b) {
 #endif
 }
 
-// pick_bytes by four places below 8, whatever stands above them: without a mask for the latter.
-PYFMT_DEVICE uint32_t look_up(uint32_t a, uint32_t b, uint32_t places) {
-#if defined(__CUDA_ARCH__)
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(places));
-  return d;
-#else
-  return pick_bytes(a, b, places & 0x7777u);
-#endif
-}
-
 // Sixteen 6-bit floats as float16 pairs, codes i and i + 8 in pair i: magnitudes from bit kPlace
 // on, and signs. The two codes of a pair start at the same bit of their halves, so three words of
 // halves hold all.
@@ -172,14 +161,15 @@ struct FoldWeights {
   PYFMT_DEVICE static void look_up_word(uint32_t word, const uint32_t* t, uint32_t* out) {
     const uint32_t up = word << 4, places = word & 0x77777777u;
     if constexpr (kInt) {
-      out[0] = select_bits(look_up(t[2], t[3], places), look_up(t[0], t[1], places),
+      out[0] = select_bits(permute_bytes(t[2], t[3], places), permute_bytes(t[0], t[1], places),
                            pick_signs(up, word, 0x5140));
-      out[1] = select_bits(look_up(t[2], t[3], places >> 16), look_up(t[0], t[1], places >> 16),
-                           pick_signs(up, word, 0x7362));
+      out[1] = select_bits(permute_bytes(t[2], t[3], places >> 16),
+                           permute_bytes(t[0], t[1], places >> 16), pick_signs(up, word, 0x7362));
     } else {
-      out[0] = select_bits(pick_bytes(up, word, 0x5140), look_up(t[0], t[1], places), 0x80808080u);
-      out[1] =
-          select_bits(pick_bytes(up, word, 0x7362), look_up(t[0], t[1], places >> 16), 0x80808080u);
+      out[0] =
+          select_bits(pick_bytes(up, word, 0x5140), permute_bytes(t[0], t[1], places), 0x80808080u);
+      out[1] = select_bits(pick_bytes(up, word, 0x7362), permute_bytes(t[0], t[1], places >> 16),
+                           0x80808080u);
     }
   }
 

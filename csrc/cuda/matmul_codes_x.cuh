@@ -32,26 +32,9 @@ struct CodesLayout {
   }
 };
 
-// Bytes of four codes, by the low 16 bits; the table's entries are those of positive codes, and
-// negative ones give zero where these are not negative.
-PYFMT_DEVICE uint32_t look_up(uint32_t low, uint32_t high, uint32_t codes) {
-#if defined(__CUDA_ARCH__)
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(codes));
-  return d;
-#else
-  const uint64_t all = uint64_t(high) << 32 | low;
-  uint32_t d = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t code = codes >> (4 * i) & 15, byte = uint32_t(all >> (8 * (code & 7))) & 0xff;
-    d |= (code & 8 ? byte >> 7 ? 0xffu : 0u : byte) << (8 * i);
-  }
-  return d;
-#endif
-}
-
 // E2M1 times two is the sum of two bytes of a code c: twice its magnitude unless it is negative,
-// and less its magnitude.
+// and less its magnitude. Both are looked up, four codes at once by the low 16 bits of a word: of
+// a negative code the first gives eight copies of a sign that its table's bytes have not, 0.
 struct TwiceE2M1 {
   uint32_t low = 0x06040200u, high = 0x18100c08u;
   uint32_t less_low = 0xfdfeff00u, less_high = 0xf4f8fafcu;
@@ -64,9 +47,11 @@ struct TwiceE2M1 {
     low = load_small<4>(room);
     less_low = load_small<4>(room + 4);
   }
-  PYFMT_DEVICE uint32_t positive(uint32_t codes) const { return look_up(low, high, codes); }
+  PYFMT_DEVICE uint32_t positive(uint32_t codes) const { return permute_bytes(low, high, codes); }
   // codes: without signs.
-  PYFMT_DEVICE uint32_t less(uint32_t codes) const { return look_up(less_low, less_high, codes); }
+  PYFMT_DEVICE uint32_t less(uint32_t codes) const {
+    return permute_bytes(less_low, less_high, codes);
+  }
 };
 
 // Four bytes added without carries between them.
@@ -133,16 +118,12 @@ constexpr int kPlaceThreads = 64;
 constexpr int kLongestTurn = 256;
 
 PYFMT_DEVICE void rotate_eight(float (&v)[8], const RotationParams& r) {
-#pragma unroll
-  for (int stride = 1; stride < 8; stride *= 2) {
-    if (stride >= r.size) break;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (i & stride) continue;
-      const float a = v[i], b = v[i + stride];
-      v[i] = a + b;
-      v[i + stride] = a - b;
-    }
+  if (r.size == 2) {
+    near_butterflies<2, 8>(v);
+  } else if (r.size == 4) {
+    near_butterflies<4, 8>(v);
+  } else {
+    near_butterflies<8, 8>(v);
   }
 #pragma unroll 1
   for (int far = 1; far < r.size / 8; far *= 2) far_butterfly(v, far);

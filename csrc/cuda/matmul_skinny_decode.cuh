@@ -19,16 +19,7 @@ namespace cuda {
 // Bytes `low` and `high` of a and b (4 and more: of b) to the two halves, their signs spread.
 template <uint32_t kLow, uint32_t kHigh>
 PYFMT_DEVICE uint32_t signed_bytes(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  constexpr uint32_t selector = kLow | (kLow | 8) << 4 | kHigh << 8 | (kHigh | 8) << 12;
-  // __byte_perm drops the bits that ask for signs.
-  uint32_t d;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "n"(selector));
-  return d;
-#else
-  const uint32_t low = pick_bytes(a, b, kLow) & 0xffu, high = pick_bytes(a, b, kHigh) & 0xffu;
-  return (low | (low >> 7) * 0xff00u) | (high | (high >> 7) * 0xff00u) << 16;
-#endif
+  return permute_bytes(a, b, kLow | (kLow | 8) << 4 | kHigh << 8 | (kHigh | 8) << 12);
 }
 
 // The larger of halves, as they count without signs.

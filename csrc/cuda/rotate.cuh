@@ -46,13 +46,13 @@ PYFMT_DEVICE float flip(float v, uint32_t signs, int i) {
   return as_float(as_uint(v) ^ (signs << (i / 2 + (i & 1 ? 0 : 16)) & 0x80000000u));
 }
 
-// Sums and differences of one unit at strides below kSize.
-template <int kSize>
+// Sums and differences of kCount numbers at strides below kSize.
+template <int kSize, int kCount = kUnit>
 PYFMT_DEVICE void near_butterflies(float* v) {
 #pragma unroll
-  for (int stride = 1; stride < kUnit && stride < kSize; stride *= 2) {
+  for (int stride = 1; stride < kCount && stride < kSize; stride *= 2) {
 #pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (i & stride) continue;
       const float a = v[i], b = v[i + stride];
       v[i] = a + b;
