@@ -96,6 +96,9 @@ struct FormatSpec {
   bool tensor_scale = false;
 
   constexpr int bits() const { return element.bits(); }
+  constexpr bool has_float_scales() const {  // groups, not blocks
+    return scale != Scale::kE8M0 && scale != Scale::kE4M3;
+  }
   constexpr int64_t columns(int64_t length) const {
     return block_columns ? block_columns : (length > 0 ? length : 1);
   }

@@ -15,28 +15,13 @@ Tensor matmul_codes(std::optional<Tensor> x, std::optional<Tensor> codes,
                     Tensor w_scales, std::string w_format, std::optional<Tensor> bias,
                     ScalarType dtype, std::optional<std::vector<int64_t>> plan) {
   const Device device(w_codes);
-  options::expect(x.has_value() != codes.has_value() && codes.has_value() == scales.has_value(),
-                  "codes: expected x, or codes and scales");
   const Codes w(device, w_codes, w_scales, w_format);
-  std::optional<Rows> values;
-  std::optional<Codes> packed;
-  int64_t m, k;
-  if (x) {
-    device.expect_here("x", *x);
-    values.emplace(*x, format, scale_rule, std::nullopt, clip, rotation, signs);
-    options::expect(cuda::round_codes_serves(values->args),
-                    "x: expected bfloat16 rows of whole blocks; quantize it first");
-    m = values->args.view.outer;
-    k = values->args.view.columns;
-  } else {
-    packed.emplace(device, *codes, *scales, format);
-    m = packed->rows;
-    k = packed->columns;
-  }
-  options::expect(w.columns == k, "w_codes: expected rows of ", k,
-                  " elements like those of the left operand, got ", w.columns);
+  const LeftOperand left(device, x, codes, scales, format, scale_rule, clip, rotation, signs);
+  left.expect_served(cuda::round_codes_serves);
+  left.expect_beside(w);
+  const int64_t m = left.rows, k = left.columns;
   cuda::MatmulCodesArgs a;
-  a.x_format = x ? values->args.format : packed->format;
+  a.x_format = left.format;
   a.format = w.format;
   a.n = w.rows;
   if (const char* reason = cuda::matmul_codes_refuses(a.x_format, a.format, m, a.n, k)) {
@@ -54,12 +39,14 @@ Tensor matmul_codes(std::optional<Tensor> x, std::optional<Tensor> codes,
   options::expect(
       cuda::matmul_codes_reads(a.codes, a.scales),
       "w_codes: expected codes at a multiple of 16 bytes and scales at one of 8; copy them");
-  if (x) {
-    cuda::round_codes(values->args, a.x, device.stream);
+  if (left.values) {
+    cuda::round_codes(left.values->args, a.x, device.stream);
   } else {
-    cuda::place_codes(static_cast<const uint8_t*>(packed->packed.const_data_ptr()),
-                      static_cast<const uint8_t*>(packed->grid.const_data_ptr()), packed->format,
-                      a.x, device.stream);
+    const auto* packed = static_cast<const uint8_t*>(left.packed->packed.const_data_ptr());
+    options::expect(reinterpret_cast<uintptr_t>(packed) % 4 == 0,
+                    "codes: expected them at a multiple of 4 bytes; copy them");
+    cuda::place_codes(packed, static_cast<const uint8_t*>(left.packed->grid.const_data_ptr()),
+                      left.format, a.x, device.stream);
   }
   const Tensor y = device.empty({m, w.rows}, dtype);
   Tensor flat_bias;

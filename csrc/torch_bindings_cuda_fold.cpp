@@ -20,29 +20,14 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
                    std::optional<Tensor> bias, ScalarType dtype, std::optional<Tensor> total,
                    int64_t tile, int64_t share, int64_t split) {
   const Device device(w_codes);
-  options::expect(x.has_value() != codes.has_value() && codes.has_value() == scales.has_value(),
-                  "codes: expected x, or codes and scales");
   options::expect(w_scale.has_value() == w_marks.has_value(),
                   "w_marks: expected w_scale and w_marks, or neither");
   const Codes w(device, w_codes, w_scales, w_format);
-  std::optional<Rows> values;
-  std::optional<Codes> packed;
-  int64_t rows, columns;
-  if (x) {
-    device.expect_here("x", *x);
-    values.emplace(*x, format, scale_rule, std::nullopt, clip, rotation, signs);
-    options::expect(cuda::fold_values_serves(values->args),
-                    "x: expected bfloat16 rows of whole blocks; quantize it first");
-    rows = values->args.view.outer;
-    columns = values->args.view.columns;
-  } else {
-    packed.emplace(device, *codes, *scales, format);
-    rows = packed->rows;
-    columns = packed->columns;
-  }
-  expect_folds(x ? values->args.format : packed->format, format, e5m2);
-  options::expect(w.columns == columns, "w_codes: expected rows of ", columns,
-                  " elements like those of the left operand, got ", w.columns);
+  const LeftOperand given(device, x, codes, scales, format, scale_rule, clip, rotation, signs);
+  given.expect_served(cuda::fold_values_serves);
+  expect_folds(given.format, format, e5m2);
+  given.expect_beside(w);
+  const int64_t rows = given.rows, columns = given.columns;
   cuda::MatmulFoldArgs a;
   a.format = w.format;
   a.n = w.rows;
@@ -77,9 +62,9 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   cuda::FoldScanArgs scan;
   if (!w_scale) scan = cuda::fold_scan_args(w.args(right));
   if (x) {
-    cuda::fold_values(values->args, a.a, device.stream, scan);
+    cuda::fold_values(given.values->args, a.a, device.stream, scan);
   } else {
-    cuda::fold_codes(packed->args(a.a), device.stream, scan);
+    cuda::fold_codes(given.packed->args(a.a), device.stream, scan);
   }
 
   const Tensor y = device.empty({rows, w.rows}, dtype);

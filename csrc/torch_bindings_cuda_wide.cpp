@@ -62,7 +62,7 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
   a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1), written};
-  const bool groups = f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
+  const bool groups = f.has_float_scales();
   options::expect(!tile || tile >= 64 || !groups,
                   "tile: expected 64 rows or more for groups of integers, got ", tile);
   options::expect(tile != 64 || groups || share == 2 || share == 4,

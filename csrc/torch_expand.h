@@ -117,6 +117,42 @@ struct Rows {
   }
 };
 
+// The left operand of a product: x, still to be rotated and quantized, or codes and scales.
+struct LeftOperand {
+  std::optional<Rows> values;
+  std::optional<Codes> packed;
+  FormatSpec format;
+  int64_t rows, columns;
+
+  LeftOperand(const Device& device, const std::optional<Tensor>& x,
+              const std::optional<Tensor>& codes, const std::optional<Tensor>& scales,
+              const std::string& name, const Text& scale_rule, const std::string& clip,
+              int64_t rotation, const std::optional<Tensor>& signs) {
+    options::expect(x.has_value() != codes.has_value() && codes.has_value() == scales.has_value(),
+                    "codes: expected x, or codes and scales");
+    if (x) {
+      device.expect_here("x", *x);
+      values.emplace(*x, name, scale_rule, std::nullopt, clip, rotation, signs);
+      rows = values->args.view.outer;
+      columns = values->args.view.columns;
+    } else {
+      packed.emplace(device, *codes, *scales, name);
+      rows = packed->rows;
+      columns = packed->columns;
+    }
+    format = x ? values->args.format : packed->format;
+  }
+  // Whether x can be quantized on the way, by what the kernel says of its arguments.
+  void expect_served(bool (*serves)(const cuda::QuantizeArgs&)) const {
+    options::expect(!values || serves(values->args),
+                    "x: expected bfloat16 rows of whole blocks; quantize it first");
+  }
+  void expect_beside(const Codes& w) const {
+    options::expect(w.columns == columns, "w_codes: expected rows of ", columns,
+                    " elements like those of the left operand, got ", w.columns);
+  }
+};
+
 inline DType bias_into(const Device& device, const std::optional<Tensor>& bias, int64_t columns,
                        const void** data) {
   if (!bias) return DType::kFP32;

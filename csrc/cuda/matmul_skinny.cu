@@ -22,10 +22,6 @@ SkinnyKernel find_kernel(const FormatSpec& f, int columns, Inputs inputs) {
   return {};
 }
 
-bool grouped(const FormatSpec& f) {
-  return f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
-}
-
 // Where the general kernels are faster, as measured: for 8 rows of 4096 x 4096 of 6 bits by 5%; for
 // integers of 8 bits, which take memory's time in either, where blocks have few tiles to spread the
 // activations' time over: by 5% at 8 rows of 8192 x 8192, by 2 to 6% of 4096 x 14336.
@@ -35,14 +31,14 @@ bool faster_without(const SkinnyArgs& a, int64_t tiles, int warps, int split) {
   if (bits == 6) return a.m >= 4 && split == 1 && warps <= 8 && tiles <= 2 * places;
   if (bits != 8 || !a.format.element.is_int() || tiles >= 6 * places) return false;
   if (split > 1) return true;
-  if (grouped(a.format)) return a.m > 2 && warps > 8;
+  if (a.format.has_float_scales()) return a.m > 2 && warps > 8;
   return a.m > 2 || tiles < 3 * places;
 }
 
 // The kernel whose activations stay in registers, where it can.
 bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   if (a.batch_invariant || a.split < 0 || a.m > 8 || a.k % 256 != 0 || a.n % 16 != 0) return false;
-  const bool groups = grouped(a.format);
+  const bool groups = a.format.has_float_scales();
   if (groups && (a.format.block_columns != 128 || scale_bytes(a.format.scale) != 2)) return false;
   const int unit = groups ? 4 : a.format.scale == Scale::kE4M3 ? 16 : 8;  // of a copy of scales
   if (reinterpret_cast<uintptr_t>(a.scales) % unit != 0) return false;

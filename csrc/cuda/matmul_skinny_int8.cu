@@ -6,7 +6,7 @@ namespace pyfmt {
 namespace cuda {
 
 SkinnyKernel skinny_int8(const FormatSpec& f, int columns, Inputs inputs) {
-  if (f.element == elements::int8 && f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3) {
+  if (f.element == elements::int8 && f.has_float_scales()) {
     if (f.block_columns % 128 == 0) {
       return skinny_kernel<Weights<int8_element, Scale::kBF16, Grouping::kSteps>>(columns, inputs);
     }

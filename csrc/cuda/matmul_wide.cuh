@@ -66,7 +66,7 @@ inline bool is_nv(const FormatSpec& f, const ElementSpec& e) {
   return f.element == e && f.scale == Scale::kE4M3 && f.block_columns == 16;
 }
 inline bool has_groups(const FormatSpec& f, const ElementSpec& e) {
-  return f.element == e && f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
+  return f.element == e && f.has_float_scales();
 }
 
 // Of weights F: boxes of so many of codes' bytes and rows, and what the decoder leaves out.

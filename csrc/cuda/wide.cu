@@ -88,10 +88,9 @@ void launch_element(const QuantizeArgs& a, const WideParams& p, Stream stream) {
 bool wide_serves(const QuantizeArgs& a) {
   const FormatSpec& f = a.format;
   const bool element = f.element == elements::int8 || f.element == elements::int4;
-  const bool scale = f.scale != Scale::kE8M0 && f.scale != Scale::kE4M3;
-  return element && scale && f.block_rows == 1 && f.block_columns == 0 && !a.out && !a.stochastic &&
-         !a.rotation.size && a.view.flat() && aligned16(a.x) && a.view.count() > 0 &&
-         a.view.columns % kUnit == 0 && a.view.columns <= kLongest;
+  return element && f.has_float_scales() && f.block_rows == 1 && f.block_columns == 0 && !a.out &&
+         !a.stochastic && !a.rotation.size && a.view.flat() && aligned16(a.x) &&
+         a.view.count() > 0 && a.view.columns % kUnit == 0 && a.view.columns <= kLongest;
 }
 
 void quantize_wide(const QuantizeArgs& a, Stream stream) {
