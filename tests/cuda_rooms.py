@@ -8,7 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -303,3 +303,26 @@ def emulated_room() -> Room:
     spec.loader.exec_module(module)
     module._ops = emulated_ops  # type: ignore[attr-defined]
     return Room("cuda-emulated", module, torch=True)
+
+
+def device_ops() -> Any:
+    """torch.ops.pyfmt, where there is a device."""
+    import torch
+
+    import pyfmt.ops  # noqa: F401
+
+    device_room()
+    return torch.ops.pyfmt
+
+
+def emulated_and_on_device(make: Callable[[Any, str], Any]) -> Any:
+    """A fixture: make(ops, device) with emulated kernels, and again on a GPU where there is one."""
+    on_device = pytest.param("device", marks=pytest.mark.gpu)
+
+    @pytest.fixture(scope="module", params=["emulated", on_device])
+    def op(request: pytest.FixtureRequest) -> Any:
+        if request.param == "device":
+            return make(device_ops(), "cuda")
+        return make(emulated_ops(), "cpu")
+
+    return op

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,35 +14,20 @@ from pyfmt import _matmul_paths as paths  # noqa: E402
 from pyfmt import _torch_dense as dense  # noqa: E402
 from pyfmt._torch_operands import Left, Out, Parts, Right  # noqa: E402
 from pyfmt.formats import get_format  # noqa: E402
-from tests import codes  # noqa: E402
+from tests import codes as by_codes  # noqa: E402
 from tests.codes import Codes  # noqa: E402
+from tests.cuda_rooms import emulated_and_on_device, emulated_ops  # noqa: E402
 
 PAIRS = [("mxfp4", "mxfp4"), ("mxint4", "mxint4"), ("mxfp4", "mxint4"), ("mxint4", "mxfp4")]
 
 
-def emulated() -> Codes:
-    from tests.cuda_rooms import emulated_ops
-
-    return Codes(emulated_ops(), "cpu")
-
-
-def on_device() -> Codes:
-    from tests.cuda_rooms import device_room
-
-    device_room()
-    if torch.cuda.get_device_capability() < (9, 0):
+def make(ops: Any, device: str) -> Codes:
+    if device == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("the kernel under test is compiled for compute capability 9.0")
-    return Codes(torch.ops.pyfmt, "cuda")
+    return Codes(ops, device)
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(emulated, id="emulated"),
-            pytest.param(on_device, id="device", marks=pytest.mark.gpu)],
-)  # fmt: skip
-def op(request: pytest.FixtureRequest) -> Codes:
-    make: Callable[[], Codes] = request.param
-    return make()
+op = emulated_and_on_device(make)
 
 
 def quantize(x: Any, name: str, rule: Any, clip: str, rotation: int, signs: Any) -> Any:
@@ -56,40 +40,40 @@ def quantize(x: Any, name: str, rule: Any, clip: str, rotation: int, signs: Any)
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_exact_sums(op: Codes, names: tuple[str, str]) -> None:
     for m, n, k in ((1, 32, 256), (5, 64, 768), (8, 96, 512), (16, 48, 512), (11, 176, 1280)):
-        codes.exact_sums(op, names, m, n, k)
+        by_codes.exact_sums(op, names, m, n, k)
     for plan in ([1, 1, 1], [2, 0, 2], [3, 1, 99]):
-        codes.exact_sums(op, names, 3, 112, 768, plan=plan)
+        by_codes.exact_sums(op, names, 3, 112, 768, plan=plan)
 
 
 @pytest.mark.parametrize("names", PAIRS[:2], ids="-".join)
 def test_long_rows(op: Codes, names: tuple[str, str]) -> None:
-    codes.exact_sums(op, names, 2, 32, 8448)
-    codes.exact_sums(op, names, 16, 32, 4352)
+    by_codes.exact_sums(op, names, 2, 32, 8448)
+    by_codes.exact_sums(op, names, 16, 32, 4352)
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
 def test_extreme_codes_and_scales(op: Codes, names: tuple[str, str]) -> None:
-    codes.extreme_sums(op, names)
+    by_codes.extreme_sums(op, names)
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
 def test_x_is_rounded_as_quantize_does(op: Codes, name: str) -> None:
-    codes.rounds_like_quantize(op, name, quantize)
+    by_codes.rounds_like_quantize(op, name, quantize)
 
 
 @pytest.mark.parametrize("names", PAIRS[:2], ids="-".join)
 def test_error_is_bounded(op: Codes, names: tuple[str, str]) -> None:
     for m, n, k in ((1, 64, 512), (13, 48, 2304)):
-        codes.within_bound(op, names, m, n, k)
+        by_codes.within_bound(op, names, m, n, k)
 
 
 def test_bits_do_not_depend_on_the_rows(op: Codes) -> None:
-    codes.same_for_any_rows(op, 48, 1280, (1, 3, 8, 9, 15))
+    by_codes.same_for_any_rows(op, 48, 1280, (1, 3, 8, 9, 15))
 
 
 def test_dtypes_and_bias(op: Codes) -> None:
-    left, right = codes.operand("mxfp4", 3, 256, 1), codes.operand("mxfp4", 32, 256, 2)
-    exact = torch.from_numpy(codes.value(left, 256) @ codes.value(right, 256).T)
+    left, right = by_codes.operand("mxfp4", 3, 256, 1), by_codes.operand("mxfp4", 32, 256, 2)
+    exact = torch.from_numpy(by_codes.value(left, 256) @ by_codes.value(right, 256).T)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for kind in (torch.bfloat16, torch.float16, torch.float32):
             bias = torch.arange(32).to(kind)
@@ -106,14 +90,14 @@ def test_refusals(op: Codes) -> None:
         (2, 32, 256, ("mxfp8_e4m3", "mxfp4"), "MXFP4 and MXINT4"),
     ):
         with pytest.raises(RuntimeError, match=words):
-            op(codes.operand(names[0], m, k, 1), codes.operand(names[1], n, k, 2))
+            op(by_codes.operand(names[0], m, k, 1), by_codes.operand(names[1], n, k, 2))
     with pytest.raises(RuntimeError, match="bfloat16 rows"):
-        op((torch.zeros(2, 256), "mxfp4"), codes.operand("mxfp4", 32, 256, 2))
+        op((torch.zeros(2, 256), "mxfp4"), by_codes.operand("mxfp4", 32, 256, 2))
 
 
 def test_the_path_for_few_rows_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows to be rounded and packed ones, as the path hands them over; not where it cannot."""
-    emulator = emulated()
+    emulator = Codes(emulated_ops(), "cpu")
     called: list[Any] = []
 
     class Ops:
@@ -123,7 +107,7 @@ def test_the_path_for_few_rows_takes_it(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Parts, "ops", Ops())
     m, n, k = 5, 32, 256
-    w_codes, w_scales, _ = codes.operand("mxfp4", n, k, 1)
+    w_codes, w_scales, _ = by_codes.operand("mxfp4", n, k, 1)
     facts = paths.facts("mxfp4")
     right = Right(emulator.there(w_codes), emulator.there(w_scales), None, facts, n)
     x = torch.randn(m, k).bfloat16()
@@ -137,6 +121,42 @@ def test_the_path_for_few_rows_takes_it(monkeypatch: pytest.MonkeyPatch) -> None
     called.clear()
     invariant = dense.skinny(left, right, Out(None, torch.float32, batch_invariant=True))
     assert "_matmul_codes" not in called and (invariant - y).abs().max() <= 1e-4 * y.abs().max()
+
+
+def zeros(name: str, rows: int, k: int) -> Any:
+    fmt = get_format(name)
+    codes = torch.zeros(rows, fmt.row_bytes(k), dtype=torch.uint8)
+    return codes, torch.full((rows, fmt.blocks(k)), 127, dtype=torch.uint8), name
+
+
+def serves(op: Codes, left: Any, right: Any) -> bool:
+    try:
+        op(left, right)
+    except RuntimeError as error:
+        if "choose another path" not in str(error):
+            raise
+        return False
+    return True
+
+
+def test_the_table_knows_what_the_kernel_serves() -> None:
+    emulator = Codes(emulated_ops(), "cpu")
+    shapes = [(m, n, k) for m in (1, 8, 9, 16, 17) for n in (16, 24) for k in (256, 288)]
+    shapes += [(9, 16, 8192), (9, 16, 8448), (8, 16, 16384), (1, 16, 16640)]
+    for a, w in (*PAIRS, ("mxfp8_e4m3", "mxfp4"), ("mxint4", "mxfp6_e2m3")):
+        for m, n, k in shapes if (a, w) == PAIRS[0] else shapes[:4]:
+            known = paths.multiplies_codes(get_format(a), get_format(w), m, n, k)
+            assert serves(emulator, zeros(a, m, k), zeros(w, n, k)) == known, (a, w, m, n, k)
+
+
+def test_codes_that_lie_askew_are_refused() -> None:
+    emulator = Codes(emulated_ops(), "cpu")
+    codes, scales, name = by_codes.operand("mxfp4", 2, 256, 1)
+    codes = emulator.there(codes)
+    askew = torch.empty(codes.numel() + 1, dtype=torch.uint8)[1:].view(codes.shape)
+    askew.copy_(codes)
+    with pytest.raises(RuntimeError, match="codes: expected them at a multiple of 4 bytes"):
+        emulator((askew, scales, name), by_codes.operand("mxfp4", 32, 256, 2))
 
 
 def test_which_calls_it_serves() -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 from pyfmt.formats import FORMATS, get_format  # noqa: E402
 from tests import skinny  # noqa: E402
+from tests.cuda_rooms import emulated_and_on_device  # noqa: E402
 from tests.skinny import Skinny  # noqa: E402
 
 GROUPS = ["int4-b32-bf16", "int4-b96-fp16", "int8-b32-fp32", "int8-b64-bf16", "int4-brow-bf16"]
@@ -20,29 +20,7 @@ NAMES = [*FORMATS, *GROUPS]
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def emulated() -> Skinny:
-    from tests.cuda_rooms import emulated_ops
-
-    return Skinny(emulated_ops(), "cpu")
-
-
-def on_device() -> Skinny:
-    from tests.cuda_rooms import device_room
-
-    device_room()
-    import pyfmt.ops  # noqa: F401
-
-    return Skinny(torch.ops.pyfmt, "cuda")
-
-
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(emulated, id="emulated"),
-            pytest.param(on_device, id="device", marks=pytest.mark.gpu)],
-)  # fmt: skip
-def op(request: pytest.FixtureRequest) -> Skinny:
-    make: Callable[[], Skinny] = request.param
-    return make()
+op = emulated_and_on_device(Skinny)
 
 
 @pytest.mark.parametrize("name", NAMES)

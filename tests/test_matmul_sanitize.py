@@ -25,10 +25,10 @@ from tests import codes as by_codes  # noqa: E402
 from tests import grids, skinny  # noqa: E402
 from tests import test_matmul_fold as fold  # noqa: E402
 from tests import test_matmul_wide as wide  # noqa: E402
+from tests.cuda_rooms import device_ops  # noqa: E402
 from tests.grids import BF16  # noqa: E402
 from tests.rooms import to_torch  # noqa: E402
 from tests.test_matmul_codes import quantize as quantize_codes  # noqa: E402
-from tests.test_matmul_cuda import on_device  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
@@ -41,7 +41,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def few() -> skinny.Skinny:
-    return on_device()
+    return skinny.Skinny(device_ops(), "cuda")
 
 
 @pytest.fixture(scope="module")

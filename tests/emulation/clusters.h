@@ -108,13 +108,19 @@ inline float half_of(uint32_t pair, int which) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
-// The sum of 16 exact products rounded once: the device rounds more often.
-inline void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// The operands of all lanes of a warp, until the next warp_barrier.
+inline Cluster::Lane* lay_out(const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Cluster::Lane* lanes = warp_lanes();
   const int lane = block().current % 32;
   std::memcpy(lanes[lane].a, a, sizeof a);
   std::memcpy(lanes[lane].b, b, sizeof b);
   warp_barrier();
+  return lanes;
+}
+// The sum of 16 exact products rounded once: the device rounds more often.
+inline void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const Cluster::Lane* lanes = lay_out(a, b);
+  const int lane = block().current % 32;
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
     double sum = double(d[i]);
@@ -132,11 +138,8 @@ inline void mma16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 // The same of signed bytes: exact.
 inline void mma16832(uint32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                      const uint32_t (&c)[4]) {
-  Cluster::Lane* lanes = warp_lanes();
+  const Cluster::Lane* lanes = lay_out(a, b);
   const int lane = block().current % 32;
-  std::memcpy(lanes[lane].a, a, sizeof a);
-  std::memcpy(lanes[lane].b, b, sizeof b);
-  warp_barrier();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, column = 2 * (lane % 4) + i % 2;
     int64_t sum = int32_t(c[i]);
