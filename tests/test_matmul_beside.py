@@ -34,6 +34,9 @@ PROCESSES = [
     ["wide:mxint8:200x700x2048:256,1,1", "wide:mxint8:300x700x2048:128,1,1"],
     ["wide:mxfp4:16x1400x2048", "wide:mxint8:16x700x2048:16,1,2", "wide:nvfp4:32x1400x2048"],
     ["wide:mxfp4:16x1400x8192:16,2,2", "wide:mxint8:16x1400x2048:16,2,2"],
+    ["wide:int4:16x1400x8192:16,2,2", "wide:int8-b128-fp16:64x1400x2048:64,4,4"],
+    ["wide:int8:16x1400x2048", "wide:int4-b256-fp32:32x1400x2048:32,4,1"],
+    ["wide:int4:64x1400x2048:64,4,1", "wide:int8:32x700x2048:32,1,2"],
     ["wide:nvfp4:16x1400x2048:16,2,2", "wide:mxfp6_e2m3:16x2800x4096:16,4,1"],
     ["fold:mxfp4:200x700x2048:64,1,1", "fold:mxfp6_e3m2:200x700x2048:128,2,1"],
     [

@@ -17,7 +17,7 @@ from tests.grids import BF16  # noqa: E402
 from tests.rooms import to_torch  # noqa: E402
 
 GROUPS = ["int4-b256-fp16", "int8-brow-fp32", "int4-brow-bf16", "int4-b32-bf16", "int8-b64-fp16"]
-GROUPS += ["int8-b96-fp32"]
+GROUPS += ["int8-b96-fp32", "int4-b384-fp32", "int8-b128-fp16"]
 SERVED = [*FORMATS, *GROUPS]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Plans for groups with both operands in shared memory: codes decoded there, or written out before.
@@ -128,7 +128,7 @@ def test_ragged_shapes(ops: Any, name: str) -> None:
 @pytest.mark.parametrize("tile", [16, 32, 64, 96, 128, 192, 256])
 def test_every_tile(ops: Any, tile: int) -> None:
     for name in ("mxfp8_e4m3", "int8"):
-        if tile not in ((16, 32) if name == "int8" else (96,)):
+        if tile != 96 or name == "int8":
             check_sums(ops, Weights(name, 30, 300), tile + 3, plan=(tile, 1 + (tile == 64), 1))
 
 
@@ -143,7 +143,7 @@ def test_one_tile_of_256(ops: Any, name: str) -> None:
 @pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_clusters(ops: Any, share: int, split: int) -> None:
     for name, tile in (
-        ("int4", 64),
+        ("int4-b64-bf16", 64),
         ("nvfp4", 128),
         ("mxint8", 128),
         ("int8", 96),
@@ -163,6 +163,12 @@ def test_few_tokens(ops: Any, share: int, split: int) -> None:
         ("mxfp6_e3m2", 32, 17, 70, 1304),
         ("nvint4", 64, 70, 130, 1200),
         ("mxfp8_e5m2", 64, 64, 64, 1000),
+        ("int4", 16, 9, 300, 2200),
+        ("int4-b384-fp32", 32, 40, 130, 1304),
+        ("int4-b256-fp16", 64, 70, 130, 1300),
+        ("int8", 16, 3, 70, 1001),
+        ("int8-brow-fp32", 32, 32, 40, 1100),
+        ("int8-b128-fp16", 64, 64, 64, 1000),
     ):
         if tile == 64 and share == 1:
             continue
@@ -179,6 +185,8 @@ def test_few_tokens_by_whole_slots(ops: Any, share: int, split: int) -> None:
         ("nvfp4", 16, 16, 70, 2304),
         ("mxint8", 16, 16, 300, 1152),
         ("mxfp6_e2m3", 32, 20, 70, 1152),
+        ("int4", 16, 9, 130, 2304),
+        ("int8", 32, 20, 70, 1152),
     ):
         w = Weights(name, n, k)
         check_single_columns(ops, w, m, plan=(tile, share, split))
@@ -188,7 +196,8 @@ def test_few_tokens_by_whole_slots(ops: Any, share: int, split: int) -> None:
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
 def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
     w = Weights(name, 140, 900)
-    for plan in ((64, 1, 1), (96, 1, 2), (128, 2, 1), (256, 1, 1), (256, 1, 2)):
+    few = (64, 2, 2) if name in FORMATS else (64, 1, 1)
+    for plan in (few, (96, 1, 2), (128, 2, 1), (256, 1, 1), (256, 1, 2)):
         if plan[0] == 256 and name == "int8-b32-bf16":
             continue
         check_single_columns(ops, w, 131, plan=plan)
@@ -283,10 +292,31 @@ def test_a_poisoned_block_spoils_its_row(ops: Any) -> None:
         assert np.isnan(got[:, 7]).all() and np.isfinite(np.delete(got, 7, 1)).all()
 
 
+@pytest.mark.parametrize("name", ["int4-brow-fp32", "int8-brow-fp16", "int8-b256-fp32", "int4"])
+def test_groups_whose_scales_are_no_numbers(ops: Any, name: str) -> None:
+    # Columns 0 to 384: an odd number of chunks, so that what lies beyond must not be multiplied.
+    w = Weights(name, 8, 384)
+    dtype = w.scales.dtype
+    some = [np.inf, -np.inf, np.nan, 0, np.finfo(np.float32).tiny / 16, -1, 2.0**-24, 60000]
+    w.scales = w.scales.copy()
+    w.scales[:, 0], w.scales[:, 1:] = np.array(some, np.float64).astype(dtype), 0.25
+    w.codes = np.full_like(w.codes, 0x11 if name.startswith("int4") else 1)
+    x = np.ones((20, 384), np.float32)
+    with np.errstate(invalid="ignore"):
+        size = 384 if w.fmt.block == "row" else w.fmt.block
+        want = (128 * w.scales.astype(np.float64)[:, np.arange(0, 384, 128) // size]).sum(1)
+        want = want.astype(np.float32)
+    for plan in ((16, 4, 1), (16, 2, 2), (32, 1, 1), (64, 4, 2), (96, 1, 1), (192, 1, 1)):
+        got = w.times(ops, x, plan=plan)
+        assert np.array_equal(got, np.broadcast_to(want, got.shape), equal_nan=True), plan
+
+
 def test_what_it_refuses(ops: Any) -> None:
     for name, plan in (("mxfp4", (64, 1, 1)), ("mxfp4", (128, 1, 4)), ("int4", (64, 1, 4))):
         with pytest.raises(RuntimeError, match=r"expected .* with a tile of 64 rows"):
             Weights(name, 16, 32).times(ops, np.ones((1, 32), np.float32), plan=plan)
+    with pytest.raises(RuntimeError, match="no multiples of 128 columns"):
+        Weights("int4-b64-bf16", 16, 64).times(ops, np.ones((1, 64), np.float32), plan=(16, 1, 1))
     like = torch.empty(1)
     for name in SERVED:
         assert ops._matmul_wide_serves(like, name, 64, 64, 64) == ""
@@ -321,14 +351,18 @@ def test_on_the_device(device_ops: Any, name: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "name", ["mxfp4", "nvfp4", "mxint8", "int4", "int8", "int4-b64-fp16", "int8-b32-fp32"]
+    "name",
+    ["mxfp4", "nvfp4", "mxint8", "int4", "int8", "int4-brow-fp32", "int4-b64-fp16"]
+    + ["int8-b32-fp32", "int8-b128-fp16"],
 )
 def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     w = Weights(name, 700, 2048)
-    groups = name.startswith("int")
-    tiles = (64, 96, 128, 256) if groups else (16, 32, 64, 128, 192, 256)
-    for tile in tiles[: 3 if name == "int8-b32-fp32" else 6]:
-        few = tile <= 64 and not groups
+    tiles = (16, 32, 64, 128, 192, 256)
+    if name.startswith("int"):
+        whole = get_format(name).block in (128, "row")
+        tiles = ((16, 32) if whole else ()) + (64, 96, 128) + (() if "b32" in name else (256,))
+    for tile in tiles:
+        few = tile <= 64 and 16 in tiles
         more = ((4, 4), (4, 8), (2, 4)) if few else ()
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2), *more):
             if tile == 64 and few and share == 1:

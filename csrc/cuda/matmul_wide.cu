@@ -20,7 +20,8 @@ int64_t padded_row(const MatmulWideArgs& a) {
 }
 
 Kernel find(const FormatSpec& f, Form form) {
-  for (auto of : {fp4_kernel, fp6_kernel, fp8_kernel, int_kernel, group_kernel, mxint_kernel}) {
+  for (auto of : {fp4_kernel, fp6_kernel, fp8_kernel, int_kernel, group_kernel, tall_group_kernel,
+                  mxint_kernel}) {
     const Kernel found = of(f, form);
     if (found.launch) return found;
   }
@@ -75,7 +76,10 @@ bool scales_aligned(const MatmulWideArgs& a, const Params& p) {
 
 // Up to what power of two, at most 16 bytes, the scales of each row are aligned.
 int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
-  const uintptr_t bits = reinterpret_cast<uintptr_t>(a.scales) | uintptr_t(p.blocks) | 16u;
+  const int64_t row = p.blocks * (a.format.scale == Scale::kFP32 ? 4
+                                  : a.format.has_float_scales()  ? 2
+                                                                 : 1);
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(a.scales) | uintptr_t(row) | 16u;
   return int(bits & (~bits + 1));
 }
 
@@ -137,17 +141,18 @@ double cost_of_groups(const MatmulWideArgs& a, const WidePlan& plan, double more
 
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
+  if (a.m <= 64 && find(a.format, Form::kTall).launch) return tall_plan(a);
   if (!has_groups(a.format, a.format.element)) {
-    if (a.m <= 64) return tall_plan(a);
     return cheapest_plan(a.m, a.n, a.k, {{128, 1600}, {192, 2100}, {256, 2600}});
   }
   const int columns = int(a.format.block_columns);
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
   const double more = parts - 1;
   double least = 0;
+  const TileCost least_rows = {96, 1095 + 240 * more};
   WidePlan best = cheapest_plan(a.m, a.n, a.k,
-                                {{64, 910 + 220 * more},
-                                 {96, 1095 + 240 * more},
+                                {parts == 1 ? least_rows : TileCost{64, 910 + 220 * more},
+                                 least_rows,
                                  {128, 1280 + 260 * more},
                                  // Registers hold no more than 128 tokens of groups of 32 columns.
                                  {parts == 4 ? 128 : 256, (parts == 4 ? 1280 : 2400) + 260 * more}},

@@ -64,7 +64,7 @@ struct Multiplier {
       hopper::keep(codes[j]);
     }
     scales = at.base + R::kScalesAt + group * R::kScales + row * R::kRowScales +
-             uint32_t(lane % 4 * F::kEntry);
+             uint32_t(lane % 4) * R::kLaneScales;
     bars = at.base + 8 * group;
     tiles = hopper::tile_code(at.base + kHeader);
     hopper::keep(scales);
@@ -100,10 +100,12 @@ struct Multiplier {
   PYFMT_DEVICE void wait_codes() const {
     hopper::barrier_wait(bars + kCodesFull + 8 * kGroups * slot.place, slot.parity);
   }
-  // The slot has been decoded: nothing of it is still being read.
-  PYFMT_DEVICE void release_codes() {
+  // The slot has been decoded: nothing of it is still being read. seen: what of it has no use yet.
+  PYFMT_DEVICE void release_codes(uint32_t seen = 0) {
     hopper::warp_sync();
-    if (lane == 0) hopper::barrier_arrive_here(bars + kCodesEmpty + 8 * kGroups * slot.place);
+    uint32_t empty = bars + kCodesEmpty + 8 * kGroups * slot.place;
+    if constexpr (F::kGroups) empty = hopper::after_reading(empty, seen, p.nothing);
+    if (lane == 0) hopper::barrier_arrive_here(empty);
     slot.next();
   }
 
@@ -306,9 +308,18 @@ PYFMT_DEVICE void write_partial(const Params& p, const Place& at, const float (&
 
 // ---- the kernel -------------------------------------------------------------------------------
 
+// Of matmul_wide_tall_groups.cuh.
+template <class F, int kTokens>
+struct GroupMultiplier;
+template <class F, int kTokens>
+struct GroupBringer;
+
 template <class F, int kTokens>
 PYFMT_DEVICE void work(const Params& p) {
   using R = Room<F, kTokens>;
+  using Multiplies =
+      std::conditional_t<F::kGroups, GroupMultiplier<F, kTokens>, Multiplier<F, kTokens>>;
+  using Brings = std::conditional_t<F::kGroups, GroupBringer<F, kTokens>, Bringer<F, kTokens>>;
   if (threadIdx.x == kMultipliers) {
     hopper::prefetch_map(p.codes_map);
     hopper::prefetch_map(p.x);
@@ -318,16 +329,16 @@ PYFMT_DEVICE void work(const Params& p) {
   __syncthreads();
   if (R::kApart && p.split > 1) hopper::cluster_arrive();
   // Registers: 96 for each of 640 threads, shared out anew.
-  constexpr bool kMany = kTokens == 64;
+  constexpr bool kMany = kTokens == 64 || (F::kGroups && kTokens == 32);
   if (threadIdx.x >= kMultipliers) {
     if (kMany) hopper::fewer_registers<64>();
     hopper::start_dependents();
-    Bringer<F, kTokens>{p, at}.run();
+    Brings{p, at}.run();
     return;
   }
   if (kMany) hopper::more_registers<104>();
   float sums[kTokens / 2];
-  Multiplier<F, kTokens>(p, at).run(sums);
+  Multiplies(p, at).run(sums);
   hopper::wait_for_previous();
   const float scale = p.tensor_scale ? hopper::load_early(p.tensor_scale) : 1.0f;
   if (p.share < kGroups && !add_turns<R>(p, at, sums)) return;

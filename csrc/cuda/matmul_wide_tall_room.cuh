@@ -27,7 +27,11 @@ struct Room {
   static constexpr uint32_t kTile = kTokens * 128, kStage = 2 * kTile * kJoined;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
   static constexpr uint32_t kSlot = 64 * kRowBytes;
-  static constexpr uint32_t kHalfScales = 4 * F::kEntry, kRowScales = kHalfScales * kSpan;
+  // Of a chunk a lane has scales of its own blocks, or all have the factor of the group.
+  static constexpr uint32_t kLaneScales = F::kGroups ? 0 : F::kEntry;
+  static constexpr uint32_t kHalfScales = F::kGroups ? F::kEntry : 4 * F::kEntry;
+  static constexpr uint32_t kAllScales = kHalfScales * kSpan,
+                            kRowScales = kAllScales < 4 ? 4 : kAllScales;
   static constexpr uint32_t kScales = 64 * kRowScales;
   static constexpr uint32_t kCodesAt = kHeader + kStages * kStage;
   static constexpr uint32_t kFit = (hopper::kMostShared - kCodesAt) / (kGroups * (kSlot + kScales));
@@ -323,6 +327,10 @@ struct Bringer {
   }
 
   PYFMT_DEVICE void run() const {
+    run([&](int lane) { bring_weights(lane); });
+  }
+  template <class Weights>
+  PYFMT_DEVICE void run(const Weights& bring_weights) const {
     const int warp = hopper::uniform((int(threadIdx.x) - kMultipliers) >> 5);
     const int lane = int(threadIdx.x) & 31;
     if (warp >= 2) {

@@ -14,6 +14,7 @@ template <class E, Scale kScale, bool kInOrder>
 struct Weights {
   using D = Decoder<E, kScale, kInOrder>;
   static constexpr int kBits = D::kBits;
+  static constexpr bool kGroups = false;
   static constexpr int kDown = D::kDown;  // tensor cores see weights times 2^-kDown
   static constexpr int kEntry = kScale == Scale::kE4M3 ? 2 : 1;  // bytes of scales of 32 codes
 
