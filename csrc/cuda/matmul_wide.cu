@@ -29,9 +29,7 @@ Kernel find(const FormatSpec& f, Form form) {
 }
 // One tile of 256 rows has the panel cost more than what the shared form loses; more share it.
 Kernel find(const MatmulWideArgs& a) {
-  if (a.plan.tokens <= 64) {
-    if (const Kernel tall = find(a.format, Form::kTall); tall.launch) return tall;
-  }
+  if (matmul_wide_few(a.format, a.plan.tokens)) return find(a.format, Form::kTall);
   const bool shared = has_groups(a.format, a.format.element)
                           ? a.plan.written || a.plan.tokens == 192
                           : a.plan.tokens == 256 && a.m <= 256;
@@ -86,14 +84,16 @@ int alignment_of_scales(const MatmulWideArgs& a, const Params& p) {
 // Up to 64 rows of x: the warpgroups of a block have rows of w of their own, or take turns. By
 // nanoseconds on an H200.
 WidePlan tall_plan(const MatmulWideArgs& a) {
-  const bool bytes = a.format.element.bits() == 8;
-  // What a chunk of 64 rows of w takes, by 1, 2 or 4 of them in a block; of 64 rows of x a block
-  // has too few stages for four warpgroups that take turns.
-  const double few[] = {173, 140, 143}, more[] = {bytes ? 250.0 : 300.0, 192, 190},
-               most[] = {0, 328, 240};
+  const bool bytes = a.format.element.bits() == 8, groups = a.format.has_float_scales();
+  // What a chunk of 64 rows of w takes, by 1, 2 or 4 of them in a block, for 16, 32 and 64 rows of
+  // x; of 64 a block has too few stages for four warpgroups that take turns.
+  static const double kTimes[2][2][3][3] = {{{{173, 140, 143}, {300, 192, 190}, {0, 328, 240}},
+                                             {{173, 140, 143}, {250, 192, 190}, {0, 328, 240}}},
+                                            {{{164, 98, 104}, {287, 175, 152}, {0, 288, 211}},
+                                             {{240, 197, 208}, {299, 223, 228}, {0, 316, 275}}}};
   WidePlan best;
   best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
-  const double* rows = best.tokens == 16 ? few : best.tokens == 32 ? more : most;
+  const double* rows = kTimes[groups][bytes][best.tokens / 32];
   const int64_t chunks = (a.k + kChunk - 1) / kChunk, sms = multiprocessors();
   double least = 0;
   for (int bits : {2, 1, 0}) {
@@ -108,7 +108,7 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
       if (split == 2) sums = 600 + 25 * best.tokens;
       if (split > 2) {
         sums = 2e-3 * double(a.n) * split * best.tokens;
-        sums = std::max(sums, best.tokens == 16 ? 3000.0 : 2000.0) + (bytes ? 1500 : 0);
+        sums = std::max(sums, best.tokens == 16 ? 3000.0 : 2000.0) + (bytes || groups ? 1500 : 0);
       }
       const double own = double(chunks) / split * share * rows[bits];
       const double cost = double(waves) * (own + 2000) + 3000 + sums;
@@ -141,7 +141,7 @@ double cost_of_groups(const MatmulWideArgs& a, const WidePlan& plan, double more
 
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
-  if (a.m <= 64 && find(a.format, Form::kTall).launch) return tall_plan(a);
+  if (matmul_wide_few(a.format, int(a.m))) return tall_plan(a);
   if (!has_groups(a.format, a.format.element)) {
     return cheapest_plan(a.m, a.n, a.k, {{128, 1600}, {192, 2100}, {256, 2600}});
   }
@@ -149,9 +149,10 @@ WidePlan plan_of(const MatmulWideArgs& a) {
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
   const double more = parts - 1;
   double least = 0;
+  const bool turns = !matmul_wide_few(a.format, 64);
   const TileCost least_rows = {96, 1095 + 240 * more};
   WidePlan best = cheapest_plan(a.m, a.n, a.k,
-                                {parts == 1 ? least_rows : TileCost{64, 910 + 220 * more},
+                                {turns ? TileCost{64, 910 + 220 * more} : least_rows,
                                  least_rows,
                                  {128, 1280 + 260 * more},
                                  // Registers hold no more than 128 tokens of groups of 32 columns.
@@ -170,6 +171,10 @@ WidePlan plan_of(const MatmulWideArgs& a) {
 
 }  // namespace
 }  // namespace wide
+
+bool matmul_wide_few(const FormatSpec& f, int rows) {
+  return rows <= 64 && wide::find(f, wide::Form::kTall).launch;
+}
 
 const char* matmul_wide_refuses(const FormatSpec& f, int64_t m, int64_t n, int64_t k) {
   using namespace wide;

@@ -163,36 +163,102 @@ struct GroupBringer : Bringer<F, kTokens> {
   using Base::kWaits;
   using Base::p;
 
-  PYFMT_DEVICE static uint32_t read(const uint8_t* from) {
-    return F::kEntry == 4 ? *reinterpret_cast<const uint32_t*>(from)
-                          : *reinterpret_cast<const uint16_t*>(from);
+  // Of warpgroup g, in the round that begins with slot i: its place in the ring, its first chunk.
+  struct Slot {
+    uint32_t place, full, scales;
+    int chunk;
+    bool there;
+  };
+  PYFMT_DEVICE Slot slot_of(int i, int g, const Ring<R::kDepth>& ring, int lane) const {
+    Slot s;
+    const int slot = i + (g >> p.share_bits);
+    s.there = slot < at.slots;
+    s.chunk = at.first + slot * kSpan;
+    s.place = ring.place * kGroups + uint32_t(g);
+    s.full = at.base + kCodesFull + 8 * s.place;
+    s.scales = at.base + R::kScalesAt + s.place * R::kScales + uint32_t(lane) * R::kRowScales;
+    return s;
   }
-  // The scales of a row from `chunk` on, one by one. Beyond the last they are zeros.
-  PYFMT_DEVICE void lay_down(uint32_t to, const uint8_t* row, int chunk) const {
-    uint32_t raw[kSpan];
+  // Codes of a slot, once it is empty.
+  PYFMT_DEVICE void copy_codes(const Slot& s, int g, const Ring<R::kDepth>& ring, int lane) const {
+    hopper::barrier_wait(at.base + kCodesEmpty + 8 * s.place, ring.parity ^ 1);
+    if (lane == 0) {
+      hopper::barrier_expect(s.full, R::kSlot);
+      hopper::copy_box(at.base + R::kCodesAt + s.place * R::kSlot, p.codes_map,
+                       s.chunk * int(R::kHalf), at.n0 + 64 * (g & (p.share - 1)), s.full, 0, false);
+    }
+  }
+  PYFMT_DEVICE void copy_scales(const Slot& s, const uint8_t* const (&row)[2]) const {
+    const int from = kTwoChunks<F> ? s.chunk / 2 * 4 : s.chunk * F::kEntry;
+    hopper::copy_small<kBytes>(s.scales, row[0] + from, kBytes);
+    hopper::copy_small<kBytes>(s.scales + 32 * R::kRowScales, row[1] + from, kBytes);
+    hopper::arrive_after_copies(s.full);
+  }
+
+  // Where copies cannot serve, scales go through registers, a round ahead.
+  using Raw = uint32_t[2][kSpan];
+  PYFMT_DEVICE void read_scales(int chunk, float groups, const uint8_t* const (&row)[2],
+                                Raw& raw) const {
 #pragma unroll
     for (int h = 0; h < kSpan; ++h) {
-      const uint32_t group = uint32_t(chunk + h) / uint32_t(p.group_runs / 4);
-      raw[h] = chunk + h < p.tiles ? read(row + group * F::kEntry) : 0;
-    }
-    if constexpr (F::kEntry == 2) {
-      hopper::store_shared(to, raw[0] | raw[kSpan - 1] << 16);
-    } else {
+      // Half a chunk is more than what the quotient is off by.
+      const int group = int((float(min(chunk + h, p.tiles - 1)) + 0.5f) * groups);
 #pragma unroll
-      for (int h = 0; h < kSpan; ++h) hopper::store_shared(to + uint32_t(4 * h), raw[h]);
+      for (int r = 0; r < 2; ++r) {
+        const uint8_t* const from = row[r] + group * F::kEntry;
+        raw[r][h] = F::kEntry == 4 ? *reinterpret_cast<const uint32_t*>(from)
+                                   : *reinterpret_cast<const uint16_t*>(from);
+      }
     }
+  }
+  // Beyond the last chunk scales are zeros.
+  PYFMT_DEVICE void lay_down(const Slot& s, const Raw& raw) const {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      uint32_t v[kSpan];
+#pragma unroll
+      for (int h = 0; h < kSpan; ++h) v[h] = s.chunk + h < p.tiles ? raw[r][h] : 0;
+      const uint32_t to = s.scales + uint32_t(r) * 32 * R::kRowScales;
+      if constexpr (F::kEntry == 2) {
+        hopper::store_shared(to, v[0] | v[kSpan - 1] << 16);
+      } else if constexpr (kSpan == 2) {
+        hopper::store_shared8(to, v[0], v[1]);
+      } else {
+        hopper::store_shared(to, v[0]);
+      }
+    }
+    hopper::barrier_arrive_here(s.full);
   }
 
   // One warp; a lane has two rows of each warpgroup.
   PYFMT_DEVICE void bring_weights(int lane) const {
-    const uint8_t* row[2 * kGroups];
+    const uint8_t* row[kGroups][2];
 #pragma unroll
-    for (int j = 0; j < 2 * kGroups; ++j) {
-      const int n = at.n0 + 64 * (j / 2 & (p.share - 1)) + j % 2 * 32 + lane;
-      row[j] = p.scales + int64_t(min(n, p.n - 1)) * p.blocks * F::kEntry;
+    for (int g = 0; g < kGroups; ++g) {
+      const int n = at.n0 + 64 * (g & (p.share - 1)) + lane;
+      row[g][0] = p.scales + int64_t(min(n, p.n - 1)) * p.blocks * F::kEntry;
+      row[g][1] = p.scales + int64_t(min(n + 32, p.n - 1)) * p.blocks * F::kEntry;
     }
-    const bool copied = p.group_runs == 4 && p.scales_align >= kBytes;
     if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
+    if (p.group_runs == 4 && p.scales_align >= kBytes) {
+      bring_slots<true>(lane, row);
+    } else {
+      bring_slots<false>(lane, row);
+    }
+  }
+  template <bool kCopied>
+  PYFMT_DEVICE void bring_slots(int lane, const uint8_t* const (&row)[kGroups][2]) const {
+    const float groups = 4.0f / float(p.group_runs);  // a chunk
+    Raw raw[kCopied ? 1 : kGroups];
+    const auto ask = [&](int i) {
+      if constexpr (!kCopied) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          read_scales(at.first + (i + (g >> p.share_bits)) * kSpan, groups, row[g], raw[g]);
+        }
+      }
+    };
+    ask(0);
     Ring<R::kDepth> ring;
 #pragma unroll 1
     for (int i = 0; i < at.slots; i += at.turns, ring.next()) {
@@ -203,28 +269,19 @@ struct GroupBringer : Bringer<F, kTokens> {
       }
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const int slot = i + (g >> p.share_bits), chunk = at.first + slot * kSpan;
-        if (slot >= at.slots) break;
-        const uint32_t place = ring.place * kGroups + uint32_t(g);
-        const uint32_t full = at.base + kCodesFull + 8 * place;
-        hopper::barrier_wait(at.base + kCodesEmpty + 8 * place, ring.parity ^ 1);
-        if (lane == 0) {
-          hopper::barrier_expect(full, R::kSlot);
-          hopper::copy_box(at.base + R::kCodesAt + place * R::kSlot, p.codes_map,
-                           chunk * int(R::kHalf), at.n0 + 64 * (g & (p.share - 1)), full, 0, false);
+        const Slot s = slot_of(i, g, ring, lane);
+        if (!s.there) break;
+        copy_codes(s, g, ring, lane);
+        if (kCopied) copy_scales(s, row[g]);
+      }
+      if constexpr (!kCopied) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const Slot s = slot_of(i, g, ring, lane);
+          if (!s.there) break;
+          lay_down(s, raw[g]);
         }
-        const uint32_t to =
-            at.base + R::kScalesAt + place * R::kScales + uint32_t(lane) * R::kRowScales;
-        if (copied) {
-          const int from = kTwoChunks<F> ? chunk / 2 * 4 : chunk * F::kEntry;
-          hopper::copy_small<kBytes>(to, row[2 * g] + from, kBytes);
-          hopper::copy_small<kBytes>(to + 32 * R::kRowScales, row[2 * g + 1] + from, kBytes);
-          hopper::arrive_after_copies(full);
-        } else {
-          lay_down(to, row[2 * g], chunk);
-          lay_down(to + 32 * R::kRowScales, row[2 * g + 1], chunk);
-          hopper::barrier_arrive_here(full);
-        }
+        ask(i + at.turns);
       }
     }
   }
