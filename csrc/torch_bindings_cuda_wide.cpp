@@ -62,14 +62,12 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   a.y = y.mutable_data_ptr();
   a.dtype = dtype_of("dtype", dtype);
   a.plan = {int(tile), int(share ? share : 1), int(split ? split : 1), written};
-  const bool groups = f.has_float_scales(), few = cuda::matmul_wide_few(f, int(tile));
-  options::expect(!tile || tile >= 64 || few, "tile: expected 64 rows or more for groups that are ",
-                  "no multiples of 128 columns, got ", tile);
+  const bool few = cuda::matmul_wide_few(f, a.m, int(tile));
   options::expect(tile != 64 || !few || share == 2 || share == 4,
                   "share: expected 2 or 4 with a tile of 64 rows, got ", share);
   options::expect(split <= 2 || (few && (split == 4 || split == 8)),
                   "split: expected 1 or 2, or 4 or 8 with a tile of 64 rows or less, got ", split);
-  options::expect(!written || ((tile == 192 || tile == 256) && groups),
+  options::expect(!written || ((tile == 192 || tile == 256) && f.has_float_scales()),
                   "written: expected groups of integers and a tile of 192 or 256, got tile ", tile);
   a.plan = cuda::matmul_wide_plan(a);
   Tensor aligned;  // x again, where its rows are not

@@ -80,10 +80,8 @@ def test_few_codes_by_rings_for_the_sanitizers(few: skinny.Skinny, name: str) ->
 def test_middle_sizes_by_rings_for_the_sanitizers(ops: Any, name: str) -> None:
     shapes = {16: (5, 40, 264), 32: (20, 40, 520), 64: (5, 40, 264), 128: (100, 130, 128)}
     shapes[256] = (200, 40, 129)
-    fmt = get_format(name)
-    if fmt.scale not in ("e8m0", "e4m3"):
-        few = fmt.block in (128, "row")
-        shapes = {tile: shapes[tile] for tile in ((16, 32, 64, 128) if few else (64, 128))}
+    if get_format(name).scale not in ("e8m0", "e4m3"):
+        del shapes[256]
         for plan in wide.SHARED:
             wide.check_sums(ops, wide.Weights(name, 140, 264), 70, "bf16", plan=plan, device="cuda")
     for tile, (m, n, k) in shapes.items():
@@ -95,7 +93,8 @@ def test_middle_sizes_by_rings_for_the_sanitizers(ops: Any, name: str) -> None:
 def test_clusters_by_rings_for_the_sanitizers(ops: Any, name: str) -> None:
     w = wide.Weights(name, 200, 512)
     for plan in ((16, 2, 2), (32, 4, 2), (64, 2, 2), (64, 4, 4), (128, 2, 1), (256, 1, 2)):
-        wide.check_sums(ops, w, 70, "bf16", plan=plan, device="cuda")
+        rows = 60 if plan[0] == 64 else 70
+        wide.check_sums(ops, w, rows, "bf16", plan=plan, device="cuda")
     if name == "mxfp4":
         a, b = fold.noise(name, 70, 256, 1), fold.noise(name, 200, 256, 2)
         for plan in ((128, 1, 2), (64, 2, 1)):

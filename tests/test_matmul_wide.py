@@ -143,7 +143,7 @@ def test_one_tile_of_256(ops: Any, name: str) -> None:
 @pytest.mark.parametrize("share,split", [(1, 2), (2, 1), (2, 2), (4, 2)])
 def test_clusters(ops: Any, share: int, split: int) -> None:
     for name, tile in (
-        ("int4-b64-bf16", 64),
+        ("int4", 64),
         ("nvfp4", 128),
         ("mxint8", 128),
         ("int8", 96),
@@ -165,10 +165,15 @@ def test_few_tokens(ops: Any, share: int, split: int) -> None:
         ("mxfp8_e5m2", 64, 64, 64, 1000),
         ("int4", 16, 9, 300, 2200),
         ("int4-b384-fp32", 32, 40, 130, 1304),
-        ("int4-b256-fp16", 64, 70, 130, 1300),
+        ("int4-b256-fp16", 64, 60, 130, 1300),
         ("int8", 16, 3, 70, 1001),
         ("int8-brow-fp32", 32, 32, 40, 1100),
         ("int8-b128-fp16", 64, 64, 64, 1000),
+        ("int4-b64-bf16", 16, 9, 70, 1300),
+        ("int4-b32-fp16", 32, 40, 130, 1304),
+        ("int4-b96-bf16", 64, 60, 130, 1300),
+        ("int8-b32-fp32", 16, 16, 70, 1001),
+        ("int8-b64-bf16", 64, 64, 64, 1000),
     ):
         if tile == 64 and share == 1:
             continue
@@ -187,6 +192,10 @@ def test_few_tokens_by_whole_slots(ops: Any, share: int, split: int) -> None:
         ("mxfp6_e2m3", 32, 20, 70, 1152),
         ("int4", 16, 9, 130, 2304),
         ("int8", 32, 20, 70, 1152),
+        ("int4-b32-fp32", 16, 9, 70, 2304),
+        ("int8-b32-bf16", 16, 9, 70, 1152),
+        ("int4-b64-bf16", 32, 20, 70, 2304),
+        ("int8-b64-fp16", 32, 20, 70, 1152),
     ):
         w = Weights(name, n, k)
         check_single_columns(ops, w, m, plan=(tile, share, split))
@@ -196,8 +205,7 @@ def test_few_tokens_by_whole_slots(ops: Any, share: int, split: int) -> None:
 @pytest.mark.parametrize("name", ["int4", "int8", "int4-b64-fp16", "int8-b32-bf16"])
 def test_groups_by_both_tiles_and_parts(ops: Any, name: str) -> None:
     w = Weights(name, 140, 900)
-    few = (64, 2, 2) if name in FORMATS else (64, 1, 1)
-    for plan in (few, (96, 1, 2), (128, 2, 1), (256, 1, 1), (256, 1, 2)):
+    for plan in ((64, 1, 1), (96, 1, 2), (128, 2, 1), (256, 1, 1), (256, 1, 2)):
         if plan[0] == 256 and name == "int8-b32-bf16":
             continue
         check_single_columns(ops, w, 131, plan=plan)
@@ -315,8 +323,6 @@ def test_what_it_refuses(ops: Any) -> None:
     for name, plan in (("mxfp4", (64, 1, 1)), ("mxfp4", (128, 1, 4)), ("int4", (64, 1, 4))):
         with pytest.raises(RuntimeError, match=r"expected .* with a tile of 64 rows"):
             Weights(name, 16, 32).times(ops, np.ones((1, 32), np.float32), plan=plan)
-    with pytest.raises(RuntimeError, match="no multiples of 128 columns"):
-        Weights("int4-b64-bf16", 16, 64).times(ops, np.ones((1, 64), np.float32), plan=(16, 1, 1))
     like = torch.empty(1)
     for name in SERVED:
         assert ops._matmul_wide_serves(like, name, 64, 64, 64) == ""
@@ -357,18 +363,18 @@ def test_on_the_device(device_ops: Any, name: str) -> None:
 )
 def test_plans_on_the_device(device_ops: Any, name: str) -> None:
     w = Weights(name, 700, 2048)
-    tiles = (16, 32, 64, 128, 192, 256)
-    if name.startswith("int"):
-        whole = get_format(name).block in (128, "row")
-        tiles = ((16, 32) if whole else ()) + (64, 96, 128) + (() if "b32" in name else (256,))
+    tiles, groups = (16, 32, 64, 128, 192, 256), name.startswith("int")
+    if groups:
+        tiles = (16, 32, 64, 96, 128, *([] if "b32" in name else [256]))
     for tile in tiles:
-        few = tile <= 64 and 16 in tiles
+        few = tile <= 64
         more = ((4, 4), (4, 8), (2, 4)) if few else ()
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2), (4, 2), *more):
             if tile == 64 and few and share == 1:
                 continue
             plan = (tile, share, split)
-            for m in (200, 300) if tile == 256 else (tile, 77) if few else (200,):
+            rows = (200, 300) if tile == 256 else (200,)
+            for m in (tile, 40 if groups and tile == 64 else 77) if few else rows:
                 check_single_columns(device_ops, w, m, plan=plan, device="cuda")
                 check_sums(device_ops, w, m, "bf16", plan=plan, device="cuda")
 

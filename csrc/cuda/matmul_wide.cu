@@ -21,7 +21,7 @@ int64_t padded_row(const MatmulWideArgs& a) {
 
 Kernel find(const FormatSpec& f, Form form) {
   for (auto of : {fp4_kernel, fp6_kernel, fp8_kernel, int_kernel, group_kernel, tall_group_kernel,
-                  mxint_kernel}) {
+                  tall_small_group_kernel, mxint_kernel}) {
     const Kernel found = of(f, form);
     if (found.launch) return found;
   }
@@ -29,7 +29,7 @@ Kernel find(const FormatSpec& f, Form form) {
 }
 // One tile of 256 rows has the panel cost more than what the shared form loses; more share it.
 Kernel find(const MatmulWideArgs& a) {
-  if (matmul_wide_few(a.format, a.plan.tokens)) return find(a.format, Form::kTall);
+  if (matmul_wide_few(a.format, a.m, a.plan.tokens)) return find(a.format, Form::kTall);
   const bool shared = has_groups(a.format, a.format.element)
                           ? a.plan.written || a.plan.tokens == 192
                           : a.plan.tokens == 256 && a.m <= 256;
@@ -90,7 +90,7 @@ WidePlan tall_plan(const MatmulWideArgs& a) {
   static const double kTimes[2][2][3][3] = {{{{173, 140, 143}, {300, 192, 190}, {0, 328, 240}},
                                              {{173, 140, 143}, {250, 192, 190}, {0, 328, 240}}},
                                             {{{164, 98, 104}, {287, 175, 152}, {0, 288, 211}},
-                                             {{240, 197, 208}, {299, 223, 228}, {0, 316, 275}}}};
+                                             {{240, 197, 208}, {299, 223, 228}, {0, 317, 251}}}};
   WidePlan best;
   best.tokens = a.m <= 16 ? 16 : a.m <= 32 ? 32 : 64;
   const double* rows = kTimes[groups][bytes][best.tokens / 32];
@@ -141,7 +141,7 @@ double cost_of_groups(const MatmulWideArgs& a, const WidePlan& plan, double more
 
 // What a chunk takes. Of groups by the sums that are kept apart for it.
 WidePlan plan_of(const MatmulWideArgs& a) {
-  if (matmul_wide_few(a.format, int(a.m))) return tall_plan(a);
+  if (a.m <= 64) return tall_plan(a);
   if (!has_groups(a.format, a.format.element)) {
     return cheapest_plan(a.m, a.n, a.k, {{128, 1600}, {192, 2100}, {256, 2600}});
   }
@@ -149,11 +149,9 @@ WidePlan plan_of(const MatmulWideArgs& a) {
   const int parts = columns % 128 == 0 ? 1 : columns % 64 == 0 ? 2 : 4;
   const double more = parts - 1;
   double least = 0;
-  const bool turns = !matmul_wide_few(a.format, 64);
-  const TileCost least_rows = {96, 1095 + 240 * more};
   WidePlan best = cheapest_plan(a.m, a.n, a.k,
-                                {turns ? TileCost{64, 910 + 220 * more} : least_rows,
-                                 least_rows,
+                                {{64, 910 + 220 * more},
+                                 {96, 1095 + 240 * more},
                                  {128, 1280 + 260 * more},
                                  // Registers hold no more than 128 tokens of groups of 32 columns.
                                  {parts == 4 ? 128 : 256, (parts == 4 ? 1280 : 2400) + 260 * more}},
@@ -172,8 +170,8 @@ WidePlan plan_of(const MatmulWideArgs& a) {
 }  // namespace
 }  // namespace wide
 
-bool matmul_wide_few(const FormatSpec& f, int rows) {
-  return rows <= 64 && wide::find(f, wide::Form::kTall).launch;
+bool matmul_wide_few(const FormatSpec& f, int64_t m, int tokens) {
+  return tokens <= 64 && !(f.has_float_scales() && tokens == 64 && m > 64);
 }
 
 const char* matmul_wide_refuses(const FormatSpec& f, int64_t m, int64_t n, int64_t k) {

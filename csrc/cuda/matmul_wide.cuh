@@ -119,6 +119,7 @@ Kernel fp8_kernel(const FormatSpec&, Form);
 Kernel int_kernel(const FormatSpec&, Form);
 Kernel group_kernel(const FormatSpec&, Form);
 Kernel tall_group_kernel(const FormatSpec&, Form);
+Kernel tall_small_group_kernel(const FormatSpec&, Form);
 Kernel mxint_kernel(const FormatSpec&, Form);
 
 // Whether kernels were compiled, or left empty for want of architecture 90a.

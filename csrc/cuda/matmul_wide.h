@@ -43,8 +43,9 @@ struct MatmulWideArgs {
 
 // Why this path cannot serve a format on the current device; null where it can.
 const char* matmul_wide_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
-// Whether tiles of so many rows of x are those of warpgroups that share rows of w, not of blocks.
-bool matmul_wide_few(const FormatSpec& format, int rows);
+// Whether tiles of so many rows of x are those whose warpgroups share rows of w. Groups of integers
+// have tiles of 64 rows of the other kind too, of which several serve more rows.
+bool matmul_wide_few(const FormatSpec& format, int64_t m, int tokens);
 // The plan that would be chosen for `a`.
 WidePlan matmul_wide_plan(const MatmulWideArgs& a);
 // Bytes of scratch that `a` needs: for x in the order of codes, or for rows of x or of codes that

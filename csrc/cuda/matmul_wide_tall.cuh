@@ -26,10 +26,10 @@ struct Multiplier {
   using R = Room<F, kTokens>;
   using Product = hopper::RegisterProduct<hopper::Bf16, kTokens>;
   static constexpr int kCount = kTokens / 2;
-  static constexpr int kTogether = F::kBits == 6 ? 2 : 4;  // words of a load
-  using Fragments = uint32_t[8][4];                        // of the steps of a chunk
-
-  static constexpr int kLoads = F::kBits == 4 ? 1 : F::kBits == 8 ? 2 : 3;  // of a row
+  static constexpr int kRunWords = F::kBits * F::kRun / 32;
+  static constexpr int kTogether = kRunWords % 4 == 0 ? 4 : kRunWords % 2 == 0 ? 2 : 1;
+  static constexpr int kLoads = F::kBits / kTogether;  // of kTogether words, of a row
+  using Fragments = uint32_t[8][4];                    // of the steps of a chunk
 
   const Params& p;
   const Place& at;
@@ -44,7 +44,7 @@ struct Multiplier {
   // Rows change places within eight, so that lanes which read together never share a bank.
   PYFMT_DEVICE static int row_of(int lane) {
     const int g = lane / 4;
-    return F::kBits == 4 ? g >> 1 | (g & 1) << 2 : g;
+    return kRunWords > 4 ? g : kRunWords == 4 ? g >> 1 | (g & 1) << 2 : g >> 2 | (g & 3) << 1;
   }
 
   PYFMT_DEVICE Multiplier(const Params& p, const Place& at)
@@ -59,7 +59,8 @@ struct Multiplier {
     const uint32_t turned = F::kBits == 6 ? 0 : (row & 7) << 4;
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
-      const uint32_t mine = uint32_t(lane % 4 * 4 * F::kBits + 4 * kTogether * j);
+      const int word = kTogether * j, run = word / kRunWords, within = word % kRunWords;
+      const uint32_t mine = uint32_t(4 * ((4 * run + lane % 4) * kRunWords + within));
       codes[j] = at.base + R::kCodesAt + group * R::kSlot + row * R::kRowBytes + (mine ^ turned);
       hopper::keep(codes[j]);
     }
@@ -74,14 +75,19 @@ struct Multiplier {
   struct Packed {
     uint32_t words[2][F::kBits], raw[2];
   };
-  // Of half kHalf of the slot.
+  // Of row r of its two, of half kHalf of the slot.
+  template <uint32_t kHalf>
+  PYFMT_DEVICE uint32_t scales_at(uint32_t r) const {
+    return scales + slot.place * (kGroups * R::kScales) + r * 8 * R::kRowScales +
+           kHalf * R::kHalfScales;
+  }
   template <uint32_t kHalf>
   PYFMT_DEVICE void load(Packed& c) const {
 #pragma unroll
     for (uint32_t r = 0; r < 2; ++r) {
-      c.raw[r] =
-          hopper::load_shared_small<F::kEntry>(scales + slot.place * (kGroups * R::kScales) +
-                                               r * 8 * R::kRowScales + kHalf * R::kHalfScales);
+      if constexpr (!F::kGroups) {
+        c.raw[r] = hopper::load_shared_small<F::kEntry>(scales_at<kHalf>(r));
+      }
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
         const uint32_t from = ((codes[j] + slot.place * (kGroups * R::kSlot)) ^ kHalf * R::kHalf) +
@@ -90,9 +96,11 @@ struct Multiplier {
         if constexpr (kTogether == 4) {
           const uint4 v = hopper::load_shared16(from);
           to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-        } else {
+        } else if constexpr (kTogether == 2) {
           const uint2 v = hopper::load_shared8(from);
           to[0] = v.x, to[1] = v.y;
+        } else {
+          to[0] = hopper::load_shared_small<4>(from);
         }
       }
     }
@@ -329,7 +337,7 @@ PYFMT_DEVICE void work(const Params& p) {
   __syncthreads();
   if (R::kApart && p.split > 1) hopper::cluster_arrive();
   // Registers: 96 for each of 640 threads, shared out anew.
-  constexpr bool kMany = kTokens == 64 || (F::kGroups && kTokens == 32);
+  constexpr bool kMany = kTokens == 64 || (F::kGroups && (kTokens == 32 || F::kRun < 32));
   if (threadIdx.x >= kMultipliers) {
     if (kMany) hopper::fewer_registers<64>();
     hopper::start_dependents();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// matmul_wide.h for integers in groups and up to 64 rows of x.
+// matmul_wide.h for integers in groups of multiples of 128 columns and up to 64 rows of x.
 #include "matmul_wide_tall_groups.cuh"
 
 namespace pyfmt {
@@ -7,14 +7,8 @@ namespace cuda {
 namespace wide {
 
 Kernel tall_group_kernel(const FormatSpec& f, Form form) {
-  if (form != Form::kTall || f.block_columns % kChunk) return {};
-  if (has_groups(f, elements::int4)) {
-    return {tall::launch_groups<4>, kChunk, false, 64};
-  }
-  if (has_groups(f, elements::int8)) {
-    return {tall::launch_groups<8>, kChunk, false, 64};
-  }
-  return {};
+  if (form != Form::kTall || f.block_columns % 128) return {};
+  return tall_groups<32>(f);
 }
 
 }  // namespace wide

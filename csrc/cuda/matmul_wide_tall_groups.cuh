@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// matmul_wide_tall.cuh for integers in groups of multiples of 128 columns: a code times its scale
-// has more digits than bfloat16, so what is multiplied are integers. The products of a chunk are
-// summed apart, and its group's factor adds them to the sums.
+// matmul_wide_tall.cuh for integers in groups: a code times its scale has more digits than
+// bfloat16, so what is multiplied are integers. The products of a part of a chunk, 4 kRun columns,
+// are summed apart, and its group's scale adds them to the sums with one rounding.
 #pragma once
 
 #include "matmul_wide_tall.cuh"
@@ -11,32 +11,29 @@ namespace cuda {
 namespace wide {
 namespace tall {
 
-// Integers of kBits, scales of 2 or 4 bytes.
-template <int kBitsOfCode, Scale kScale>
+// Integers of kBits, in groups of a multiple of 4 kRun columns; their scales have 2 or 4 bytes.
+template <int kBitsOfCode, int kRunOfLane, Scale kScale>
 struct Groups {
   using Codes = turns::Integers<kBitsOfCode, 32>;
-  static constexpr int kBits = kBitsOfCode;
+  static constexpr int kBits = kBitsOfCode, kRun = kRunOfLane, kParts = 32 / kRun;
   static constexpr int kDown = Codes::kDown;  // tensor cores see weights times 2^-kDown
   static constexpr int kEntry = kScale == Scale::kFP32 ? 4 : 2;  // bytes of a scale
   static constexpr bool kGroups = true, kHasSpecials = false;
+  // Copies are of at least four bytes: of two chunks' scales each slot has both, and a warpgroup
+  // reads its own.
+  static constexpr bool kTwoChunks = kBits == 8 && kParts * kEntry == 2;
 
   PYFMT_DEVICE static float factor(uint32_t raw) {
     if constexpr (kScale == Scale::kBF16) return as_float(raw << 16);
     if constexpr (kScale == Scale::kFP16) return from_half(raw);
     return as_float(raw);
   }
-
   template <bool kAll>
   PYFMT_DEVICE static void decode(const uint32_t (&words)[kBits], uint32_t /*raw*/,
                                   uint32_t (&out)[16]) {
     Codes::decode(words, 0, 0, out);
   }
 };
-
-// Copies are of at least four bytes: of two chunks' scales each slot has both, and a warpgroup
-// reads its own.
-template <class F>
-constexpr bool kTwoChunks = F::kBits == 8 && F::kEntry == 2;
 
 // ---- what multiplies --------------------------------------------------------------------------
 
@@ -59,56 +56,110 @@ struct GroupMultiplier : Multiplier<F, kTokens> {
   using Base::wait_codes;
   using Base::x;
 
-  float fresh[kCount], factor[2];
+  // The sums of a part of a chunk, which is a group's; with few rows of x those of two parts.
+  static constexpr int kParts = F::kParts, kSets = kTokens == 16 && kParts > 1 ? 2 : 1;
+  static constexpr int kRaw = kParts * F::kEntry <= 4 ? 1 : kParts * F::kEntry / 4;  // words
+  float fresh[kSets][kCount];
+  uint32_t next[2][kRaw], now[2][kRaw];  // scales of its two rows: as read, of these products
 
   PYFMT_DEVICE GroupMultiplier(const Params& p, const Place& at) : Base(p, at) {
-    if constexpr (kTwoChunks<F>) {
+    if constexpr (F::kTwoChunks) {
       Base::scales += uint32_t(at.first + hopper::uniform(int(threadIdx.x) >> 7 >> p.share_bits)) %
                       2 * F::kEntry;
     }
   }
-  PYFMT_DEVICE void next_scales() {
-    if (kTwoChunks<F>) Base::scales ^= uint32_t(at.turns & 1) * F::kEntry;
+
+  // Of half kHalf of the slot.
+  template <uint32_t kHalf>
+  PYFMT_DEVICE void load(Packed& c) {
+#pragma unroll
+    for (uint32_t r = 0; r < 2; ++r) {
+      const uint32_t from = Base::template scales_at<kHalf>(r);
+      if constexpr (kRaw == 4) {
+        const uint4 v = hopper::load_shared16(from);
+        next[r][0] = v.x, next[r][1] = v.y, next[r][2] = v.z, next[r][3] = v.w;
+      } else if constexpr (kRaw == 2) {
+        const uint2 v = hopper::load_shared8(from);
+        next[r][0] = v.x, next[r][1] = v.y;
+      } else {
+        next[r][0] = hopper::load_shared_small<kParts * F::kEntry>(from);
+      }
+    }
+    Base::template load<kHalf>(c);
+  }
+  PYFMT_DEVICE void release_codes() {
+    uint32_t seen = 0;
+#pragma unroll
+    for (int i = 0; i < kRaw; ++i) seen |= now[0][i] | now[1][i];
+    Base::release_codes(seen);
+    if (F::kTwoChunks) Base::scales ^= uint32_t(at.turns & 1) * F::kEntry;
   }
 
-  // By chunk kPart of the stage, kHalf of the tokens.
-  template <uint32_t kPart, uint32_t kHalf>
+  // By part kPart of chunk kChunk of the stage, kHalf of the tokens.
+  template <uint32_t kChunk, int kPart, int kHalf>
   PYFMT_DEVICE void multiply(const Fragments& w) {
-    if (kPart == 0 && kHalf == 0) {
-      hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
-    }
+    constexpr uint32_t kSteps = 8 / kParts;
     hopper::products_fence();
     const uint64_t first = hopper::tile_descriptor(x, 0);
 #pragma unroll
-    for (uint32_t s = 0; s < 8; ++s) {
-      const uint32_t tile = (2 * kPart + s / 4) * (R::kTile / 16) + kHalf * (kWide * 128 / 16);
-      Product::add_to(fresh, w[s], first + (tile + s % 4 * 2), s > 0);
+    for (uint32_t s = kPart * kSteps; s < (kPart + 1) * kSteps; ++s) {
+      const uint32_t tile = (2 * kChunk + s / 4) * (R::kTile / 16) + kHalf * (kWide * 128 / 16);
+      Product::add_to(fresh[kPart % kSets], w[s], first + (tile + s % 4 * 2), s > kPart * kSteps);
     }
     hopper::products_commit();
   }
-  template <int kHalf>
+  template <int kPart, int kHalf>
   PYFMT_DEVICE void add(float (&sums)[kAll]) const {
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t raw = now[r][kPart * F::kEntry / 4];
+      factor[r] = F::factor(F::kEntry == 2 && kPart % 2 ? raw >> 16 : raw);
+    }
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       float& sum = sums[kHalf * kCount + j];
-      sum = fused(factor[j >> 1 & 1], fresh[j], sum);
+      sum = fused(factor[j >> 1 & 1], fresh[kPart % kSets][j], sum);
     }
   }
+  // Of the products that are under way: up to kPart, kHalf.
+  template <int kPart, int kHalf>
+  PYFMT_DEVICE void add_sets(float (&sums)[kAll]) const {
+    if constexpr (kSets == 2) add<kPart - 1, kHalf>(sums);
+    add<kPart, kHalf>(sums);
+  }
+  PYFMT_DEVICE void add_last(float (&sums)[kAll]) const { add_sets<kParts - 1, kHalves - 1>(sums); }
+  PYFMT_DEVICE void wait_sums() {
+#pragma unroll
+    for (int i = 0; i < kSets; ++i) hopper::pin(fresh[i]);
+  }
 
-  // Products of what lies in c, all but their last half: that is under way.
-  template <uint32_t kPart>
+  // Products number kAt and on, of parts and halves of the tokens, all but the last with their end.
+  template <uint32_t kChunk, int kAt>
+  PYFMT_DEVICE void multiply_from(const Fragments& w, float (&sums)[kAll]) {
+    constexpr int kPart = kAt / kHalves, kHalf = kAt % kHalves;
+    multiply<kChunk, kPart, kHalf>(w);
+    if constexpr (kAt + 1 < kParts * kHalves) {
+      if constexpr ((kPart + 1) % kSets == 0) {
+        hopper::products_wait<0>();
+        wait_sums();
+        add_sets<kPart, kHalf>(sums);
+      }
+      multiply_from<kChunk, kAt + 1>(w, sums);
+    }
+  }
+  // Products of what lies in c, all but their last: those are under way.
+  template <uint32_t kChunk>
   PYFMT_DEVICE void start(const Packed& c, float (&sums)[kAll]) {
     Fragments w;
     Base::template to_fragments<false>(c, w);
-    factor[0] = F::factor(c.raw[0]);
-    factor[1] = F::factor(c.raw[1]);
-    multiply<kPart, 0>(w);
-    if constexpr (kHalves == 2) {
-      hopper::products_wait<0>();
-      hopper::pin(fresh);
-      add<0>(sums);
-      multiply<kPart, 1>(w);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < kRaw; ++i) now[r][i] = next[r][i];
     }
+    if (kChunk == 0) hopper::barrier_wait(at.base + kFull + 8 * stage.place, stage.parity);
+    multiply_from<kChunk, 0>(w, sums);
   }
 
   PYFMT_DEVICE void run(float (&sums)[kAll]) {
@@ -117,38 +168,37 @@ struct GroupMultiplier : Multiplier<F, kTokens> {
     if (mine == 0) return;
     Packed c;
     wait_codes();
-    Base::template load<0>(c);
+    load<0>(c);
 #pragma unroll 1
     for (int left = mine;;) {
       find_stage();
       if constexpr (R::kSpan == 2) {
         start<0>(c, sums);
-        if (kEarly) Base::template load<R::kSpan - 1>(c);
+        if (kEarly) load<R::kSpan - 1>(c);
         Base::template finish_products<R::kJoined == 1, false>();
-        hopper::pin(fresh);
-        if (!kEarly) Base::template load<R::kSpan - 1>(c);
-        add<kHalves - 1>(sums);
+        wait_sums();
+        if (!kEarly) load<R::kSpan - 1>(c);
+        add_last(sums);
         if (R::kJoined == 1) find_stage();
       }
       start<R::kJoined - 1>(c, sums);
-      Base::release_codes(c.raw[0] | c.raw[1]);
-      next_scales();
+      release_codes();
       if (--left == 0) break;
       if (kEarly) {
         wait_codes();
-        Base::template load<0>(c);
+        load<0>(c);
       }
       Base::template finish_products<true, true>();
-      hopper::pin(fresh);
+      wait_sums();
       if (!kEarly) {
         wait_codes();
-        Base::template load<0>(c);
+        load<0>(c);
       }
-      add<kHalves - 1>(sums);
+      add_last(sums);
     }
     hopper::products_wait<0>();
-    hopper::pin(fresh);
-    add<kHalves - 1>(sums);
+    wait_sums();
+    add_last(sums);
   }
 };
 
@@ -158,7 +208,8 @@ template <class F, int kTokens>
 struct GroupBringer : Bringer<F, kTokens> {
   using Base = Bringer<F, kTokens>;
   using R = Room<F, kTokens>;
-  static constexpr int kSpan = int(R::kSpan), kBytes = int(R::kRowScales);
+  static constexpr int kSpan = int(R::kSpan), kParts = F::kParts, kUnits = kSpan * kParts;
+  static constexpr int kBytes = int(R::kRowScales), kCopy = kBytes < 16 ? kBytes : 16;
   using Base::at;
   using Base::kWaits;
   using Base::p;
@@ -189,24 +240,30 @@ struct GroupBringer : Bringer<F, kTokens> {
     }
   }
   PYFMT_DEVICE void copy_scales(const Slot& s, const uint8_t* const (&row)[2]) const {
-    const int from = kTwoChunks<F> ? s.chunk / 2 * 4 : s.chunk * F::kEntry;
-    hopper::copy_small<kBytes>(s.scales, row[0] + from, kBytes);
-    hopper::copy_small<kBytes>(s.scales + 32 * R::kRowScales, row[1] + from, kBytes);
+    const int from = F::kTwoChunks ? s.chunk / 2 * 4 : s.chunk * (kParts * F::kEntry);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+#pragma unroll
+      for (int i = 0; i < kBytes; i += kCopy) {
+        hopper::copy_small<kCopy>(s.scales + uint32_t(r) * 32 * R::kRowScales + uint32_t(i),
+                                  row[r] + from + i, kCopy);
+      }
+    }
     hopper::arrive_after_copies(s.full);
   }
 
-  // Where copies cannot serve, scales go through registers, a round ahead.
-  using Raw = uint32_t[2][kSpan];
-  PYFMT_DEVICE void read_scales(int chunk, float groups, const uint8_t* const (&row)[2],
-                                Raw& raw) const {
+  // Where copies cannot serve, scales go through registers: of whole chunks a round ahead.
+  using Raw = uint32_t[2][kUnits];
+  PYFMT_DEVICE void read_scales(int chunk, const uint8_t* const (&row)[2], Raw& raw) const {
+    const float groups = float(F::kRun / 8) / float(p.group_runs);  // of a part
 #pragma unroll
-    for (int h = 0; h < kSpan; ++h) {
-      // Half a chunk is more than what the quotient is off by.
-      const int group = int((float(min(chunk + h, p.tiles - 1)) + 0.5f) * groups);
+    for (int i = 0; i < kUnits; ++i) {
+      // Half a part is more than what the quotient is off by.
+      const int group = min(int((float(chunk * kParts + i) + 0.5f) * groups), int(p.blocks) - 1);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const uint8_t* const from = row[r] + group * F::kEntry;
-        raw[r][h] = F::kEntry == 4 ? *reinterpret_cast<const uint32_t*>(from)
+        raw[r][i] = F::kEntry == 4 ? *reinterpret_cast<const uint32_t*>(from)
                                    : *reinterpret_cast<const uint16_t*>(from);
       }
     }
@@ -215,16 +272,22 @@ struct GroupBringer : Bringer<F, kTokens> {
   PYFMT_DEVICE void lay_down(const Slot& s, const Raw& raw) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      uint32_t v[kSpan];
-#pragma unroll
-      for (int h = 0; h < kSpan; ++h) v[h] = s.chunk + h < p.tiles ? raw[r][h] : 0;
       const uint32_t to = s.scales + uint32_t(r) * 32 * R::kRowScales;
-      if constexpr (F::kEntry == 2) {
-        hopper::store_shared(to, v[0] | v[kSpan - 1] << 16);
-      } else if constexpr (kSpan == 2) {
-        hopper::store_shared8(to, v[0], v[1]);
+      uint32_t v[kUnits];
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) v[i] = s.chunk + i / kParts < p.tiles ? raw[r][i] : 0;
+      if constexpr (kUnits == 1) {
+        hopper::store_shared(to, F::kEntry == 2 ? v[0] * 0x10001u : v[0]);
+      } else if constexpr (F::kEntry == 2) {
+#pragma unroll
+        for (int i = 0; i < kUnits; i += 2) {
+          hopper::store_shared(to + uint32_t(2 * i), v[i] | v[i + 1] << 16);
+        }
       } else {
-        hopper::store_shared(to, v[0]);
+#pragma unroll
+        for (int i = 0; i < kUnits; i += 2) {
+          hopper::store_shared8(to + uint32_t(4 * i), v[i], v[i + 1]);
+        }
       }
     }
     hopper::barrier_arrive_here(s.full);
@@ -240,7 +303,10 @@ struct GroupBringer : Bringer<F, kTokens> {
       row[g][1] = p.scales + int64_t(min(n + 32, p.n - 1)) * p.blocks * F::kEntry;
     }
     if (!p.copied_codes) hopper::wait_for_previous();  // a copy was made of them
-    if (p.group_runs == 4 && p.scales_align >= kBytes) {
+    // Of whole slots, whose scales are those of as many groups.
+    const bool copied = p.group_runs == F::kRun / 8 && p.scales_align >= kCopy &&
+                        int(p.blocks) * F::kEntry % kBytes == 0;
+    if (copied) {
       bring_slots<true>(lane, row);
     } else {
       bring_slots<false>(lane, row);
@@ -248,13 +314,13 @@ struct GroupBringer : Bringer<F, kTokens> {
   }
   template <bool kCopied>
   PYFMT_DEVICE void bring_slots(int lane, const uint8_t* const (&row)[kGroups][2]) const {
-    const float groups = 4.0f / float(p.group_runs);  // a chunk
-    Raw raw[kCopied ? 1 : kGroups];
+    constexpr bool kAhead = !kCopied && kParts == 1;
+    Raw raw[kAhead ? kGroups : 1];
     const auto ask = [&](int i) {
-      if constexpr (!kCopied) {
+      if constexpr (kAhead) {
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          read_scales(at.first + (i + (g >> p.share_bits)) * kSpan, groups, row[g], raw[g]);
+          read_scales(at.first + (i + (g >> p.share_bits)) * kSpan, row[g], raw[g]);
         }
       }
     };
@@ -279,7 +345,8 @@ struct GroupBringer : Bringer<F, kTokens> {
         for (int g = 0; g < kGroups; ++g) {
           const Slot s = slot_of(i, g, ring, lane);
           if (!s.there) break;
-          lay_down(s, raw[g]);
+          if (!kAhead) read_scales(s.chunk, row[g], raw[0]);
+          lay_down(s, raw[kAhead ? g : 0]);
         }
         ask(i + at.turns);
       }
@@ -291,18 +358,27 @@ struct GroupBringer : Bringer<F, kTokens> {
   }
 };
 
-template <int kBits>
+template <int kBits, int kRun>
 void launch_groups(Params& p, const WideCall& call, Stream stream) {
   if (p.scale == Scale::kBF16) {
-    return launch_elements<Groups<kBits, Scale::kBF16>>(p, call, stream);
+    return launch_elements<Groups<kBits, kRun, Scale::kBF16>>(p, call, stream);
   }
   if (p.scale == Scale::kFP16) {
-    return launch_elements<Groups<kBits, Scale::kFP16>>(p, call, stream);
+    return launch_elements<Groups<kBits, kRun, Scale::kFP16>>(p, call, stream);
   }
-  launch_elements<Groups<kBits, Scale::kFP32>>(p, call, stream);
+  launch_elements<Groups<kBits, kRun, Scale::kFP32>>(p, call, stream);
 }
 
 }  // namespace tall
+
+// A lane takes as many codes that lie together as a group allows.
+template <int kRun>
+Kernel tall_groups(const FormatSpec& f) {
+  if (has_groups(f, elements::int4)) return {tall::launch_groups<4, kRun>, kChunk, false, 64};
+  if (has_groups(f, elements::int8)) return {tall::launch_groups<8, kRun>, kChunk, false, 64};
+  return {};
+}
+
 }  // namespace wide
 }  // namespace cuda
 }  // namespace pyfmt

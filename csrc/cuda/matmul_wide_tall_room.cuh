@@ -27,9 +27,9 @@ struct Room {
   static constexpr uint32_t kTile = kTokens * 128, kStage = 2 * kTile * kJoined;
   static constexpr uint32_t kHalf = kChunk * F::kBits / 8, kRowBytes = kHalf * kSpan;
   static constexpr uint32_t kSlot = 64 * kRowBytes;
-  // Of a chunk a lane has scales of its own blocks, or all have the factor of the group.
+  // Of a chunk a lane has scales of its own blocks, or all have those of its groups.
   static constexpr uint32_t kLaneScales = F::kGroups ? 0 : F::kEntry;
-  static constexpr uint32_t kHalfScales = F::kGroups ? F::kEntry : 4 * F::kEntry;
+  static constexpr uint32_t kHalfScales = F::kGroups ? 32 / F::kRun * F::kEntry : 4 * F::kEntry;
   static constexpr uint32_t kAllScales = kHalfScales * kSpan,
                             kRowScales = kAllScales < 4 ? 4 : kAllScales;
   static constexpr uint32_t kScales = 64 * kRowScales;
@@ -249,10 +249,19 @@ struct Bringer {
   struct Columns {
     uint32_t words[16];
   };
+  // The byte of two tiles where a lane's columns of a token start, and where its next ones are.
+  PYFMT_DEVICE static uint32_t first_x(uint32_t token, uint32_t t) {
+    if constexpr (F::kRun == 32) return t / 2 * R::kTile + token * 128 + ((t & 1) * 4 ^ token) * 16;
+    return token * 128 + (t * (F::kRun / 8) ^ token) * 16;
+  }
+  PYFMT_DEVICE static uint32_t next_x(uint32_t from, uint32_t i) {
+    if constexpr (F::kRun == 32) return from ^ 16 * i;
+    return (from ^ (F::kRun == 16 ? 16u : 64u) * (i & 1)) + i / 2 * R::kTile;
+  }
   PYFMT_DEVICE static void load_x(uint32_t from, Columns& c) {
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
-      const uint4 v = hopper::load_shared16(from ^ 16 * i);
+      const uint4 v = hopper::load_shared16(next_x(from, i));
       c.words[4 * i] = v.x, c.words[4 * i + 1] = v.y;
       c.words[4 * i + 2] = v.z, c.words[4 * i + 3] = v.w;
     }
@@ -283,7 +292,7 @@ struct Bringer {
     const uint32_t row = uint32_t(lane) % 8, piece = uint32_t(lane) / 8;
     const uint32_t token = uint32_t(lane) / 4, t = uint32_t(lane) % 4;
     const uint32_t start = at.base + kHeader + warp * (kUnits * 1024);
-    const uint32_t from = start + t / 2 * R::kTile + token * 128 + ((t & 1) * 4 ^ token) * 16;
+    const uint32_t from = start + first_x(token, t);
     const uint32_t to = start + row * 128 + (piece ^ row) * 16;
     const auto unit = [](uint32_t v) { return v / kUnits * (2 * R::kTile) + v % kUnits * 1024; };
     const int stages = at.slots * int(R::kStep);

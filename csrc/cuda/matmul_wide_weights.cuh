@@ -15,6 +15,7 @@ struct Weights {
   using D = Decoder<E, kScale, kInOrder>;
   static constexpr int kBits = D::kBits;
   static constexpr bool kGroups = false;
+  static constexpr int kRun = 32;         // codes of a row that lie together for a lane
   static constexpr int kDown = D::kDown;  // tensor cores see weights times 2^-kDown
   static constexpr int kEntry = kScale == Scale::kE4M3 ? 2 : 1;  // bytes of scales of 32 codes
 
