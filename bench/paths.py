@@ -47,6 +47,8 @@ PAIRS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
     "bf16-8 kept": ((None, "mxint8", "exact"),),
     "groups-4": ((None, "int4", ""),),
     "groups-8": ((None, "int8", ""),),
+    "small groups-4": ((None, "int4-b32-bf16", ""), (None, "int4-b64-bf16", "")),
+    "small groups-8": ((None, "int8-b32-bf16", ""), (None, "int8-b64-bf16", "")),
     "any": ((None, "mxfp4", ""),),
 }
 # Rows between which a path is worth its time here, and the paths in the order of the table.
@@ -71,6 +73,8 @@ def cases(w: Weights, m: int) -> dict[tuple[str, int, str], Callable[[int], Any]
             kept = w.kept(right, keep) if keep else None
             for path in ORDER:
                 low, high = SPAN.get(path, (1, 64) if row == "any" else (1, 0))
+                if path == "wide" and row.startswith("small"):
+                    low = 1
                 if not low <= m <= high or paths.cannot(path, call, device) is not None:
                     continue
                 if keep and path != keep and m > 256:
@@ -166,6 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 entries, loss, where = limits(times[row])
                 if row == "any":
                     entries = [*entries[:-1], ("skinny", 64), ("portable", None)]
+                if entries[0][0] == "wide":
+                    entries = [*entries, ("skinny", 64)]  # devices without it
                 table[row].append(entries)
                 words = ", ".join(f"{path} {limit or ''}".strip() for path, limit in entries)
                 print(

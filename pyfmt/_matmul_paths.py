@@ -227,7 +227,8 @@ def row_of(call: Call) -> str:
         if exact_in_bf16(fmt):
             return f"bf16-{bits}" + (" kept" if call.kept == "exact" else "")
         if wide_reason(call) is None:
-            return f"groups-{bits}"
+            small = isinstance(fmt.block, int) and fmt.block % 128
+            return f"{'small ' if small else ''}groups-{bits}"
     return "any"
 
 

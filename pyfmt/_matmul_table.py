@@ -7,8 +7,9 @@ a, is not exceeded and that can serve the call is taken. None: any number.
 
 Rows: what the operands allow ("codes": both have four bits that few rows multiply as they are, see
 multiplies_codes, and fold; "fold": both fold into fp8; "bf16": both are exact in bfloat16;
-"groups": the weight is of integers with float scales; "any"), the bits of a weight's code, and
-"kept" for a weight that is kept expanded. Devices with block-scaled tensor cores take those first.
+"groups": the weight is of integers with float scales, "small" ones are no multiples of 128 columns;
+"any"), the bits of a weight's code, and "kept" for a weight that is kept expanded. Devices with
+block-scaled tensor cores take those first.
 """
 
 from __future__ import annotations
@@ -79,14 +80,24 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "groups-4": (
-        (("skinny", 16), ("wide", None)),
-        (("skinny", 16), ("wide", None)),
-        (("skinny", 16), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
     ),
     "groups-8": (
-        (("skinny", 16), ("wide", None)),
-        (("skinny", 16), ("wide", None)),
-        (("skinny", 16), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
+        (("skinny", 8), ("wide", None)),
+    ),
+    "small groups-4": (
+        (("wide", None), ("skinny", 64)),
+        (("wide", None), ("skinny", 64)),
+        (("wide", None), ("skinny", 64)),
+    ),
+    "small groups-8": (
+        (("wide", None), ("skinny", 64)),
+        (("wide", None), ("skinny", 64)),
+        (("wide", None), ("skinny", 64)),
     ),
     "any": (
         (("skinny", 48), ("skinny", 64), ("portable", None)),

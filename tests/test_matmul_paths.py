@@ -238,6 +238,12 @@ def test_the_table_chooses_by_rows_and_says_why() -> None:
     assert paths.choose(call("mxfp4", "mxfp4", 8192), paths.Machine((8, 0))) == "exact"
     assert paths.choose(call("mxfp4", "mxfp4", 8192), paths.Machine((7, 5), False)) == "portable"
     assert paths.choose(call(None, "int4", 1), HOPPER) == "portable"
+    for name, m, want in (("int4", 8, "skinny"), ("int4", 9, "wide"), ("int8", 16, "wide")):
+        assert paths.choose(call(None, name, m), FULL) == want
+    # Groups of less than 128 columns: the one that takes all rows on this device, else the other.
+    for m in (1, 64, 4096):
+        assert paths.choose(call(None, "int4-b32-bf16", m), FULL) == "wide"
+    assert paths.choose(call(None, "int8-b64-fp16", 64), paths.Machine((8, 0))) == "skinny"
     assert paths.choose(call("mxfp4", "mxfp4", 8192, batch_invariant=True), FULL) == "skinny"
     why = paths.explain(call("mxint8", "mxfp4", 8192), FULL)
     assert why["exact"] == "chosen: table row 'bf16-4', any number of rows, 8192 here"

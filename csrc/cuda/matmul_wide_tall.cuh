@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernel of matmul_wide.h for up to 64 rows of x, elements with scales of their blocks. Four
+// The kernel of matmul_wide.h for up to 64 rows of x, elements with scales of their blocks (of
+// integers in groups it is in matmul_wide_tall_groups.cuh). Four
 // warpgroups of a block decode 64 rows of w each into fragments, in registers, and multiply, each
 // at its own pace, so that some decode while others' products are under way; those that share rows
 // take columns in turn. One thread asks for x, a warp for codes and scales, and two warps put x in
