@@ -47,16 +47,6 @@ PYFMT_DEVICE uint32_t add_pairs(uint32_t a, uint32_t b) {
 #endif
 }
 
-PYFMT_DEVICE uint32_t subtract_pairs(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  uint32_t d;
-  asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-#else
-  return each_half(a, b, 0, [](float x, float y, float) { return x - y; });
-#endif
-}
-
 PYFMT_DEVICE uint32_t fused_pairs(uint32_t a, uint32_t b, uint32_t c) {
 #if defined(__CUDA_ARCH__)
   uint32_t d;
@@ -121,9 +111,11 @@ struct Decoder {
   // mantissa of 128 is 128 + half + n.
   static constexpr int kHalf = 1 << (kBits - 1);
   static constexpr bool kMagic = kInt && kBits < 8;
-  static constexpr int kField = kInt ? -spec.frac : 127 - spec.bias;
+  // An integer of 8 bits comes as n * 2^-kSteps.
+  static constexpr int kSteps = kInt && !kMagic ? 6 : 0;
+  static constexpr int kField = kInt ? kSteps - spec.frac : 127 - spec.bias;
   // E8M0 bytes that one factor serves.
-  static constexpr int kLowest = kInt ? 1 + spec.frac : 0;
+  static constexpr int kLowest = kInt ? 1 - kField : 0;
   static constexpr int kHighest = kMagic ? 247 + spec.frac : kInt ? 254 : 127 + spec.bias;
 
   // Whether the E8M0 byte b asks for `scaled<true>`: it is NaN, or out of one factor's reach.
@@ -237,7 +229,9 @@ struct Decoder {
   }
   PYFMT_DEVICE static void nibble_ints(uint32_t w, uint32_t* out) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = (w >> (4 * i) & both(0x000fu)) ^ both(0x4308u);
+    for (int i = 0; i < 4; ++i) {
+      out[i] = mask_xor(i ? w >> (4 * i) : w, both(0x000fu), both(0x4308u));
+    }
   }
 
   // Sixteen codes of 6 bits fill six halves; codes i and i + 8 start at the same bit of their
@@ -302,13 +296,15 @@ struct Decoder {
       }
     }
   }
-  // The low seven bits in the mantissa of 128, less 128, or 256 where the sign bit is set.
+  // Below 2^-125 bfloat16 is evenly spaced: a byte in the lower half of its 16 bits, its sign
+  // turned into an offset, is a number of steps of 2^-133 as it stands. One multiply-add makes them
+  // 2^-6.
   PYFMT_DEVICE static void byte_ints(uint32_t w, uint32_t* out) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint32_t x =
-          pick_bytes(w, 0x43434343u, kInOrder ? (i ? 0x4342 : 0x4140) : (i ? 0x4341 : 0x4240));
-      out[i] = subtract_pairs(x & both(0xff7fu), x & both(0x4380u));
+      const uint32_t steps = kInOrder ? pick_bytes(w, 0, i ? 0x4342 : 0x4140) ^ both(0x0080u)
+                                      : mask_xor(i ? w >> 8 : w, both(0x00ffu), both(0x0080u));
+      out[i] = fused_pairs(steps, both(0x7f00u), both(0xc000u));
     }
   }
 };

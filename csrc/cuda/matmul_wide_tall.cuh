@@ -91,8 +91,10 @@ struct Multiplier {
       }
 #pragma unroll
       for (int j = 0; j < kLoads; ++j) {
-        const uint32_t from = ((codes[j] + slot.place * (kGroups * R::kSlot)) ^ kHalf * R::kHalf) +
-                              r * 8 * R::kRowBytes;
+        const uint32_t first = codes[j] + slot.place * (kGroups * R::kSlot);
+        const uint32_t from =
+            (F::kBits == 6 ? first + kHalf * R::kHalf : first ^ kHalf * R::kHalf) +
+            r * 8 * R::kRowBytes;
         uint32_t* to = c.words[r] + kTogether * j;
         if constexpr (kTogether == 4) {
           const uint4 v = hopper::load_shared16(from);

@@ -18,10 +18,10 @@ constexpr int kMultipliers = 128 * kGroups, kBlockThreads = kMultipliers + 128;
 template <class F, int kTokens>
 struct Room {
   // Each warpgroup has a ring of its own of slots: a box of its rows of one chunk, or of two where
-  // that makes rows of 128 bytes, and their scales. A stage is a chunk of x, or, of few rows, those
-  // of a slot: at least as many as a warpgroup that takes turns goes on by, since it must not wait
-  // for a phase of a barrier two ahead (64 tokens: turns of two).
-  static constexpr uint32_t kSpan = F::kBits == 4 ? 2 : 1;
+  // one makes less than 128 bytes and there is room, and their scales. A stage is a chunk of x, or,
+  // of few rows, those of a slot: at least as many as a warpgroup that takes turns goes on by,
+  // since it must not wait for a phase of a barrier two ahead (64 tokens: turns of two).
+  static constexpr uint32_t kSpan = F::kBits == 4 || (F::kBits == 6 && kTokens < 64) ? 2 : 1;
   static constexpr uint32_t kJoined = kTokens == 16 ? kSpan : 1, kStep = kSpan / kJoined;
   static constexpr uint32_t kStages = kTokens == 16 ? 16 / kJoined : kTokens == 32 ? 9 : 5;
   static constexpr uint32_t kTile = kTokens * 128, kStage = 2 * kTile * kJoined;

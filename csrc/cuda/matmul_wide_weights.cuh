@@ -3,7 +3,9 @@
 // matmul_wide_blocks.cuh and matmul_wide_shared.cuh.
 #pragma once
 
-#include "decode.cuh"
+#include <type_traits>
+
+#include "matmul_skinny_decode.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -12,7 +14,9 @@ namespace wide {
 // Elements E, scales of blocks of 32 (E8M0) or 16 (E4M3). kInOrder: they leave in their own order.
 template <class E, Scale kScale, bool kInOrder>
 struct Weights {
-  using D = Decoder<E, kScale, kInOrder>;
+  // Factors of integers with E4M3 scales stay in reach of codes that are subnormal numbers.
+  static constexpr bool kSubnormal = kScale == Scale::kE4M3 && E::spec.is_int() && !kInOrder;
+  using D = std::conditional_t<kSubnormal, SkinnyDecoder<E, kScale>, Decoder<E, kScale, kInOrder>>;
   static constexpr int kBits = D::kBits;
   static constexpr bool kGroups = false;
   static constexpr int kRun = 32;         // codes of a row that lie together for a lane
