@@ -85,7 +85,7 @@ int64_t codes_scales(int64_t m, int64_t k) {
 bool round_codes_serves(const QuantizeArgs& a) {
   return a.dtype == DType::kBF16 && known(a.format) && !a.stochastic && a.view.flat() &&
          a.view.columns % kUnit == 0 && a.view.count() > 0 && aligned16(a.x) &&
-         a.rotation.size <= kLongestTurn;
+         a.rotation.size <= kWarpTurn;
 }
 
 bool codes_in_halves(const FormatSpec& w) {

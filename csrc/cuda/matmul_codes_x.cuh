@@ -3,10 +3,9 @@
 // put them there.
 #pragma once
 
+#include "beside.cuh"
 #include "coder.cuh"
 #include "matmul_codes.h"
-#include "rotate.cuh"
-#include "scale.cuh"
 #include "warp.cuh"
 
 namespace pyfmt {
@@ -115,20 +114,6 @@ PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t eight, uint32_t cod
 // Few threads of few registers, which find room beside the blocks of a product: eight elements a
 // lane, so that four lanes have a block and a warp has whole rotations of up to 256.
 constexpr int kPlaceThreads = 64;
-constexpr int kLongestTurn = 256;
-
-PYFMT_DEVICE void rotate_eight(float (&v)[8], const RotationParams& r) {
-  if (r.size == 2) {
-    near_butterflies<2, 8>(v);
-  } else if (r.size == 4) {
-    near_butterflies<4, 8>(v);
-  } else {
-    near_butterflies<8, 8>(v);
-  }
-#pragma unroll 1
-  for (int far = 1; far < r.size / 8; far *= 2) far_butterfly(v, far);
-  multiply(v, r.factor);
-}
 
 template <class E>
 __global__ void __launch_bounds__(kPlaceThreads, 32)
@@ -138,18 +123,9 @@ __global__ void __launch_bounds__(kPlaceThreads, 32)
   wait_for_earlier_launch();
   const uint32_t eight = blockIdx.x * uint32_t(kPlaceThreads) + threadIdx.x;
   const bool live = eight < p.eights;
-  uint4 raw = make_uint4(0, 0, 0, 0);
-  if (live) raw = static_cast<const uint4*>(p.x)[eight];
-  uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-  if (p.rotation.signs && live) {
-    const uint32_t signs = p.rotation.signs[signs_word(p.rotation, eight / 4)];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = flip_pair(words[i], signs, int(eight % 4) * 4 + i);
-  }
   float v[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = half_at<DType::kBF16>(words[i / 2], i & 1);
-  if (p.rotation.size) rotate_eight(v, p.rotation);
+  load_eight(p.x, p.rotation, eight, live, v);
+  if (p.rotation.size) rotate_eight<false>(v, p.rotation);
   float m = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) m = max_abs_nan(m, v[i]);
