@@ -85,9 +85,8 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
     scratch = device.empty({bytes}, ScalarType::Byte);
     a.workspace = scratch.mutable_data_ptr();
   }
-  cuda::matmul_fold(a, device.stream);
 
-  cuda::RepairArgs r;
+  cuda::RepairArgs& r = a.repair;
   r.y = a.y;
   r.dtype = a.dtype;
   r.rows = rows;
@@ -99,7 +98,7 @@ Tensor matmul_fold(std::optional<Tensor> x, std::optional<Tensor> codes,
   r.w_scales = a.scales;
   r.w_format = w.format;
   r.bias = a.bias;
-  cuda::repair(r, device.stream);
+  cuda::matmul_fold(a, device.stream);
   return y;
 }
 

@@ -42,6 +42,7 @@ PROCESSES = [
     ["fold:mxfp4:200x700x2048:64,1,1", "fold:mxfp6_e3m2:200x700x2048:128,2,1"],
     [
         "fold:mxfp4:300x700x2048:256,1,1",
+        "fold:mxfp4:300x700x2048:144,1,2",
         "fold:mxfp6_e3m2:200x700x2048:192,1,2",
     ],
     [f"skinny:{name}:1x1400x2048" for name in FEW],

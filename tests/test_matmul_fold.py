@@ -142,6 +142,8 @@ def test_ragged_shapes_and_plans(ops: Any) -> None:
             (64, 2, 1),
             (96, 1, 2),
             (128, 2, 2),
+            (144, 1, 2),
+            (144, 2, 1),
             (160, 1, 2),
             (192, 1, 2),
             (192, 1, 1),
@@ -154,12 +156,14 @@ def test_ragged_shapes_and_plans(ops: Any) -> None:
 
 @pytest.mark.parametrize("dtype", HALF_ULP)
 def test_output_dtypes_and_bias(ops: Any, dtype: Any) -> None:
-    a, w = noise("mxint4", 4, 96, 1), noise("mxfp4", 131, 96, 2)
-    w.scales -= 4  # float16 holds the sums
-    w.decode()
-    for bias_dtype in (torch.float32, torch.bfloat16):
-        bias = torch.linspace(-2, 2, 131, dtype=bias_dtype)
-        check(ops, a, w, 96 * 2.0**-24, bias=bias, dtype=dtype)
+    for n in (131, 136):
+        a, w = noise("mxint4", 4, 96, 1), noise("mxfp4", n, 96, 2)
+        w.scales -= 4  # float16 holds the sums
+        w.decode()
+        for bias_dtype in (torch.float32, torch.bfloat16):
+            bias = torch.linspace(-2, 2, n, dtype=bias_dtype)
+            for plan in ((0, 0, 0), (160, 1, 1)):
+                check(ops, a, w, 96 * 2.0**-24, bias=bias, dtype=dtype, plan=plan)
 
 
 @pytest.mark.parametrize("name", FOLDING)
@@ -172,6 +176,20 @@ def test_rows_that_do_not_fold(ops: Any, name: str) -> None:
     w[11, 32:64] = 0.0
     bias = torch.linspace(-1, 1, 35)
     assert check(ops, Operand(a, name), Operand(w, name), 256 * 2.0**-24, bias=bias) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("plan", [(96, 1, 2), (144, 1, 2), (192, 2, 1), (256, 1, 1)])
+def test_rows_that_do_not_fold_by_plan(ops: Any, plan: tuple[int, int, int], dtype: Any) -> None:
+    # Marked rows lie beside others in pieces of 4 and 8 columns, whole and not, of several blocks.
+    for n in (136, 134, 131):
+        a, w = grids.noise(75, 160, seed=1), grids.noise(n, 160, seed=2)
+        for row in (0, 73):
+            a[row, 64:96] *= np.float32(2.0**-45)
+        for row in (3, 4, 127, n - 1):
+            w[row, :32] *= np.float32(2.0**40)
+        left, right = Operand(a, "mxfp4"), Operand(w, "mxfp6_e3m2")
+        assert check(ops, left, right, 160 * 2.0**-24, plan=plan, dtype=dtype) == 6
 
 
 @pytest.mark.parametrize("columns", [96, 512, 1536])
@@ -258,7 +276,21 @@ def test_decoding_on_the_device(device_ops: Any, name: str) -> None:
 @pytest.mark.gpu
 def test_plans_on_the_device(device_ops: Any) -> None:
     a, w = noise("mxfp4", 200, 2048, 1), noise("mxfp4", 700, 2048, 2)
-    for tile in (64, 96, 128, 192, 256):
+    for tile in (64, 96, 128, 144, 160, 192, 256):
         for share, split in ((1, 1), (1, 2), (2, 1), (4, 1), (2, 2)):
             plan = (tile, share, split)
             check(device_ops, a, w, FP8_STEP, device="cuda", plan=plan, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FOLDING)
+def test_rows_that_do_not_fold_on_the_device(device_ops: Any, name: str) -> None:
+    for n in (700, 696):
+        a, w = grids.noise(300, 1024, seed=1), grids.noise(n, 1024, seed=2)
+        a[[0, 9, 299], 64:96] *= np.float32(2.0**-45)
+        w[[7, 8, 130, n - 1], :32] *= np.float32(2.0**40)
+        left, right = Operand(a, name), Operand(w, name)
+        for plan in ((0, 0, 0), (128, 1, 2), (144, 1, 1), (160, 2, 1), (192, 1, 2), (256, 1, 2)):
+            for dtype in (torch.float32, torch.bfloat16):
+                options = {"device": "cuda", "plan": plan, "dtype": dtype}
+                assert check(device_ops, left, right, FP8_STEP, **options) == 7

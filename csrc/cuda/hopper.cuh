@@ -95,6 +95,15 @@ PYFMT_DEVICE uint32_t shared_start() {
 #endif
 }
 
+// A place there for ordinary reads and writes.
+PYFMT_DEVICE void* shared_pointer(uint32_t at) {
+#if defined(__CUDA_ARCH__)
+  return __cvta_shared_to_generic(at);
+#else
+  return emulated_at(at);
+#endif
+}
+
 PYFMT_DEVICE uint4 load_shared16(uint32_t at) {
 #if defined(__CUDA_ARCH__)
   uint4 v;
@@ -480,14 +489,14 @@ PYFMT_DEVICE void keep(uint32_t& x) {
 #endif
 }
 
-// Has `words` worked out here, not later: a store that never happens asks for them. nothing: a zero
-// that the compiler does not know; at: any place in shared memory.
-PYFMT_DEVICE void work_out(uint32_t words, uint32_t nothing, uint32_t at) {
+// Has two words worked out here, not later: a store that never happens asks for them. nothing: a
+// zero that the compiler does not know; at: any place in shared memory.
+PYFMT_DEVICE void work_out(uint32_t a, uint32_t b, uint32_t nothing, uint32_t at) {
 #if defined(__CUDA_ARCH__)
   asm volatile(
-      "{\n.reg .pred p;\n.reg .b32 t;\nand.b32 t, %0, %1;\nsetp.ne.b32 p, t, 0;\n"
-      "@p st.shared.b32 [%2], t;\n}" ::"r"(words),
-      "r"(nothing), "r"(at)
+      "{\n.reg .pred p;\n.reg .b32 t;\nlop3.b32 t, %0, %1, %2, 0xa8;\nsetp.ne.b32 p, t, 0;\n"
+      "@p st.shared.b32 [%3], t;\n}" ::"r"(a),
+      "r"(b), "r"(nothing), "r"(at)
       : "memory");
 #endif
 }

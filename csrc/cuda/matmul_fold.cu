@@ -27,11 +27,15 @@ const char* matmul_fold_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
 }
 
 WidePlan matmul_fold_plan(const MatmulFoldArgs& a) {
-  return a.plan.tokens
-             ? a.plan
-             : wide::cheapest_plan(
-                   a.a.rows, a.n, a.a.columns,
-                   {{64, 740}, {96, 870}, {128, 1000}, {160, 1150}, {192, 1250}, {256, 1500}});
+  return a.plan.tokens ? a.plan
+                       : wide::cheapest_plan(a.a.rows, a.n, a.a.columns,
+                                             {{64, 740},
+                                              {96, 870},
+                                              {128, 1000},
+                                              {144, 1060},
+                                              {160, 1150},
+                                              {192, 1250},
+                                              {256, 1500}});
 }
 
 int64_t matmul_fold_panel(const MatmulFoldArgs& a) {
@@ -70,6 +74,7 @@ void matmul_fold(const MatmulFoldArgs& a, Stream stream) {
   call.tokens = a.plan.tokens;
   call.codes = align_codes({a.codes, p.row_bytes, a.n, p.row_bytes},
                            static_cast<uint8_t*>(a.workspace), stream);
+  p.repair = RepairParams(a.repair);
   p.copied_codes = call.codes.data == a.codes;
   find_fold(a.format, a.a.e5m2).launch(p, call, stream);
 }

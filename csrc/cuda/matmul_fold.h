@@ -24,6 +24,7 @@ struct MatmulFoldArgs {
   FormatSpec format;
   void* y = nullptr;  // (rows of a, n) contiguous
   DType dtype = DType::kBF16;
+  RepairArgs repair;          // of the same operands: products of rows that do not fold
   void* workspace = nullptr;  // of matmul_fold_workspace bytes, aligned to 16
   WidePlan plan;              // tokens 0: chosen here
 };

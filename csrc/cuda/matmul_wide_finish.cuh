@@ -48,6 +48,7 @@ struct Ending {
   int warp, lane, n, here, count, m0, live;
   float of_token = 1.0f;  // of the warp's token number `lane`
   float factor[4], bias[4], scale = 1.0f;
+  bool whole = true;  // no column of the lane's has scale 0
 
   PYFMT_DEVICE Ending(const Params& p, const Place& at) : Ending(p, at, at.part) {}
   // half: of the tokens, of two parts of K.
@@ -65,17 +66,27 @@ struct Ending {
     for (int i = 0; i < 4; ++i) {
       factor[i] = p.w_scale && i < here ? p.up * p.w_scale[n + i] : p.up;
       bias[i] = p.bias && i < here ? p.bias[n + i] : 0.0f;
+      whole = whole && factor[i] != 0.0f;
     }
   }
 
-  // Four sums of the warp's token number i, of all, as numbers of y. All lanes call.
-  PYFMT_DEVICE void finish_four(uint32_t staged, int i, float (&v)[4]) const {
+  // Four sums of the warp's token number i, of all, as numbers of y; whether the token's scale is
+  // not 0. All lanes call.
+  PYFMT_DEVICE bool finish_four(uint32_t staged, int i, float (&v)[4]) const {
     const int token = min(warp + i * kWarpsHere, live - 1);
     const float4 sums = hopper::load_floats(staged + uint32_t((token * kPitch + 4 * lane) * 4));
     const float of_row = hopper::from_lane(of_token, i);
     v[0] = sums.x, v[1] = sums.y, v[2] = sums.z, v[3] = sums.w;
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[e] = v[e] * (factor[e] * of_row) * scale + bias[e];
+    return of_row != 0.0f;
+  }
+  // Of four neighbours of y, from element `at` on, those whose columns' scales are not 0.
+  PYFMT_DEVICE void write_some(const Params& p, int64_t at, const float (&v)[4]) const {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (e < here && factor[e] != 0.0f) store_element(p.y, p.dtype, at + e, v[e]);
+    }
   }
 
   // Four tokens at once, so that none waits for another.
@@ -87,11 +98,15 @@ struct Ending {
 #pragma unroll 1
     for (int i = 0; warp + i * kWarpsHere < live; i += kAtOnce) {
       float v[kAtOnce][4];
+      bool counts[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) finish_four(staged, i + j, v[j]);
+      for (int j = 0; j < kAtOnce; ++j) counts[j] = finish_four(staged, i + j, v[j]);
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if (here == 4 && warp + (i + j) * kWarpsHere < live) store_four<kType>(to, v[j]);
+        const int token = warp + (i + j) * kWarpsHere;
+        if (here == 4 && token < live && counts[j]) {
+          whole ? store_four<kType>(to, v[j]) : write_some(p, int64_t(m0 + token) * p.n + n, v[j]);
+        }
         to += step;
       }
     }
@@ -107,9 +122,8 @@ struct Ending {
 #pragma unroll 1
     for (int i = 0; warp + i * kWarpsHere < live; ++i) {
       float v[4];
-      finish_four(staged, i, v);
-      const int64_t at = int64_t(m0 + warp + i * kWarpsHere) * p.n + n;
-      store_some(p.y, p.dtype, at, v, here);
+      const bool counts = finish_four(staged, i, v);
+      if (counts) write_some(p, int64_t(m0 + warp + i * kWarpsHere) * p.n + n, v);
     }
   }
 };

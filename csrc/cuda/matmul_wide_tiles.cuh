@@ -3,6 +3,7 @@
 #pragma once
 
 #include "matmul_wide.h"
+#include "repair.cuh"
 #include "tensor_map.cuh"
 
 namespace pyfmt {
@@ -47,6 +48,7 @@ struct Params {
   const uint8_t* later_codes = nullptr;
   void* later_to = nullptr;
   int64_t later = 0;
+  RepairParams repair;  // of matmul_fold.h: products that sums do not give
 };
 
 // A place of a ring, in turn.

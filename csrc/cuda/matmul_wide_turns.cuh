@@ -10,8 +10,8 @@
 
 #include "matmul_wide.cuh"
 #include "matmul_wide_finish.cuh"
+#include "matmul_wide_turns_in_place.cuh"
 #include "matmul_wide_turns_room.cuh"
-#include "matmul_wide_turns_sums.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -27,7 +27,6 @@ struct Multiplier {
   static constexpr int kCount = R::kWide / 2, kAll = kTokens / 2, kParts = R::kParts;
   static constexpr int kSteps = F::kOut / 2 / kParts;        // of a part
   static constexpr int kMost = R::kHalves == 2 ? 240 : 232;  // registers
-  static constexpr bool kInPlace = R::kInPlace;
   using Fragments = uint32_t[F::kOut / 2][4];
 
   const Params& p;
@@ -40,14 +39,6 @@ struct Multiplier {
   Ring<R::kDepth> slot;
   uint32_t turn, seen = 0;  // seen: what was read of a slot, for after_reading
 
-  // Rows change places within eight, so that lanes which read together never share a bank.
-  PYFMT_DEVICE static int row_of(int lane) {
-    const int g = lane / 4;
-    if (F::kBits * F::kRun > 128) return g;                       // 24 or 32 bytes of a row
-    if (F::kBits * F::kRun == 128) return g >> 1 | (g & 1) << 2;  // 16
-    return g >> 2 | (g & 3) << 1;                                 // 8 and 4
-  }
-
   PYFMT_DEVICE Multiplier(const Params& p, const Place& at)
       : p(p),
         at(at),
@@ -57,7 +48,7 @@ struct Multiplier {
     if (p.share > 1 && lane < p.share) {
       peer = hopper::cluster_address(at.base, uint32_t(at.part * p.share + lane)) - at.base;
     }
-    const uint32_t row = uint32_t(16 * (threadIdx.x >> 5) + row_of(lane));
+    const uint32_t row = uint32_t(16 * (threadIdx.x >> 5) + row_of<F>(lane));
     turned = row & 7;
     codes = at.base + R::kCodesAt + row * R::kRowBytes;
     factors = at.base + R::kFactorsAt + row * 4;
@@ -131,45 +122,6 @@ struct Multiplier {
     if constexpr (kCodes > F::kPiece) decode<kFrom + F::kPiece>(i, to);
   }
 
-  // What a lane has of a chunk before it is decoded.
-  struct Packed {
-    uint32_t words[2][F::kBits];
-    typename F::Meaning of[2];
-  };
-  PYFMT_DEVICE void read_chunk(int i, Packed& c) {
-    const uint32_t which = R::kSpan == 2 ? uint32_t(i & 1) : 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      read<0, 32>(which * 64, r, c.words[r]);
-      const uint32_t place = hopper::load_shared_small<1>(places + slot.place * R::kPlaces +
-                                                          which * (kRows * 4) + uint32_t(r * 32));
-      seen |= place;
-      c.of[r] = F::meaning(place, at.base + kTableAt);
-    }
-  }
-  // Part kPart of it becomes fragments, which products that are under way have no use for.
-  template <int kPart>
-  PYFMT_DEVICE void decode_some(Packed& c, Fragments& to) const {
-    constexpr int kWords = F::kOut / F::kPartsOfBlock;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      hopper::pin(c.words[r]);
-      uint32_t out[F::kOut];
-      F::template decode_part<kPart>(c.words[r], c.of[r], out);
-#pragma unroll
-      for (int j = kPart * kWords; j < (kPart + 1) * kWords; ++j)
-        to[j / 2][r + 2 * (j & 1)] = out[j];
-    }
-    if constexpr (kPart + 1 < F::kPartsOfBlock) {
-      uint32_t all = 0;
-#pragma unroll
-      for (int s = kPart * kWords / 2; s < (kPart + 1) * kWords / 2; ++s) {
-        all |= to[s][0] | to[s][1] | to[s][2] | to[s][3];
-      }
-      hopper::work_out(all, p.nothing, at.base);
-    }
-  }
-
   PYFMT_DEVICE void wait_codes() const {
     hopper::barrier_wait(at.base + kCodesFull + 8 * slot.place, slot.parity);
   }
@@ -205,23 +157,21 @@ struct Multiplier {
     stage.next();
   }
 
-  // Starts the products of part kPart of a chunk and half kHalf of the tokens. kEach: steps can be
-  // waited for one by one. Warpgroups that decode in place take no turns: either has products under
-  // way nearly all the time.
-  template <int kPart, int kHalf, bool kEach = false>
+  // Starts the products of part kPart of a chunk and half kHalf of the tokens.
+  template <int kPart, int kHalf>
   PYFMT_DEVICE void multiply(float (&fresh)[kCount], const Fragments& now) {
     const uint32_t x = at.base + kHeader + stage.place * R::kStage + kHalf * (R::kWide * 128);
-    if constexpr (!kInPlace) wait_turn();
-    if constexpr (kPart == 0 && kHalf == 0 && !kInPlace) wait_x(stage);
+    wait_turn();
+    if constexpr (kPart == 0 && kHalf == 0) wait_x(stage);
     hopper::products_fence();
 #pragma unroll
     for (int s = kPart * kSteps; s < (kPart + 1) * kSteps; ++s) {
       const uint32_t tile = hopper::tile_code(x + uint32_t(s / 4) * R::kTile);
-      if (!kInPlace && s == (kPart + 1) * kSteps - 1) pass_turn();
+      if (s == (kPart + 1) * kSteps - 1) pass_turn();
       Product::add_to(fresh, now[s], hopper::tile_descriptor(tile, s % 4),
                       s > kPart * kSteps ? 1 : 0);
-      if (kEach || s == (kPart + 1) * kSteps - 1) hopper::products_commit();
     }
+    hopper::products_commit();
   }
   template <int kPart>
   PYFMT_DEVICE void read_factors(float (&factor)[2]) const {
@@ -269,65 +219,9 @@ struct Multiplier {
     }
   }
 
-  // The whole of chunk i, not the last, whose fragments become those of the next: a step's as soon
-  // as the second half of the tokens has been multiplied by it.
-  PYFMT_DEVICE void chunk_in_place(int i, float (&sums)[kAll], float (&fresh)[kCount],
-                                   Fragments& of, Packed& c) {
-    constexpr int kBy = F::kPartsOfBlock;  // parts of the four steps
-    const float factor[2] = {1.0f, 1.0f};
-    multiply<0, 0>(fresh, of);
-    wait_codes();
-    read_chunk(i + 1, c);
-    add<0, false>(sums, fresh, factor);
-    release_codes(i + 1);
-    multiply<0, 1, true>(fresh, of);
-    hopper::products_wait<4 - 4 / kBy>();
-    decode_some<0>(c, of);
-    if constexpr (kBy == 4) {
-      hopper::products_wait<2>();
-      decode_some<1>(c, of);
-      hopper::products_wait<1>();
-      decode_some<2>(c, of);
-    }
-    Ring<R::kStages> coming = stage;
-    coming.next();
-    wait_x(coming);
-    add<1, true>(sums, fresh, factor);
-    decode_some<kBy - 1>(c, of);
-  }
-  // The last one, and the sums of its first half on their way to the other part of K.
-  PYFMT_DEVICE void last_chunk(float (&sums)[kAll], float (&fresh)[kCount], const Fragments& of) {
-    const float factor[2] = {1.0f, 1.0f};
-    if (steps > 0) {
-      multiply<0, 0>(fresh, of);
-      add<0, false>(sums, fresh, factor);
-      multiply<0, 1>(fresh, of);
-    }
-    if (p.split > 1) send_sums<R>(p, at, sums);
-    if (steps > 0) add<1, true>(sums, fresh, factor);
-  }
-
   // What is left once all of run is over.
   PYFMT_DEVICE void end(float (&sums)[kAll]) const {
-    if constexpr (kInPlace) {
-      const bool parts = p.split > 1;
-      const Ending<kTokens> ending(p, at, at.part ^ 1);
-      if (parts) take_sums<R>(at, steps, sums);
-      // Nothing is written to before all products are over, and sums that came have been read.
-      if (p.share > 1) {
-        hopper::cluster_meet();
-      } else {
-        hopper::partial_sync<kConsumers>();
-      }
-      const int row = row_of(lane);
-      uint32_t staged = at.base + kHeader;
-      if (!parts) stage_sums<0, kCount>(staged, sums, row);
-      stage_sums<kCount, kCount>(staged - (parts ? kTokens / 2 * kPitch * 4 : 0), sums, row);
-      hopper::partial_sync<kConsumers>();
-      ending.write(p, staged);
-    } else {
-      meet_and_finish<kTokens>(p, at, sums, row_of(lane));
-    }
+    meet_and_finish<kTokens>(p, at, sums, row_of<F>(lane));
   }
 
   PYFMT_DEVICE void chunk(int i, float (&sums)[kAll], float (&fresh)[kCount], Fragments& now,
@@ -355,13 +249,7 @@ struct Multiplier {
 #pragma unroll
     for (int j = 0; j < kAll; ++j) sums[j] = 0.0f;
     if (steps > 0) decode_chunk(0, a);
-    if constexpr (kInPlace) {
-      Packed c = {};
-      if (steps > 0) wait_x(stage);
-#pragma unroll 1
-      for (int i = 0; i + 1 < steps; ++i) chunk_in_place(i, sums, fresh, a, c);
-      last_chunk(sums, fresh, a);
-    } else if constexpr (R::kHalves == 2) {
+    if constexpr (R::kHalves == 2) {
       // Registers hold the fragments of one chunk: they are decoded beside the other's products.
 #pragma unroll 1
       for (int i = 0; i < steps; ++i) {
@@ -379,8 +267,21 @@ struct Multiplier {
   }
 };
 
+// Products of rows that do not fold, which nobody has written: their scales are 0. All blocks share
+// them.
+PYFMT_DEVICE void repair_if_marked(const Params& p, const Place& at) {
+  hopper::barrier_wait(at.base + kMarksSeen, 0);
+  if (!hopper::load_shared_small<4>(at.base + kAnyMarked)) return;
+  const auto meet = [] { hopper::partial_sync<kConsumers>(); };
+  meet();
+  Marked& found = *static_cast<Marked*>(hopper::shared_pointer(at.base + kHeader));
+  repair_marked<1>(p.repair, found, blockIdx.x, gridDim.x, meet);
+}
+
 template <class F, int kTokens>
 PYFMT_DEVICE void take_turns(const Params& p) {
+  using Those = typename std::conditional<Room<F, kTokens>::kInPlace, InPlace<F, kTokens>,
+                                          Multiplier<F, kTokens>>::type;
   const Place at = Place::of<kTokens>(p);
   turns::init_barriers<F, kTokens>(p, at.base);
   if constexpr (F::kFolded) F::fill_table(at.base + kTableAt, int(threadIdx.x));
@@ -390,14 +291,15 @@ PYFMT_DEVICE void take_turns(const Params& p) {
   if (p.share == 1 || F::kFolded) __syncthreads();
   // Registers: 168 for each of 384 threads, shared out anew.
   if (threadIdx.x >= kConsumers) {
-    hopper::fewer_registers<Multiplier<F, kTokens>::kMost == 240 ? 24 : 40>();
+    hopper::fewer_registers<Those::kMost == 240 ? 24 : 40>();
     Bringer<F, kTokens>{p, at, at.last - at.first}.run();
   } else {
-    hopper::more_registers<Multiplier<F, kTokens>::kMost>();
+    hopper::more_registers<Those::kMost>();
     float sums[kTokens / 2];
-    Multiplier<F, kTokens> multiplier(p, at);
+    Those multiplier(p, at);
     multiplier.run(sums);
     multiplier.end(sums);
+    if constexpr (F::kFolded) repair_if_marked(p, at);
   }
 }
 
@@ -425,6 +327,7 @@ void launch_tokens(Params& p, const WideCall& call, Stream stream) {
   if constexpr (F::kFolded) {
     if (call.tokens == 192) return launch_turns<F, 192>(p, call, stream);
     if (call.tokens == 160) return launch_turns<F, 160>(p, call, stream);
+    if (call.tokens == 144) return launch_turns<F, 144>(p, call, stream);
   }
   if (call.tokens == 128) return launch_turns<F, 128>(p, call, stream);
   if (call.tokens == 96) return launch_turns<F, 96>(p, call, stream);

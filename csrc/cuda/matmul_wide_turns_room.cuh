@@ -49,22 +49,37 @@ struct Room {
 };
 
 // Barriers of the header: of stages (full, empty), of slots of codes (full, empty), for sums
-// (sums_barrier), of the stages that the other part of K sends its sums to, of turns.
-constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kMaySend = 200, kCodesEmpty = 256,
-                   kTurns = 320;
+// (sums_barrier), of the stages that the other part of K sends its sums to, of the word at
+// kAnyMarked, of turns.
+constexpr uint32_t kFull = 0, kEmpty = 64, kCodesFull = 128, kMaySend = 200, kMarksSeen = 208,
+                   kCodesEmpty = 256, kTurns = 320;
+// Whether any row does not fold.
+constexpr uint32_t kAnyMarked = 384;
 
 template <class F, int kTokens>
 PYFMT_DEVICE void init_barriers(const Params& p, uint32_t base) {
   const uint32_t i = threadIdx.x, at = 8 * i;
   if (i >= 48) return;
+  if (i == 0) hopper::store_shared(base + kAnyMarked, 0);
   const uint32_t arrivals = at < kEmpty         ? (F::kGroups ? 3 : 1)
                             : at < kCodesFull   ? 8 * uint32_t(p.share)
                             : at < 192          ? (F::kFolded ? 3 : 1)
+                            : at == kMarksSeen  ? 2
                             : at >= kTurns      ? 4
                             : at >= kCodesEmpty ? 8
                                                 : 1;
   hopper::barrier_init(base + at, arrivals);
   hopper::barrier_init_fence();
+}
+
+// The row of w, of the first eight of its warp, that a lane has: rows change places, so that lanes
+// which read together never share a bank.
+template <class F>
+PYFMT_DEVICE int row_of(int lane) {
+  const int g = lane / 4;
+  if (F::kBits * F::kRun > 128) return g;                       // 24 or 32 bytes of a row
+  if (F::kBits * F::kRun == 128) return g >> 1 | (g & 1) << 2;  // 16
+  return g >> 2 | (g & 3) << 1;                                 // 8 and 4
 }
 
 // ---- what brings things -----------------------------------------------------------------------
@@ -143,6 +158,24 @@ struct Bringer {
     }
   }
 
+  // Whether any row of x or w does not fold. Two warps.
+  PYFMT_DEVICE static uint32_t any_marked(const Folded& f, int thread) {
+    uint32_t any = 0;
+#pragma unroll 2
+    for (int i = 16 * thread; i < int(f.padded_rows); i += 16 * 64) {
+      const uint4 v = *reinterpret_cast<const uint4*>(f.marks + i);
+      any |= v.x | v.y | v.z | v.w;
+    }
+    return any;
+  }
+  PYFMT_DEVICE void look_for_marks(int thread) const {
+    if (any_marked(p.repair.args.w, thread) | any_marked(p.repair.args.a, thread)) {
+      hopper::store_shared(at.base + kAnyMarked, 1);
+    }
+    hopper::warp_sync();
+    if (thread % 32 == 0) hopper::barrier_arrive_here(at.base + kMarksSeen);
+  }
+
   PYFMT_DEVICE uint32_t read_scale(int64_t row, int group) const {
     if (group >= p.blocks) return 0;
     const int64_t i = row * p.blocks + group;
@@ -175,7 +208,7 @@ struct Bringer {
     };
     load();
     Ring<R::kStages> ring;
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < steps; ++i, ring.next()) {
       float factor[R::kParts][2];
 #pragma unroll
@@ -207,7 +240,7 @@ struct Bringer {
 #pragma unroll
     for (int s = 0; s < int(R::kSpan); ++s) {
       to[s] = 0;
-#pragma unroll 1
+#pragma unroll 2
       for (int b = 0; b < 4; ++b) {
         const int64_t block = first + 4 * s + b;
         if (block < p.blocks) to[s] |= uint32_t(from[block]) << (8 * b);
@@ -224,7 +257,7 @@ struct Bringer {
     hopper::wait_for_previous();
     const int offset[2] = {F::offset_of(p.w_scale[row[0]]), F::offset_of(p.w_scale[row[1]])};
     Ring<R::kDepth> ring;
-#pragma unroll 1
+#pragma unroll 2
     for (int i = 0; i < steps; i += int(R::kSpan), ring.next()) {
       uint32_t places[2][R::kSpan];
 #pragma unroll
@@ -250,6 +283,7 @@ struct Bringer {
     if (warp >= 2) {
       if constexpr (F::kFolded) {
         bring_places(int(threadIdx.x) & 63);
+        look_for_marks(int(threadIdx.x) & 63);
       } else {
         bring_factors(int(threadIdx.x) & 63);
       }

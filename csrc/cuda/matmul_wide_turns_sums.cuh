@@ -11,23 +11,20 @@ namespace cuda {
 namespace wide {
 namespace turns {
 
-// Where a thread's sums are sent to, or found: pieces of 16 bytes in the two stages that the block
-// there, of `steps` chunks, takes for no chunk any more. R: its room.
+// Where a thread's sums are sent to, or found: pieces of 16 bytes, those of either warpgroup in one
+// of the two stages that the block there, of `steps` chunks, takes for no chunk any more. R: its
+// room.
 template <class R>
 struct SumsAt {
-  static constexpr int kPieces = R::kWide / 8;
-  static constexpr uint32_t kPiece = kConsumers * 16;
-  uint32_t first, second;
+  static constexpr uint32_t kPiece = kConsumers / 2 * 16;
+  static_assert(R::kWide / 8 * kPiece == R::kStage, "the sums of a warpgroup fill a stage");
+  uint32_t first;
 
   PYFMT_DEVICE SumsAt(uint32_t base, int steps) {
-    const uint32_t mine = base + kHeader + threadIdx.x * 16;
-    const uint32_t place = uint32_t(steps) % R::kStages;
-    first = mine + place * R::kStage;
-    second = mine + (place + 1 == R::kStages ? 0 : place + 1) * R::kStage - kPieces / 2 * kPiece;
+    const uint32_t stage = (uint32_t(steps) + threadIdx.x / 128) % R::kStages;
+    first = base + kHeader + stage * R::kStage + threadIdx.x % 128 * 16;
   }
-  PYFMT_DEVICE uint32_t at(int piece) const {
-    return (piece < kPieces / 2 ? first : second) + uint32_t(piece) * kPiece;
-  }
+  PYFMT_DEVICE uint32_t at(int piece) const { return first + uint32_t(piece) * kPiece; }
 };
 
 template <class R, int kAll>

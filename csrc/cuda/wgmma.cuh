@@ -213,6 +213,7 @@ void emulated_register_product(float (&d)[kN / 2], const uint32_t (&a)[4], uint6
   PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39)                     \
   ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47) ", " PYFMT_S8( \
       48, 49, 50, 51, 52, 53, 54, 55) ", " PYFMT_S8(56, 57, 58, 59, 60, 61, 62, 63)
+#define PYFMT_S4_1 "%32, %33, %34, %35"
 #define PYFMT_S8_1 PYFMT_S8(32, 33, 34, 35, 36, 37, 38, 39)
 #define PYFMT_S16_1 PYFMT_S8_1 ", " PYFMT_S8(40, 41, 42, 43, 44, 45, 46, 47)
 #define PYFMT_S32_2                                            \
@@ -307,10 +308,12 @@ PYFMT_REGISTER_PRODUCT(Bf16, 16, 16, "m64n16k16.f32.bf16.bf16", ", 0", PYFMT_S8_
 PYFMT_REGISTER_PRODUCT(Bf16, 16, 32, "m64n32k16.f32.bf16.bf16", ", 0", PYFMT_S16_0, 16, 17, 18, 19,
                        20, 21, PYFMT_R16(0))
 
-// For 64, 80, 96 and 128 rows of b.
+// For 64, 72, 80, 96 and 128 rows of b.
 #define PYFMT_REGISTER_PRODUCTS(type, count, k, kinds, tail)                                       \
   PYFMT_REGISTER_PRODUCT(type, count, 64, "m64n64" k kinds, tail, PYFMT_S32_0, 32, 33, 34, 35, 36, \
                          37, PYFMT_R32(0))                                                         \
+  PYFMT_REGISTER_PRODUCT(type, count, 72, "m64n72" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S4_1, 36, \
+                         37, 38, 39, 40, 41, PYFMT_R32(0), PYFMT_R4(32))                           \
   PYFMT_REGISTER_PRODUCT(type, count, 80, "m64n80" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S8_1, 40, \
                          41, 42, 43, 44, 45, PYFMT_R32(0), PYFMT_R8(32))                           \
   PYFMT_REGISTER_PRODUCT(type, count, 96, "m64n96" k kinds, tail, PYFMT_S32_0 ", " PYFMT_S16_1,    \
