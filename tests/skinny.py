@@ -244,6 +244,13 @@ def activations_in_registers(op: Skinny, name: str) -> None:
         (7, 256, 7168, [4, 1, 2]),
         (4, 160, 4352, [2, 1, 2]),
         (5, 128, 8448, [2, 1, 0]),
+        # Six, ten and fourteen parts of a block: the last two are two warps' each where codes have
+        # four bits. Odd and even numbers of tiles, one, and fewer warps that add up than tokens.
+        (1, 80, 7168, [2, 1, 0]),
+        (8, 80, 2816, [1, 1, 0]),
+        (3, 16, 5120, [1, 1, 1]),
+        (4, 48, 10240, [2, 0, 2]),
+        (1, 80, 14336, [2, 1, 0]),
     ):
         if fmt.element.special != "none":  # whose sums do not stay exact
             *parts, w = weights(fmt, n, k)

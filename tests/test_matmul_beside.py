@@ -55,6 +55,7 @@ PROCESSES = [
     [f"skinny:{name}:3x1280x14336" for name in (*FEW[:4], "mxint6", "mxint8")],
     [f"rounded:{name}:16x4224x8192" for name in ("mxfp4", "nvfp4", "mxfp6_e2m3", "mxint8")],
     ["rounded:mxfp4:9x1280x14336", "rounded:nvint4:12x6400x1024", "rounded:nvfp4:30x1400x4096"],
+    [f"skinny:{name}:{shape}" for name in FEW[:4] for shape in ("1x4096x14336", "8x2128x5120")],
     ["linear:mxfp4:1x4096x2048", "linear:nvfp4:4x4096x2048", "linear:mxint4:16x4096x2048"],
 ]
 

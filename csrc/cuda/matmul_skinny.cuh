@@ -196,6 +196,8 @@ struct SkinnyKernel {
   int (*shared)(int tokens) = nullptr;  // of blocks with many rows
   int columns = 0, early = 0;           // of a warp that keeps its activations; SkinnyParams'
   int (*still)(int tokens, int warps, int split) = nullptr;
+  void (*turns)(SkinnyParams) =
+      nullptr;  // the same where there are two warps more than columns for
 };
 
 template <class W, int kTiles, Inputs kInputs>
@@ -230,10 +232,11 @@ template <class W>
 SkinnyKernel describe_skinny_still() {
   SkinnyKernel kernel;
   if constexpr (kStillServes<W>) {
-    kernel.run = skinny_still<W>;
+    kernel.run = skinny_still<W, false>;
     kernel.columns = SkinnyStill<W>::kColumns;
     kernel.early = SkinnyStill<W>::kEarly;
     kernel.still = SkinnyStill<W>::shared_bytes;
+    if constexpr (W::D::kBits == 4 && !W::kGrouped) kernel.turns = skinny_still<W, true>;
   }
   return kernel;
 }

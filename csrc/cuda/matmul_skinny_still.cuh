@@ -7,9 +7,9 @@
 // tiles of rows meets in shared memory, where some of them add it up while the others go on. Two
 // blocks of a cluster may share k: each finishes every other tile.
 //
-// Activations are what a launch waits for, so little is copied ahead of them, and they come by
-// whole sectors: two tokens by 256 bytes a load of a warp, turned from lane to lane in shared
-// memory.
+// Activations are what a launch waits for, so little is copied and done ahead of them, and they
+// come by whole sectors: two tokens by 256 bytes a load of a warp, turned from lane to lane in
+// shared memory.
 //
 // Sums are taken in an order that depends on the shape alone, so that a call gives the same bits
 // every time; matmul_skinny.cuh's sums have another order.
@@ -90,29 +90,18 @@ struct SkinnyStillWarp {
 
   // A load of a warp is of two tokens by 128 columns. What is beyond k is not used.
   static constexpr int kLoads = Still::kMostTokens / 2;
-  struct Rows {
-    const uint16_t* from[kLoads];
-    int second;  // from the first 256 columns to the others
-  };
-
-  PYFMT_DEVICE void find_x(int first_token, int tokens, Rows& rows) const {
+  PYFMT_DEVICE void ask_for_x(int first_token, int tokens) {
     const int first = min(first_column, p.k - 256);
-    rows.second = min(first_column + 256, p.k - 256) - first;
-#pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int token = first_token + min(2 * j + (lane >> 4), tokens - 1);
-      rows.from[j] =
-          static_cast<const uint16_t*>(p.x) + int64_t(token) * p.x_stride + first + 8 * (lane & 15);
-    }
-  }
-  PYFMT_DEVICE void ask_for_x(const Rows& rows, int tokens) {
+    const int second = min(first_column + 256, p.k - 256) - first;  // the other 256 columns
 #pragma unroll
     for (int j = 0; j < kLoads; ++j) {
       if (2 * j >= tokens) break;
+      const int token = first_token + min(2 * j + (lane >> 4), tokens - 1);
+      const uint16_t* const from =
+          static_cast<const uint16_t*>(p.x) + int64_t(token) * p.x_stride + first + 8 * (lane & 15);
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        put(load_once16(rows.from[j] + (c < 2 ? 0 : rows.second) + c % 2 * 128),
-            x + 16 * c + 4 * j);
+        put(load_later16(from + (c < 2 ? 0 : second) + c % 2 * 128), x + 16 * c + 4 * j);
       }
     }
   }
@@ -324,14 +313,16 @@ struct SkinnyStillWarp {
   }
 };
 
-template <class W>
+// kTurns: where there are more warps than parts of k.
+template <class W, bool kTurns>
 __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
     skinny_still(const __grid_constant__ SkinnyParams p) {
   using Still = SkinnyStill<W>;
   using Warp = SkinnyStillWarp<W>;
   constexpr int kSlots = Still::kSlots, kDepth = Still::kDepth;
   const int warps = int(blockDim.x >> 5), me = int(threadIdx.x >> 5);
-  const int rank = int(blockIdx.x) % p.split, group = int(blockIdx.x) / p.split;
+  const int share = p.split - 1;  // 1 where two blocks share k
+  const int rank = int(blockIdx.x) & share, group = int(blockIdx.x) >> share;
   const int first_tile = group * p.even_tiles + min(group, p.longer_blocks);
   const int count = p.even_tiles + (group < p.longer_blocks);
   const int first_token = int(blockIdx.y) * p.tile_tokens;
@@ -341,8 +332,10 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
   const int bytes = 4 * tokens * Still::kPitch;
   const SharedAddress inbox = places + unsigned(Still::kPlaces * warps * bytes);
   const SharedAddress signals = inbox + unsigned(p.split > 1 ? 2 * Still::kInboxTile : 0);
-  SkinnyStillSums<Still> sums{p,     tokens, warps, me,      rank,  first_token, first_tile,
-                              count, places, inbox, signals, bytes, me};
+  const SkinnyTurns<kTurns> turns(me, warps, kTurns ? p.parts : warps);
+  SkinnyStillSums<Still, kTurns> sums{p,           turns,      tokens,         me,     rank,
+                                      first_token, first_tile, count,          places, inbox,
+                                      signals,     bytes,      turns.token(me)};
 
   // The ring is filled but for the slot that was used last. A tile's scales come with its first
   // slot, to places that take turns.
@@ -352,8 +345,8 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
   const auto after = [&](SharedAddress slot) {
     return slot == last ? ring : slot + unsigned(Still::kSlot);
   };
-  Warp warp(p, rank * warps + me, first_tile);
-  int ahead = count;  // tiles to be copied
+  Warp warp(p, rank * turns.parts + turns.part, first_tile + turns.first);
+  int ahead = turns.shared ? (count - turns.first + 1) >> 1 : count;  // tiles to be copied
   SharedAddress scales_to = last + unsigned(Still::kSlot);
   const auto fill = [&](SharedAddress to, int which) {
     if (ahead > 0) {
@@ -364,6 +357,7 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
     if (which == 0) scales_to = all_scales - scales_to;
     if (which == kSlots - 1) {
       warp.next_tile();
+      if (turns.shared) warp.next_tile();
       --ahead;
     }
   };
@@ -376,25 +370,28 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
       slot += unsigned(Still::kSlot);
     }
   };
-  // Few of them first: activations must not wait behind them.
+  // Few of them first: activations must not wait behind them. Whatever is not needed to ask for
+  // these comes after.
   fill_to(min(p.early, kDepth - 1));
-  typename Warp::Rows rows;
-  warp.find_x(first_token, tokens, rows);
-  sums.meet();
   wait_for_earlier_launch();
   allow_next_launch();
-  warp.ask_for_x(rows, tokens);
-  const float tensor_scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
+  warp.ask_for_x(first_token, tokens);
+  uint32_t tensor_scale = as_uint(1.0f);
+  if (p.tensor_scale) tensor_scale = load_later4(p.tensor_scale);
+  sums.open();
   fill_to(kDepth - 1);
-  warp.turn_x(sums.place(0, me), last, tokens);
+  sums.meet();
+  // Where warps share a part, one may store sums there while the other still waits for activations.
+  warp.turn_x(kTurns ? last : sums.place(0, me), last, tokens);
+  keep(tensor_scale);  // first used, and waited for, after this
 
   const SharedAddress mine =
-      sums.place(0, me) + unsigned(4 * (2 * warp.t * Still::kPitch + (warp.lane >> 2)));
-  const auto factor = [&] { return tensor_scale * float(1 << W::D::kDown); };
+      sums.place(0, turns.part) + unsigned(4 * (2 * warp.t * Still::kPitch + (warp.lane >> 2)));
+  const auto factor = [&] { return as_float(tensor_scale) * float(1 << W::D::kDown); };
   SharedAddress before = last, scales = last + unsigned(Still::kSlot);
   slot = ring;
 #pragma unroll 1
-  for (int i = 0; i < count; ++i) {
+  for (int i = turns.first; i < count; i += turns.step) {
     typename Warp::Scales scale;
     bool special = false;
     warp.clear();
@@ -416,6 +413,7 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
     sums.stored(i);
     sums.follow(i, factor());
   }
+  sums.pass();
   sums.end(factor());
 }
 

@@ -56,21 +56,42 @@ struct SkinnyStill {
   }
 };
 
+// Which tiles a warp takes of its part of k: all of them. But where two schedulers of four would
+// have one warp more than the others, the last two parts have two warps each, by turns.
+template <bool kTurns>
+struct SkinnyTurns {
+  int part, warps, parts;  // this warp's; in all
+  bool shared;             // with another warp
+  int first, step;         // of this warp's tiles
+
+  PYFMT_DEVICE SkinnyTurns(int me, int warps, int parts) : warps(warps), parts(parts) {
+    const int more = kTurns ? warps - parts : 0;
+    part = kTurns && me >= parts ? me - more : me;
+    shared = kTurns && part >= parts - more;
+    first = kTurns && me >= parts;
+    step = shared ? 2 : 1;
+  }
+  // Warps that add up sums are those that see all tiles.
+  PYFMT_DEVICE int adding() const { return kTurns ? 2 * parts - warps : warps; }
+  PYFMT_DEVICE int token(int me) const { return shared ? 1 << 30 : me; }
+};
+
 // Sums of the warps to y, a round of two tiles at a time: a warp takes a token, a lane a row.
-template <class Still>
+template <class Still, bool kTurns>
 struct SkinnyStillSums {
   static constexpr int kPlaces = Still::kPlaces, kRound = Still::kRound, kRows = Still::kRows;
 
   const SkinnyParams& p;
-  const int tokens, warps, me, rank, first_token, first_tile, count;  // count: of tiles
+  const SkinnyTurns<kTurns> turns;
+  const int tokens, me, rank, first_token, first_tile, count;  // count: of tiles
   const SharedAddress places, inbox, signals;
   const int bytes;  // of a warp's sums of a tile
   int token;        // whose sums this warp adds up next
   int waits = -1;   // the round of which the other block's are to come
   float kept = 0;
 
-  PYFMT_DEVICE SharedAddress place(int i, int warp) const {
-    return places + unsigned((warp * kPlaces + (i & (kPlaces - 1))) * bytes);
+  PYFMT_DEVICE SharedAddress place(int i, int part) const {
+    return places + unsigned((part * kPlaces + (i & (kPlaces - 1))) * bytes);
   }
   PYFMT_DEVICE SharedAddress written(int r) const { return signals + unsigned(8 * (r & 1)); }
   PYFMT_DEVICE SharedAddress taken(int r) const { return signals + unsigned(16 + 8 * (r & 1)); }
@@ -78,15 +99,20 @@ struct SkinnyStillSums {
     return signals + unsigned(32 + 8 * (2 * token + (r & 1)));
   }
 
-  // All threads of the block, or of the cluster.
-  PYFMT_DEVICE void meet() const {
+  // All threads of the block, or of the cluster; the signals are there after `meet`.
+  PYFMT_DEVICE void open() const {
     const int i = int(threadIdx.x);
-    if (i < 2) signal_init(written(i), warps);
+    if (i < 2) signal_init(written(i), turns.warps);
     if (i >= 2 && i < 4) signal_init(taken(i), tokens);
     if (p.split > 1) {
       if (i < 2 * tokens) signal_init(sent(i, i >> 1), 1);
       signal_init_fence();
-      cluster_barrier();
+      cluster_arrive();
+    }
+  }
+  PYFMT_DEVICE void meet() const {
+    if (p.split > 1) {
+      cluster_wait();
     } else {
       block_barrier();
     }
@@ -95,12 +121,18 @@ struct SkinnyStillSums {
   // Before a warp stores its sums of tile i, and after.
   PYFMT_DEVICE void wait_for_place(int i) const {
     const int r = i / kRound;
-    if (i % kRound == 0 && r >= 2) signal_wait(taken(r), unsigned(r / 2 - 1));
+    if (i % kRound == turns.first && r >= 2) signal_wait(taken(r), unsigned(r / 2 - 1));
   }
   PYFMT_DEVICE void stored(int i) const {
-    if (i % kRound == 0 && i + 1 < count) return;
+    if (!turns.shared && i % kRound == 0 && i + 1 < count) return;
     warp_barrier();
     if ((threadIdx.x & 31) == 0) signal_arrive(written(i / kRound));
+  }
+  // A round whose second tile there is not, for a warp that has none but second ones.
+  PYFMT_DEVICE void pass() const {
+    if (turns.first == 0 || count % kRound == 0) return;
+    wait_for_place(count);
+    stored(count);
   }
 
   // What follows tile i. A tile later than possible, so that nobody waits for the slowest warp or
@@ -120,9 +152,9 @@ struct SkinnyStillSums {
   PYFMT_DEVICE void finish(int r, float factor) {
     receive(factor);
 #pragma unroll 1
-    for (; token < tokens; token += warps) add_up(r, factor);
+    for (; token < tokens; token += turns.adding()) add_up(r, factor);
     // The blocks of a cluster meet token by token; else warps take turns.
-    token = p.split > 1 ? me : token - tokens;
+    token = p.split > 1 ? turns.token(me) : token - tokens;
   }
   PYFMT_DEVICE void add_up(int r, float factor) {
     const int lane = int(threadIdx.x & 31), i = kRound * r + (lane >> 4), row = lane & 15;
@@ -131,11 +163,11 @@ struct SkinnyStillSums {
     float s = 0;
     if (i < count) {
 #pragma unroll 1
-      for (int w = 0; w < warps; w += 8) {
+      for (int w = 0; w < turns.parts; w += 8) {
         float v[8];
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          v[j] = w + j < warps ? as_float(load_small<4>(at)) : 0.0f;
+          v[j] = w + j < turns.parts ? as_float(load_small<4>(at)) : 0.0f;
           at += unsigned(kPlaces * bytes);
         }
         s = s + (((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7])));

@@ -32,8 +32,9 @@ struct SkinnyParams {
   int strips = 0;                        // of rows
   int even_steps = 0, longer_parts = 0;  // of a warp's part of k; how many have one more
   // kStill: tiles of a block, or of a cluster; how many have one more; blocks of a cluster, which
-  // share k; slots that are filled ahead of activations.
-  int even_tiles = 0, longer_blocks = 0, split = 1, early = 1;
+  // share k; parts of k of a block, a warp's or two warps'; slots that are filled ahead of
+  // activations.
+  int even_tiles = 0, longer_blocks = 0, split = 1, parts = 0, early = 1;
   int slot = 0, terms_bytes = 0;  // of a step in shared memory; of its bfloat16 terms
 };
 

@@ -177,6 +177,31 @@ PYFMT_DEVICE uint4 load_once16(const void* from) {
 #endif
 }
 
+// Sixteen bytes that an earlier launch wrote, and four. Not by ld.nc: the assembler moves that
+// above the wait for the earlier launch.
+PYFMT_DEVICE uint4 load_later16(const void* from) {
+#if defined(__CUDA_ARCH__)
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+#else
+  uint4 v;
+  memcpy(&v, from, 16);
+  return v;
+#endif
+}
+PYFMT_DEVICE uint32_t load_later4(const void* from) {
+  uint32_t v;
+#if defined(__CUDA_ARCH__)
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+#else
+  memcpy(&v, from, 4);
+#endif
+  return v;
+}
 // Sixteen bytes that an earlier launch wrote, or zeros; without a branch, so that many of them
 // start at once. Not by ld.nc: the assembler moves that above the wait for the earlier launch.
 PYFMT_DEVICE uint4 load_later16_if(bool wanted, const void* from) {
@@ -307,6 +332,20 @@ PYFMT_DEVICE void signal_wait(SharedAddress signal, unsigned phase) {
 PYFMT_DEVICE void signal_init_fence() {
 #if defined(__CUDA_ARCH__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+// All threads of the cluster arrive, then wait. Orders no memory but signals that were initialized,
+// and so does not wait for copies under way.
+PYFMT_DEVICE void cluster_arrive() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+PYFMT_DEVICE void cluster_wait() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulation::cluster_barrier();
 #endif
 }
 // The address of what lies in block `rank` where `mine` lies in this one.
