@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations for the dense GEMMs: rotate, quantize, and write what the tensor cores take, without
 // packing codes and unpacking them again.
+#include "emit.cuh"
 #include "fold_scan.cuh"
 #include "quantize.cuh"
 #include "rotate.cuh"
 #include "warp.cuh"
+#include <cstdlib>
 
 namespace pyfmt {
 namespace cuda {
@@ -44,33 +46,17 @@ PYFMT_DEVICE uint32_t amax16(const float* v) {
   return as_uint(m);
 }
 
-template <class E, bool kPow2>
-PYFMT_DEVICE void encode16(const float* v, const BlockScale& b, const EmitParams& p,
-                           uint32_t* codes) {
-  using C = Coder<E>;
-  if constexpr (C::kE2M1) {
-    if (kPow2 && p.scale.covers && b.code - 79u <= 96u) {
-      const float multiplier = as_float(C::kEven + ((127u - b.code) << 23));
-      C::encode_covered([&](int i) { return v[i]; }, multiplier, codes);
-      return;
-    }
-    const auto saturated = [&](int i) { return min_magnitude(v[i] * b.multiplier, 6.0f); };
-    C::encode_covered(saturated, as_float(C::kEven), codes);
-  } else {
-    C::encode([&](int i) { return v[i]; }, b.multiplier, p.limits, codes);
-  }
-#pragma unroll
-  for (int i = 0; i < C::kWords; ++i) codes[i] = b.poisoned ? 0u : codes[i];
-}
-
 // A unit of x to codes; returns its scale.
 template <class E>
 PYFMT_DEVICE uint32_t encode_unit(const EmitParams& p, int64_t row, int64_t unit, uint32_t* codes) {
   float v[kUnit];
   load_rotated(p, row * p.units + unit, unit < p.units && row < p.to.rows, v);
   const BlockScale b = block_scale<true>(p.scale, {}, L::max(amax16(v), amax16(v + 16)));
-  encode16<E, true>(v, b, p, codes);
-  encode16<E, true>(v + 16, b, p, codes + Coder<E>::kWords);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    encode16<E, true>([&](int i) { return v[16 * h + i]; }, b, p.scale, p.limits,
+                      codes + h * Coder<E>::kWords);
+  }
   return b.code;
 }
 
@@ -103,47 +89,6 @@ __global__ void __launch_bounds__(kThreads) fold_values_rows(const __grid_consta
   }
 }
 
-// Sixteen values as bf16 of RNE(v * multiplier) * s, the element's grid in between.
-template <class E, bool kPow2>
-PYFMT_DEVICE void round16(const float* v, const BlockScale& b, float s, const EmitParams& p,
-                          uint32_t* words) {
-  float d[16];
-  if constexpr (Coder<E>::kE2M1) {
-    // The float32 numbers near c are spaced like E2M1 near |y|, and c - |y| is rounded to them.
-    constexpr float kSpread = 4194304.0f, kLeast = 1.5f * kSpread;
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float y = fabsf(min_magnitude(v[i] * b.multiplier, 6.0f));
-      const float c = fmaxf(y * kSpread, kLeast);
-      d[i] = (c - (c - y)) * s;
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-      const uint32_t signs = pick_bytes(as_uint(v[i]), as_uint(v[i + 1]), 0x7632) & 0x80008000u;
-      words[i / 2] = to_halves<DType::kBF16>(d[i], d[i + 1]) | signs;
-    }
-  } else {
-    if constexpr (E::spec.is_int() && E::spec.frac == 0) {
-      constexpr float kMagic = 12582912.0f;
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const float y = fmaxf(fminf(v[i] * b.multiplier, p.limits.high), p.limits.low);
-        d[i] = (y + kMagic) - kMagic;
-      }
-    } else {
-      uint32_t codes[Coder<E>::kWords];
-      encode16<E, kPow2>(v, b, p, codes);
-      Coder<E>::decode(codes, d);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i += 2) {
-      words[i / 2] = to_halves<DType::kBF16>(d[i] * s, d[i + 1] * s);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) words[i] = b.poisoned ? 0x7fc07fc0u : words[i];
-}
-
 template <class E, bool kPow2>
 PYFMT_DEVICE void round_unit(const EmitParams& p, const codec::RecipeConstants& r,
                              const float (&v)[kUnit], uint32_t* words,
@@ -156,13 +101,8 @@ PYFMT_DEVICE void round_unit(const EmitParams& p, const codec::RecipeConstants& 
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const BlockScale b = block_scale<kPow2>(p.scale, r, amax[h], known);
-    float s, unused;
-    if constexpr (kPow2) {
-      s = as_float(codec::e8m0_decode<uint32_t>(b.code));
-    } else {
-      from_e4m3(b.code, &s, &unused);
-    }
-    round16<E, kPow2>(v + 16 * h, b, s, p, words + 8 * h);
+    round_values<E, kPow2>(v + 16 * h, b, scale_value<kPow2>(b.code), p.scale, p.limits,
+                           words + 8 * h);
   }
 }
 
@@ -358,6 +298,7 @@ bool round_values_serves(const QuantizeArgs& a) {
 }
 
 void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
+  if (!getenv("PYFMT_OLD") && round_few_serves(a)) return round_few(a, factor, stream);
   EmitParams p = common_params(a);
   p.units = a.view.count() / kUnit;
   p.out = a.out;

@@ -5,6 +5,7 @@
 #include "../parse.h"
 #include "matmul_skinny.cuh"
 #include "matmul_skinny.h"
+#include "together.h"
 
 namespace pyfmt {
 namespace cuda {
@@ -108,6 +109,8 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.out_dtype = a.out_dtype;
   p.n = int(a.n);
   p.k = int(a.k);
+  p.slots = a.slots;
+  p.slot_count = a.slot_count;
   const bool guard = !aligned16(a.codes) || p.row_bytes % 16 != 0 || a.n < 128;
   const Inputs inputs = guard                      ? Inputs::kGuarded
                         : p.terms == 1 && p.x_wide ? Inputs::kBF16
@@ -162,6 +165,7 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
   l.threads = 32 * kernel.warps;
   launch_clusters(kernel.run, l, stream, p);
+  if (a.slots) clear_together(a.slots, a.slot_count, stream);
 }
 
 }  // namespace cuda

@@ -325,7 +325,7 @@ struct SkinnyStillWarp {
 };
 
 template <class W>
-__global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
+__global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps) __maxnreg__(W::kScale == Scale::kE4M3 ? 120 : 128)
     skinny_still(const __grid_constant__ SkinnyParams p) {
   using Still = SkinnyStill<W>;
   using Warp = SkinnyStillWarp<W>;
@@ -384,6 +384,7 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
   wait_for_earlier_launch();
   allow_next_launch();
   warp.ask_for_x(rows, tokens);
+  if (p.slots) clear_slots(p.slots, p.slot_count);
   const float tensor_scale = p.tensor_scale ? *p.tensor_scale : 1.0f;
   fill_to(kDepth - 1);
   warp.turn_x(sums.place(0, me), last, tokens);
