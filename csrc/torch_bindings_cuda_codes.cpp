@@ -52,8 +52,7 @@ Tensor matmul_codes(std::optional<Tensor> x, std::optional<Tensor> codes,
     a.x.tensor_scale = static_cast<float*>(found.mutable_data_ptr());
     a.x.together = {a.x.tensor_scale + 4, cuda::new_call()};
   }
-  a.x_tensor_scale =
-      x ? a.x.tensor_scale : tensor_scale_of(device, "tensor_scale", tensor_scale);
+  a.x_tensor_scale = x ? a.x.tensor_scale : tensor_scale_of(device, "tensor_scale", tensor_scale);
   a.tensor_scale = tensor_scale_of(device, "w_tensor_scale", w_tensor_scale);
   a.x.m = int(m);
   a.x.k = int(k);

@@ -15,8 +15,8 @@ from tests.rooms import to_torch
 from tests.skinny import decoded, mismatch, random_codes
 from tests.skinny import worst_error as worst_error_of
 
-# |error| <= C * sum |x| |w|: a block is exact, and a result is a sum of at most 32 of them in a warp
-# and of 16 warps (twice as many, of blocks of 16), each rounded once.
+# |error| <= C * sum |x| |w|: a block is exact, and a result is a sum of at most 32 of them in a
+# warp and of 16 warps (twice as many, of blocks of 16), each rounded once.
 C = 2.0**-18
 
 
@@ -162,13 +162,13 @@ def rounds_like_quantize(op: Codes, name: str, quantize: Any) -> None:
     ):  # fmt: skip
         m = min(m, 4) if two else m
         by_block = rng.integers(-spread, spread, (m, k // 32)).repeat(32, 1)
-        x = rng.standard_normal((m, k)) * 2.0**by_block
-        x[0, :32] = 0
-        if m > 2:
-            x[2, 40], x[2, 70] = np.nan, np.inf
+        values = rng.standard_normal((m, k)) * 2.0**by_block
+        values[0, :32] = 0
         if two:
-            x *= (1.0, 0.0, 1e30, 1e-36)[rotation // 2 % 4]
-        x = torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)
+            values *= (1.0, 0.0, 1e30, 1e-36)[rotation // 2 % 4]
+        if m > 2:
+            values[2, 40], values[2, 70] = np.nan, np.inf
+        x = torch.from_numpy(values.astype(np.float32)).to(torch.bfloat16)
         signs = None
         if signed:
             signs = torch.from_numpy(rng.choice([-1.0, 1.0], signed).astype(np.float32))
@@ -240,7 +240,7 @@ def within_bound(op: Codes, names: tuple[str, str], m: int, n: int, k: int) -> N
 
 
 def same_for_any_rows(op: Codes, name: str, n: int, k: int, sizes: tuple[int, ...]) -> None:
-    """Up to 8192 columns a row's bits do not depend on how many there are; the last of sizes: all."""
+    """Up to 8192 columns a row's bits do not depend on how many there are, sizes[-1] at most."""
     codes, scales, name = operand(name, sizes[-1], k, 12, 100, 140)
     right = operand(name, n, k, 13, 100, 140)
     whole = op((codes, scales, name), right)

@@ -6,7 +6,6 @@
 #include "quantize.cuh"
 #include "rotate.cuh"
 #include "warp.cuh"
-#include <cstdlib>
 
 namespace pyfmt {
 namespace cuda {
@@ -298,7 +297,7 @@ bool round_values_serves(const QuantizeArgs& a) {
 }
 
 void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
-  if (!getenv("PYFMT_OLD") && round_few_serves(a)) return round_few(a, factor, stream);
+  if (round_few_serves(a)) return round_few(a, factor, stream);
   EmitParams p = common_params(a);
   p.units = a.view.count() / kUnit;
   p.out = a.out;

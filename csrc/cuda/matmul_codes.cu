@@ -174,7 +174,9 @@ void matmul_codes(const MatmulCodesArgs& a, Stream stream) {
   p.even_tiles = int(tiles / l.clusters);
   p.longer_blocks = int(tiles % l.clusters);
   // Many copies ahead of x hold it up.
-  p.early = a.early ? a.early : a.format.element.is_int() || tiles > 6 * l.clusters ? 2 : 1;
+  const bool two_slots = a.format.element.is_int() || tiles > 6 * l.clusters ||
+                         (a.x.together.slots && warps > 8);  // x comes later, too
+  p.early = a.early ? a.early : two_slots ? 2 : 1;
   l.overlap = a.overlap;
   l.threads = 32 * warps;
   launch_clusters(kernel.run, l, stream, p);

@@ -64,9 +64,9 @@ struct CodesSums {
     SharedAddress from = at(place, upper ? half : 0) + Warp::sum_place(token, row);
     keep(from);
     const SharedAddress apart =
-        S::kApart ? at(place, upper ? half : 0) +
-                        Warp::sum_place(token + CodesLayout::kApartRows, row)
-                  : 0;
+        S::kApart
+            ? at(place, upper ? half : 0) + Warp::sum_place(token + CodesLayout::kApartRows, row)
+            : 0;
     float v[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {

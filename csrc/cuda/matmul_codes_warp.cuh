@@ -45,7 +45,7 @@ struct CodesShape {
   static constexpr int kMostWarps = 16, kRows = 16, kSlotColumns = 256;
   static constexpr int kColumns = kSlotColumns * kSlots, kSlotBlocks = kSlotColumns / 32;
   static constexpr int kLine = kSlotColumns / 2, kSlot = kRows * kLine;  // bytes
-  static constexpr int kSteps = kSlots * kSlotBlocks;  // of 32 columns
+  static constexpr int kSteps = kSlots * kSlotBlocks;                    // of 32 columns
   static constexpr int kRowScales = (kApart ? 2 : 1) * kSteps;
   static constexpr int kStage = kSlots * kSlot + kRows * kRowScales;  // a warp's part of a tile
   static constexpr int kStages = kSlots > 2 ? 1 : 2;

@@ -56,6 +56,8 @@ bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   if (!a.split && faster_without(a, tiles, warps, p.split)) return false;
   // Where two blocks fit a multiprocessor and each has work, one begins while the other ends.
   const bool two = warps <= 8 && 2 * (l.shared + 1024) <= 228 * 1024 && tiles >= 6 * places;
+  // Beside the launch that rounds x two blocks might share a multiprocessor while another has none.
+  if (a.slots && !two) l.shared = std::max(l.shared, 116 * 1024);
   l.cluster = p.split;
   l.clusters = std::min(tiles, (a.blocks ? a.blocks : two ? 2 * places : places) / p.split);
   p.even_tiles = int(tiles / l.clusters);
@@ -63,7 +65,7 @@ bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   p.tile_tokens = int(a.m);
   // Many copies ahead of activations hold these up, unless copies are what takes the time; where a
   // block has little to do they are all.
-  const bool little = kernel.early == 1 && tiles <= 2 * l.clusters;
+  const bool little = kernel.early == 1 && tiles <= 2 * l.clusters && !a.slots;
   p.early = a.early ? a.early : little ? 99 : kernel.early;
   l.overlap = a.overlap;
   l.threads = 32 * warps;

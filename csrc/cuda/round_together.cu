@@ -23,8 +23,7 @@ struct TogetherParams {
   float* tensor_scale = nullptr;
 };
 
-constexpr int kThreadsTogether = 64;
-constexpr int64_t kMostTogether = 256;  // blocks: two of a multiprocessor beside a product's
+constexpr int64_t kMostTogether = 256;  // blocks: two of a multiprocessor, beside a product's
 
 template <class E>
 __global__ void __launch_bounds__(kThreadsTogether, 32)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The largest magnitude of all blocks of a launch, found by all of them in the same launch: a second
-// one would begin some two microseconds after the first.
+// The largest magnitude of all blocks of a launch, found by all of them in the same launch: a
+// second one would begin some two microseconds after the first.
 //
 // Each block leaves what it has in a slot of its own and reads the others'. A block that has waited
 // long (where not all blocks run at once) goes through everything itself, so nobody waits for ever.
@@ -49,27 +49,28 @@ PYFMT_DEVICE uint32_t largest_of_lanes(uint32_t mine) {
 #endif
 }
 
-// All threads of the block, of two warps; `room` is used once.
-PYFMT_DEVICE uint32_t largest_of_two_warps(uint32_t mine, uint32_t* room) {
+constexpr int kThreadsTogether = 64;
+
+// All threads of the block; `room` is used once.
+PYFMT_DEVICE uint32_t largest_of_block(uint32_t mine, uint32_t (&room)[2]) {
   mine = largest_of_lanes(mine);
   if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = mine;
   __syncthreads();
   return L::max(room[0], room[1]);
 }
 
-// mine: of what this thread has; all threads of the block, of two warps. kMissed: others did not
-// come.
+// mine: of what this thread has; all threads of the block. kMissed: others did not come.
 PYFMT_DEVICE uint32_t largest_together(const Together& t, uint32_t mine) {
 #if defined(__CUDA_ARCH__)
   constexpr int kPatience = 1 << 14;  // reads, some milliseconds
 #else
   constexpr int kPatience = 1;  // blocks run one after the other
 #endif
-  __shared__ uint32_t room[4];
-  uint32_t largest = largest_of_two_warps(mine, room);
+  __shared__ uint32_t first[2], second[2];
+  uint32_t largest = largest_of_block(mine, first);
   if (threadIdx.x == 0) store_slot(static_cast<uint4*>(t.slots) + blockIdx.x, slot_of(t, largest));
 #pragma unroll 1
-  for (uint32_t i = threadIdx.x; i < gridDim.x; i += blockDim.x) {
+  for (uint32_t i = threadIdx.x; i < gridDim.x; i += kThreadsTogether) {
     uint32_t found = kMissed;
 #pragma unroll 1
     for (int reads = 0; reads < kPatience; ++reads) {
@@ -81,7 +82,7 @@ PYFMT_DEVICE uint32_t largest_together(const Together& t, uint32_t mine) {
     }
     largest = L::max(largest, found);
   }
-  return largest_of_two_warps(largest, room + 2);
+  return largest_of_block(largest, second);
 }
 
 PYFMT_DEVICE void load_rotated_eight(const void* x, const RotationParams& r, uint32_t eight,
@@ -101,7 +102,7 @@ PYFMT_DEVICE uint32_t largest_finite(const float (&v)[8]) {
 }
 
 // Of all rotated numbers of x, eight a thread, the finite ones; v: this thread's. All threads of
-// blocks of two warps.
+// the block.
 PYFMT_DEVICE uint32_t largest_of_x(const Together& t, const void* x, const RotationParams& r,
                                    uint32_t eights, uint32_t eight, float (&v)[8]) {
   __shared__ uint32_t room[2];
@@ -109,13 +110,13 @@ PYFMT_DEVICE uint32_t largest_of_x(const Together& t, const void* x, const Rotat
   if (largest != kMissed) return largest;
   largest = 0;
 #pragma unroll 1
-  for (uint32_t first = 0; first < eights; first += blockDim.x) {
+  for (uint32_t first = 0; first < eights; first += kThreadsTogether) {
     const uint32_t i = first + threadIdx.x;
     load_rotated_eight(x, r, i, i < eights, v);
     largest = L::max(largest, largest_finite(v));
   }
   load_rotated_eight(x, r, eight, eight < eights, v);
-  return largest_of_two_warps(largest, room);
+  return largest_of_block(largest, room);
 }
 
 }  // namespace cuda
