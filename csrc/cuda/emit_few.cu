@@ -24,13 +24,11 @@ struct FewParams {
   float* tensor_scale_out = nullptr;
 };
 
-// Registers, at most; of scales with more bits than an exponent, divisions take some.
-constexpr int registers_of(bool pow2) {
-  return 32;
-}
+// At most, for room beside a product of 120 a thread.
+constexpr int kRegisters = 32;
 
 template <class E, bool kPow2, bool kLong>
-__global__ void __launch_bounds__(beside_threads<kLong>()) __maxnreg__(registers_of(kPow2))
+__global__ void __launch_bounds__(beside_threads<kLong>()) __maxnreg__(kRegisters)
     round_few_values(const __grid_constant__ FewParams p) {
   allow_next_launch();
   wait_for_earlier_launch();

@@ -324,9 +324,11 @@ struct SkinnyStillWarp {
   }
 };
 
+// Two-level activations are rounded by small blocks beside this one's, which need registers, too.
 template <class W>
-__global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps) __maxnreg__(W::kScale == Scale::kE4M3 ? 120 : 128)
-    skinny_still(const __grid_constant__ SkinnyParams p) {
+__global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps)
+    __maxnreg__(W::kScale == Scale::kE4M3 ? 120 : 128)
+        skinny_still(const __grid_constant__ SkinnyParams p) {
   using Still = SkinnyStill<W>;
   using Warp = SkinnyStillWarp<W>;
   constexpr int kSlots = Still::kSlots, kDepth = Still::kDepth;
