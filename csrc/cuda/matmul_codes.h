@@ -29,7 +29,7 @@ struct MatmulCodesArgs {
   const uint8_t* codes = nullptr;  // (n, k / 2)
   const uint8_t* scales = nullptr;
   const float *x_tensor_scale = nullptr, *tensor_scale = nullptr;  // the weight's; or null
-  const void* bias = nullptr;  // (n,)
+  const void* bias = nullptr;                                      // (n,)
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;  // (m, n) contiguous
   DType out_dtype = DType::kBF16;
