@@ -34,9 +34,11 @@ SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192))
 # Left and right formats, and what the weight is kept expanded for, that stand for a row.
 PAIRS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
     "codes-4": (("mxfp4", "mxfp4", ""),),
+    "codes-int-4": (("mxint4", "mxint4", ""),),
     "fold-4": (("mxfp6_e2m3", "mxfp4", ""),),
     "fold-6": (("mxfp6_e2m3", "mxfp6_e2m3", ""),),
     "codes-4 kept": (("mxfp4", "mxfp4", "fold"),),
+    "codes-int-4 kept": (("mxint4", "mxint4", "fold"),),
     "fold-4 kept": (("mxfp6_e2m3", "mxfp4", "fold"),),
     "fold-6 kept": (("mxfp6_e2m3", "mxfp6_e2m3", "fold"),),
     "bf16-4": ((None, "mxfp4", ""), (None, "nvfp4", ""), ("nvfp4", "nvfp4", "")),

@@ -94,12 +94,15 @@ Parts fold_values(Tensor x, std::string format, Text scale_rule, std::string cli
 // empty for formats and recipes without a tensor scale.
 std::tuple<Tensor, Tensor> round_values(Tensor x, std::string format, Text scale_rule, Text recipe,
                                         std::string clip, int64_t rotation,
-                                        std::optional<Tensor> signs, std::optional<Tensor> factor) {
+                                        std::optional<Tensor> signs, std::optional<Tensor> factor,
+                                        int64_t order) {
   Rows rows(x, format, scale_rule, recipe, clip, rotation, signs);
   cuda::QuantizeArgs& a = rows.args;
   options::expect(cuda::round_values_serves(a),
                   "x: expected bfloat16 rows of whole blocks of a format whose values are bfloat16 "
                   "numbers; use fake_quantize");
+  options::expect(!order || cuda::round_few_serves(a, int(order)),
+                  "order: expected up to 32 rows of a multiple of 128 columns; leave it out");
   const bool two_level = a.format.scale == Scale::kE4M3;
   Tensor out = rows.device.empty(shape_of(x), ScalarType::BFloat16);
   Tensor stored = rows.device.empty(two_level ? Shape{} : Shape{0}, ScalarType::Float);
@@ -114,7 +117,11 @@ std::tuple<Tensor, Tensor> round_values(Tensor x, std::string format, Text scale
                     "factor: expected one float32 number");
     times = static_cast<const float*>(factor->const_data_ptr());
   }
-  cuda::round_values(a, times, rows.device.stream);
+  if (order) {
+    cuda::round_few(a, times, int(order), rows.device.stream);
+  } else {
+    cuda::round_values(a, times, rows.device.stream);
+  }
   return {out, stored};
 }
 
@@ -202,7 +209,7 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
       "bool e5m2, Tensor(a!)? total) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_round_values(Tensor x, str format, str? scale_rule, str? recipe, str clip, int rotation, "
-      "Tensor? signs, Tensor? factor) -> (Tensor, Tensor)");
+      "Tensor? signs, Tensor? factor, int order=0) -> (Tensor, Tensor)");
   m.def(
       "_repair(Tensor(a!) y, Tensor a8, Tensor a_scale, Tensor a_marks, Tensor a_spare, "
       "bool a_e5m2, Tensor w8, Tensor w_scale, Tensor w_marks, bool w_e5m2, Tensor w_codes, "

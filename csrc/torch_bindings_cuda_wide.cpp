@@ -12,7 +12,7 @@ using namespace tensors;
 // written choose a plan for measurements (tile 0: the usual one).
 Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tensor> w_tensor_scale,
                    std::string w_format, int64_t k, std::optional<Tensor> bias, ScalarType dtype,
-                   int64_t tile, int64_t share, int64_t split, bool written) {
+                   int64_t tile, int64_t share, int64_t split, bool written, bool ordered) {
   const Device device(x);
   cuda::MatmulWideArgs a;
   a.format = get_format(w_format);
@@ -72,6 +72,11 @@ Tensor matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, std::optional<Tens
   options::expect(!written || ((tile == 192 || tile == 256) && groups),
                   "written: expected groups of integers and a tile of 192 or 256, got tile ", tile);
   a.plan = cuda::matmul_wide_plan(a);
+  a.ordered = ordered;
+  options::expect(
+      !ordered || cuda::takes_ordered(a),
+      "ordered: expected up to 32 aligned rows of a multiple of 128 columns, and a weight "
+      "with scales of its blocks");
   Tensor aligned;  // x again, where its rows are not
   if (const int64_t bytes = cuda::matmul_wide_workspace(a)) {
     aligned = device.empty({bytes}, ScalarType::Byte);
@@ -95,7 +100,7 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
   m.def(
       "_matmul_wide(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, "
       "str w_format, int k, Tensor? bias, ScalarType dtype, int tile=0, int share=0, int split=0, "
-      "bool written=False) -> Tensor");
+      "bool written=False, bool ordered=False) -> Tensor");
   m.def("_matmul_wide_serves(Tensor like, str w_format, int m, int n, int k) -> str");
 }
 

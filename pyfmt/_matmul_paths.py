@@ -36,6 +36,8 @@ CODES_ROWS, CODES_LONGEST = 16, 8192
 # The same of blocks of 16.
 _CODES_BY_16 = ("nvfp4", "nvint4")
 CODES_BY_16_ROWS, CODES_BY_16_LONGEST = 4, 14336
+# Rows of a left operand that is quantized on the way which can be written as products want them.
+ORDERED_ROWS = 32
 
 _FOLDING = ("e2m1", "e3m2", "e2m3", "int4q2")
 # The longest row of activations that is quantized and folded in one kernel.
@@ -77,6 +79,11 @@ def multiplies_codes(a: Format, w: Format, m: int, n: int, k: int) -> bool:
     if a.name not in _CODES or w.name not in _CODES:
         return False
     return m <= CODES_ROWS and k <= CODES_LONGEST * (2 if m <= CODES_ROWS // 2 else 1)
+
+
+def takes_ordered(w: Format, m: int, k: int) -> bool:
+    """Whether `wide` takes few rows whose columns lie in the order of the weight's codes."""
+    return m <= ORDERED_ROWS and k % 128 == 0 and w.scale in ("e8m0", "e4m3")
 
 
 @dataclass(frozen=True)
@@ -227,7 +234,8 @@ def row_of(call: Call) -> str:
     if call.a_format is not None and multiplies_codes(
         call.a_format, fmt, CODES_ROWS, call.n, call.k
     ):
-        return "codes-4" + kept
+        # Codes of integers become bytes in fewer instructions.
+        return f"codes{'-int' if fmt.element.kind == 'int' else ''}-4" + kept
     if _both_fold(call):
         return f"fold-{bits}" + kept
     if _left_in_bf16(call):

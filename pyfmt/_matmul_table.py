@@ -6,9 +6,10 @@ to SIZES[1], and more. They are read from the front; the first path whose limit,
 a, is not exceeded and that can serve the call is taken. None: any number.
 
 Rows: what the operands allow ("codes": both have four bits that few rows multiply as they are, see
-multiplies_codes, and fold; "fold": both fold into fp8; "bf16": both are exact in bfloat16;
-"groups": the weight is of integers with float scales; "any"), the bits of a weight's code, and
-"kept" for a weight that is kept expanded. Devices with block-scaled tensor cores take those first.
+multiplies_codes, and fold; "codes-int": so do they, and the weight's are integers; "fold": both
+fold into fp8; "bf16": both are exact in bfloat16; "groups": the weight is of integers with float
+scales; "any"), the bits of a weight's code, and "kept" for a weight that is kept expanded. Devices
+with block-scaled tensor cores take those first.
 """
 
 from __future__ import annotations
@@ -19,9 +20,14 @@ Entries = tuple[tuple[str, int | None], ...]
 
 TABLE: dict[str, tuple[Entries, ...]] = {
     "codes-4": (
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+    ),
+    "codes-int-4": (
+        (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 16), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("wide", 64), ("fold", None)),
     ),
     "fold-4": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
@@ -34,9 +40,14 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "codes-4 kept": (
-        (("skinny", 16), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+    ),
+    "codes-int-4 kept": (
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 16), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 16), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
     ),
     "fold-4 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),

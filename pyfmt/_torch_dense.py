@@ -49,8 +49,9 @@ def _codes_kernel(ops: Any, device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-# The longest rotation that the kernel for few rows of codes does itself.
-_LONGEST_TURN = 256
+# The longest rotation that the kernel for few rows of codes does itself, and the longest block of x
+# that the launch for few rows rounds.
+_LONGEST_TURN = _LONGEST_BLOCK = 256
 
 
 def _multiplies_codes(left: Left, right: Right, out: Out) -> bool:
@@ -117,18 +118,22 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
     return y
 
 
+def _ordered(left: Left, right: Right) -> bool:
+    """Whether x, still to be quantized, is written in the order of the weight's codes."""
+    if left.format is None or left.codes is not None or left.rows > paths.ORDERED_ROWS:
+        return False
+    if left.format.whole > _LONGEST_BLOCK or not whole_rows(left):
+        return False
+    return paths.takes_ordered(right.format.format, left.rows, left.k)
+
+
 def wide(left: Left, right: Right, out: Out) -> Tensor:
-    x, scale = bf16(left, right.tensor_scale)
-    if scale is not None and right.tensor_scale is None:
-        # The left operand's tensor scale has no place in the kernel: it is for the epilogue.
-        y: Tensor = Parts.ops._matmul_wide.default(
-            x, right.codes, right.scales, None, right.format.key, left.k, None, torch.float32
-        )
-        y = Parts.ops._finish.default(y, right.n, scale, None, None, None, out.bias, out.dtype)
-        return y
-    y = Parts.ops._matmul_wide.default(
-        x, right.codes, right.scales, scale, right.format.key, left.k, out.bias, out.dtype
-    )
+    ordered = _ordered(left, right)
+    x, scale = bf16(left, right.tensor_scale, right.format.format.bits if ordered else 0)
+    y: Tensor = Parts.ops._matmul_wide.default(
+        x, right.codes, right.scales, scale, right.format.key, left.k, out.bias, out.dtype,
+        ordered=ordered,
+    )  # fmt: skip
     return y
 
 

@@ -139,14 +139,17 @@ def rotated(left: Left) -> Tensor:
     return y
 
 
-def bf16(left: Left, factor: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Exact bfloat16 of element * scale, and the tensor scale (times `factor`) left out of it."""
+def bf16(left: Left, factor: Tensor | None = None, order: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Exact bfloat16 of element * scale, and the tensor scale (times `factor`) left out of it.
+
+    order: of an x still to be quantized, columns in the order of codes of so many bits.
+    """
     if left.format is None:
         return rotated(left), factor
     if left.codes is None and whole_rows(left):
         y, stored = Parts.ops._round_values.default(
             left.x, left.format.key, left.scale_rule, left.recipe, left.clip, left.rotation,
-            left.signs, factor,
+            left.signs, factor, order,
         )  # fmt: skip
         return y, stored if two_level(left) else factor
     codes, scales, stored = quantized(left)

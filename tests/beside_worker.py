@@ -3,8 +3,9 @@
 
     python -m tests.beside_worker SECONDS CASE...
 
-A case is path:format:MxNxK, and for wide and fold a plan of three numbers after another colon. The
-last line that is printed is JSON: for each case its calls and those that differed from the first.
+A case is path:format:MxNxK, and for wide, rounded (wide behind the launch that rotates and rounds
+x) and fold a plan of three numbers after another colon. The last line that is printed is JSON: for
+each case its calls and those that differed from the first.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import pyfmt.ops  # noqa: F401
+import pyfmt
+import pyfmt.ops
 
 OPS: Any = torch.ops.pyfmt
+BITS = {name: pyfmt.get_format(name).bits for name in pyfmt.FORMATS}
 
 
 class Case:
@@ -58,6 +61,11 @@ class Case:
             how = [self.name, None, self.name, 32]
             return OPS.linear(x, codes, scales, self.scale, *how)
         rest = [self.name, self.k, None, torch.float32]
+        if self.path == "rounded":
+            given = [x, self.name, None, None, "symmetric", 32, None, self.scale]
+            y, stored = OPS._round_values(*given, BITS[self.name])
+            scale = stored if stored.numel() else None
+            return OPS._matmul_wide(y, codes, scales, scale, *rest, *self.plan, ordered=True)
         if self.path == "skinny":
             return OPS._matmul_skinny(x, codes, scales, self.scale, *rest)
         return OPS._matmul_wide(x, codes, scales, self.scale, *rest, *self.plan)

@@ -50,6 +50,8 @@ PROCESSES = [
     ["codes:mxfp4:16x6400x1024", "codes:mxfp4:5x1280x14336", "codes:mxint4:3x2816x3840"],
     [f"skinny:{name}:8x4224x8192" for name in ("mxfp6_e3m2", "mxfp8_e5m2", "int4")],
     [f"skinny:{name}:3x1280x14336" for name in (*FEW[:4], "mxint6", "mxint8")],
+    [f"rounded:{name}:16x4224x8192" for name in ("mxfp4", "nvfp4", "mxfp6_e2m3", "mxint8")],
+    ["rounded:mxfp4:9x1280x14336", "rounded:nvint4:12x6400x1024", "rounded:nvfp4:30x1400x4096"],
     ["linear:mxfp4:1x4096x2048", "linear:nvfp4:4x4096x2048", "linear:mxint4:16x4096x2048"],
     ["linear:nvfp4:8x4224x8192", "linear:nvint4:6x4096x2048", "linear:nvfp4:5x1280x14336"],
 ]

@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 import pyfmt.ops  # noqa: E402, F401
 from pyfmt import _matmul_paths as paths  # noqa: E402
 from pyfmt import _torch_dense as dense  # noqa: E402
+from pyfmt._matmul_table import TABLE  # noqa: E402
 from pyfmt._torch_operands import Left, Out, Parts, Right  # noqa: E402
 from pyfmt.formats import get_format  # noqa: E402
 from tests import codes as by_codes  # noqa: E402
@@ -201,4 +202,16 @@ def test_which_calls_it_serves() -> None:
     call = paths.Call(fp4, "bfloat16", fp4, 8, 8192, 8192)
     machine = paths.Machine((9, 0))
     assert paths.row_of(call) == "codes-4" and paths.choose(call, machine) == "skinny"
+    for a, w, row in (
+        (fp4, int4, "codes-int-4"),
+        (int4, int4, "codes-int-4"),
+        (int4, fp4, "codes-4"),
+    ):
+        for kept in ("", "fold"):
+            call = paths.Call(a, "bfloat16", w, 8, 8192, 8192, kept)
+            assert paths.row_of(call) == (f"{row} kept" if kept else row) and row in TABLE
+    # Integers become bytes in fewer instructions: up to sixteen rows of them are faster as codes.
+    sixteen = [paths.Call(f, "bfloat16", f, 16, 28672, 8192) for f in (fp4, int4)]
+    assert [paths.choose(call, machine) for call in sixteen] == ["wide", "skinny"]
+    call = paths.Call(fp4, "bfloat16", fp4, 8, 8192, 8192)
     assert "codes-4" in paths.explain(call, machine)["skinny"]

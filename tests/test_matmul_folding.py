@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pyfmt import reference
-from pyfmt.formats import FORMATS, get_format
+from pyfmt.formats import get_format
 from tests import grids
 from tests.cuda_rooms import emulated_ops
 from tests.grids import BF16
@@ -133,54 +133,6 @@ def test_fold_values_is_quantize_then_fold(ops: Any, name: str, rotation: int) -
             for i, part in ((1, want[1]), (2, want[2]), (4, weight[0]), (5, weight[1])):
                 assert torch.equal(both[i], part)
             assert torch.equal(both[6], weight[2])
-
-
-ROUNDED = [f for f in FORMATS if f not in ("int4", "int8")] + ["e2m1-b64-e8m0", "int4-b128-e4m3"]
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_round_values_is_element_times_scale(ops: Any, name: str) -> None:
-    fmt = get_format(name)
-    # One block of threads, a cluster of them, and more than a cluster holds.
-    shapes = [(6, 256, 0), (6, 256, 32), (6, 256, 256)]
-    if fmt.scale == "e4m3":
-        shapes += [(75, 256, 16), (130, 1024, 32)]
-    for rows, columns, rotation in shapes:
-        x = grids.noise(rows, columns, BF16)
-        x[0, 3], x[1, :64], x[2, 5], x[3, :48] = np.inf, 0, np.nan, -0.0
-        options: dict[str, Any] = {"rotation": rotation} if rotation else {}
-        codes, scales, stored = reference.quantize(x, fmt, **options)
-        want = reference.dequantize(codes, scales, None, fmt, x.shape, dtype=np.dtype(np.float32))
-        for factor in (None, torch.tensor(3.0)):
-            got, ts = ops._round_values(
-                to_torch(x), name, None, None, "symmetric", rotation, None, factor
-            )
-            mine = got.float().numpy()
-            assert np.array_equal(mine, want, equal_nan=True)
-            assert np.array_equal(np.signbit(mine), np.signbit(want))
-            if stored is not None:
-                assert ts.numpy() == np.float32(stored) * np.float32(1 if factor is None else 3)
-
-
-@pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvint4"])
-def test_round_values_rounds_halves_to_even(ops: Any, name: str) -> None:
-    # Every bfloat16 number beside a number that fixes the scale, by each rule and recipe.
-    fmt = get_format(name)
-    bits = np.arange(1 << 16, dtype=np.uint32) << 16
-    every = bits.view(np.float32)
-    for rule in fmt.scale_rules or fmt.recipes:
-        for largest in (6.0, 1.0, 5.3):
-            x = np.full((1 << 16, 2), largest, np.float32)
-            x[:, 0] = np.where(np.abs(every) <= largest, every, 0)
-            x = x.reshape(-1, 32).astype(BF16)
-            given: dict[str, Any] = {"scale_rule" if fmt.scale_rules else "recipe": rule}
-            codes, scales, _ = reference.quantize(x, fmt, **given)
-            want = reference.dequantize(
-                codes, scales, None, fmt, x.shape, dtype=np.dtype(np.float32)
-            )
-            rest = (given.get("scale_rule"), given.get("recipe"), "symmetric", 0, None, None)
-            got = ops._round_values(to_torch(x), name, *rest)[0].float().numpy()
-            assert np.array_equal(got, want) and np.array_equal(np.signbit(got), np.signbit(want))
 
 
 def operands(ops: Any, m: int, n: int, k: int, wild: bool) -> tuple[Any, ...]:

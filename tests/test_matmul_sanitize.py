@@ -157,8 +157,10 @@ def test_folding_for_the_sanitizers(ops: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "nvint4", "mxfp6_e2m3", "mxfp8_e4m3", "mxint8"])
 def test_rounded_values_for_the_sanitizers(ops: Any, name: str) -> None:
-    # One block of threads, a cluster of them, and more than a cluster holds.
-    for rows, columns, rotation in ((6, 256, 0), (75, 256, 32), (130, 1024, 32)):
+    # Few rows, by short rotations and long ones, a cluster of blocks, more than a cluster holds.
+    for rows, columns, rotation in (
+        (6, 256, 0), (5, 256, 32), (3, 1024, 1024), (75, 256, 32), (130, 1024, 32),
+    ):  # fmt: skip
         x = grids.noise(rows, columns, BF16)
         got, _ = ops._round_values(
             to_torch(x).cuda(), name, None, None, "symmetric", rotation, None, None

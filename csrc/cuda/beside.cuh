@@ -5,6 +5,7 @@
 
 #include "rotate.cuh"
 #include "scale.cuh"
+#include "warp.cuh"
 
 namespace pyfmt {
 namespace cuda {
@@ -15,8 +16,21 @@ template <bool kLong>
 constexpr int beside_threads() {
   return kLong ? kLongestTurn / 8 : 64;
 }
+// Blocks by eights: left to themselves, half of them gather on the few multiprocessors that a
+// product leaves idle, and are late.
+constexpr int kSpread = 8;
 inline int64_t beside_blocks(int64_t eights, int threads) {
-  return (eights + threads - 1) / threads;
+  return (eights + kSpread * threads - 1) / (kSpread * threads) * kSpread;
+}
+template <class P>
+void launch_beside(void (*kernel)(P), int64_t blocks, int threads, Stream stream, const P& p) {
+  if (!launches_overlap()) return launch(kernel, blocks, threads, stream, p);
+  ClusterLaunch l;
+  l.clusters = blocks / kSpread;
+  l.cluster = kSpread;
+  l.spread = true;
+  l.threads = threads;
+  launch_clusters(kernel, l, stream, p);
 }
 
 // The eight-th eight elements of x with their signs; zeros where there are none.
@@ -114,8 +128,9 @@ __global__ void __launch_bounds__(beside_threads<kLong>(), 2048 / beside_threads
   p.partials[blockIdx.x] = as_float(largest) * p.rotation.factor;
 }
 
-// Whether the kernels here read x as it lies: few rows of bfloat16, their elements by 32.
-constexpr int64_t kFewRows = 64;
+// Whether the kernels here read x as it lies: few rows of bfloat16, their elements by 32. Beside
+// products of more rows there is no room.
+constexpr int64_t kFewRows = 32;
 bool few_rows(const QuantizeArgs&);
 // The first launch of a dynamic tensor scale; how many partial maxima it leaves in a.partials.
 int launch_largest(const QuantizeArgs& a, Stream stream);

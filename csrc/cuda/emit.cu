@@ -297,7 +297,7 @@ bool round_values_serves(const QuantizeArgs& a) {
 }
 
 void round_values(const QuantizeArgs& a, const float* factor, Stream stream) {
-  if (round_few_serves(a)) return round_few(a, factor, stream);
+  if (round_few_serves(a, 0)) return round_few(a, factor, 0, stream);
   EmitParams p = common_params(a);
   p.units = a.view.count() / kUnit;
   p.out = a.out;

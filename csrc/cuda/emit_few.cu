@@ -20,39 +20,113 @@ struct FewParams {
   Limits limits;
   RotationParams rotation;
   void* out = nullptr;
+  int order = 0;  // see round_few
   const float* factor = nullptr;
   float* tensor_scale_out = nullptr;
 };
 
-// At most, for room beside a product of 120 a thread.
-constexpr int kRegisters = 32;
+// Registers, at most; of scales with more bits than an exponent, divisions take some.
+constexpr int registers_of(bool pow2) {
+  return pow2 ? 32 : 40;
+}
+
+// The order in which products have columns, by chunks of 128 (matmul_wide_panel.cuh): lane t of a
+// quad has 32 of weights' codes, of which pairs of eight (of sixteen, of 6 bits) leave decoding
+// together, and the fragment's columns 2 t and 2 t + 1 are one of these pairs. words: two numbers
+// each, of the eight.
+PYFMT_DEVICE void store_ordered(void* out, int bits, uint32_t eight, bool live,
+                                const uint32_t (&words)[4]) {
+  uint32_t low[2] = {words[0], words[1]}, high[2] = {words[2], words[3]};
+  if (bits == 6) {
+    // An even lane has the lower numbers of eight pairs, and keeps four.
+    const bool odd = eight & 1;
+    const uint32_t a = __shfl_xor_sync(kAll, odd ? words[0] : words[2], 1);
+    const uint32_t b = __shfl_xor_sync(kAll, odd ? words[1] : words[3], 1);
+    if (odd) {
+      low[0] = a, low[1] = b;
+    } else {
+      high[0] = a, high[1] = b;
+      low[0] = words[0], low[1] = words[1];
+    }
+  }
+  uint32_t pairs[4];
+  if (bits == 8) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = pick_bytes(words[i / 2 * 2], words[i / 2 * 2 + 1], i & 1 ? 0x7632 : 0x5410);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      pairs[i] = pick_bytes(low[i / 2], high[i / 2], i & 1 ? 0x7632 : 0x5410);
+    }
+  }
+  if (!live) return;
+  const uint32_t t = eight / 4 % 4;
+  uint32_t* const to = static_cast<uint32_t*>(out) + eight / 16 * 64 + eight % 4 * 16 + t;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) to[4 * i] = pairs[i];
+}
+
+// The constants of a two-level recipe, by partial maxima that were asked for before: four, and
+// more by fours.
+template <int kCount>
+PYFMT_DEVICE codec::RecipeConstants few_recipe(const ScaleParams& p, const uint4& four) {
+  __shared__ uint32_t of_warp[kCount / 32];
+  if (!p.partials) return recipe_constants(p, 0.0f);
+  uint32_t largest = L::max(L::max(four.x, four.y), L::max(four.z, four.w));
+#pragma unroll 1
+  for (int i = 4 * (kCount + int(threadIdx.x)); i < p.partial_count; i += 4 * kCount) {
+    const uint4 more = *reinterpret_cast<const uint4*>(p.partials + i);
+    largest = L::max(largest, L::max(L::max(more.x, more.y), L::max(more.z, more.w)));
+  }
+  for (int far = 16; far; far /= 2) largest = L::max(largest, __shfl_xor_sync(kAll, largest, far));
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount / 32; ++i) largest = L::max(largest, of_warp[i]);
+  return recipe_constants(p, as_float(largest));
+}
 
 template <class E, bool kPow2, bool kLong>
-__global__ void __launch_bounds__(beside_threads<kLong>()) __maxnreg__(kRegisters)
+__global__ void __launch_bounds__(beside_threads<kLong>()) __maxnreg__(registers_of(kPow2))
     round_few_values(const __grid_constant__ FewParams p) {
+  constexpr int kCount = beside_threads<kLong>();
   allow_next_launch();
+  // Parameters come from memory too: those of each 64 bytes are asked for while there is time.
+  int size = p.rotation.size, order = p.order;
+  keep(size);
+  keep(order);
   wait_for_earlier_launch();
-  const uint32_t eight = blockIdx.x * uint32_t(beside_threads<kLong>()) + threadIdx.x;
+  const uint32_t eight = blockIdx.x * uint32_t(kCount) + threadIdx.x;
   const bool live = eight < p.eights;
   float v[8];
   load_eight(p.x, p.rotation, eight, live, v);
-  codec::RecipeConstants r{};
-  if constexpr (!kPow2) {
-    r = start_recipe(p.scale);
-    if (blockIdx.x == 0 && threadIdx.x == 0) {
-      *p.tensor_scale_out = as_float(r.tensor_scale) * (p.factor ? *p.factor : 1.0f);
-    }
+  uint4 four = make_uint4(0, 0, 0, 0);
+  if (!kPow2 && 4 * int(threadIdx.x) < p.scale.partial_count) {
+    four = reinterpret_cast<const uint4*>(p.scale.partials)[threadIdx.x];
   }
-  if (p.rotation.size) rotate_eight<kLong>(v, p.rotation);
+  if (size) rotate_eight<kLong>(v, p.rotation);
   float m = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) m = max_abs_nan(m, v[i]);
 #pragma unroll 1
   for (int far = 1; far < p.lanes; far *= 2) m = max_abs_nan(m, __shfl_xor_sync(kAll, m, far));
+  codec::RecipeConstants r{};
+  if constexpr (!kPow2) {
+    r = few_recipe<kCount>(p.scale, four);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      *p.tensor_scale_out = as_float(r.tensor_scale) * (p.factor ? *p.factor : 1.0f);
+    }
+  }
   const BlockScale b = block_scale<kPow2>(p.scale, r, as_uint(m));
   uint32_t words[4];
   round_values<E, kPow2, 8>(v, b, scale_value<kPow2>(b.code), p.scale, p.limits, words);
-  if (live) static_cast<uint4*>(p.out)[eight] = make_uint4(words[0], words[1], words[2], words[3]);
+  if (order) {
+    store_ordered(p.out, order, eight, live, words);
+  } else if (live) {
+    static_cast<uint4*>(p.out)[eight] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
 }
 
 using FewKernel = void (*)(FewParams);
@@ -96,17 +170,18 @@ int launch_largest(const QuantizeArgs& a, Stream stream) {
   p.partials = a.partials;
   const bool is_long = a.rotation.size > kWarpTurn;
   const int threads = is_long ? beside_threads<true>() : beside_threads<false>();
+  // Their number is a multiple of four, by which they are read.
   const int64_t blocks = std::min<int64_t>(beside_blocks(p.eights, threads), kPartials);
-  launch_after(launches_overlap(), is_long ? largest_beside<true> : largest_beside<false>, blocks,
-               threads, stream, p);
+  launch_beside(is_long ? largest_beside<true> : largest_beside<false>, blocks, threads, stream, p);
   return int(blocks);
 }
 
-bool round_few_serves(const QuantizeArgs& a) {
+bool round_few_serves(const QuantizeArgs& a, int order) {
+  if (order && a.view.columns % 128 != 0) return false;
   return few_rows(a) && a.format.block_columns <= kWarpTurn && find_few(a.format, false);
 }
 
-void round_few(const QuantizeArgs& a, const float* factor, Stream stream) {
+void round_few(const QuantizeArgs& a, const float* factor, int order, Stream stream) {
   FewParams p;
   p.x = a.x;
   p.eights = uint32_t(a.view.count() / 8);
@@ -116,6 +191,7 @@ void round_few(const QuantizeArgs& a, const float* factor, Stream stream) {
   p.limits = limits(a.format.element, a.full);
   p.rotation = rotation_params(a.rotation);
   p.out = a.out;
+  p.order = order;
   p.factor = factor;
   p.tensor_scale_out = a.tensor_scale_out;
   if (a.format.scale == Scale::kE4M3 && a.recipe != Recipe::kSingleLevel && !a.tensor_scale) {
@@ -124,8 +200,7 @@ void round_few(const QuantizeArgs& a, const float* factor, Stream stream) {
   }
   const bool is_long = a.rotation.size > kWarpTurn;
   const int threads = is_long ? beside_threads<true>() : beside_threads<false>();
-  launch_after(launches_overlap(), find_few(a.format, is_long), beside_blocks(p.eights, threads),
-               threads, stream, p);
+  launch_beside(find_few(a.format, is_long), beside_blocks(p.eights, threads), threads, stream, p);
 }
 
 }  // namespace cuda

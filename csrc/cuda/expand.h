@@ -65,9 +65,10 @@ bool fold_values_serves(const QuantizeArgs&);
 // it is stored in args.tensor_scale_out, times *`factor` where that is given.
 void round_values(const QuantizeArgs& args, const float* factor, Stream);
 bool round_values_serves(const QuantizeArgs&);
-// The same for few rows, by launches that find room beside products.
-bool round_few_serves(const QuantizeArgs&);
-void round_few(const QuantizeArgs& args, const float* factor, Stream);
+// The same for few rows, by launches that find room beside products. order: the columns of each 128
+// lie in the order in which matmul_wide.h has codes of so many bits (4, 6 or 8); 0: as in x.
+void round_few(const QuantizeArgs& args, const float* factor, int order, Stream);
+bool round_few_serves(const QuantizeArgs&, int order);
 
 // The rows and columns of y = a w^T + bias that stand for rows which do not fold, summed in
 // float32 from exact values. w's exact values come from its codes.

@@ -185,6 +185,11 @@ const char* matmul_wide_refuses(const FormatSpec& f, int64_t m, int64_t n, int64
   return nullptr;
 }
 
+bool takes_ordered(const MatmulWideArgs& a) {
+  return a.m <= 32 && a.plan.tokens <= 64 && a.k % wide::kChunk == 0 && aligned16(a.x) &&
+         wide::find(a.format, wide::Form::kTall).launch;
+}
+
 WidePlan matmul_wide_plan(const MatmulWideArgs& a) {
   return a.plan.tokens ? a.plan : wide::plan_of(a);
 }
@@ -215,6 +220,9 @@ void matmul_wide(const MatmulWideArgs& a, Stream stream) {
   p.n = int(a.n);
   p.tiles = int((a.k + kernel.columns - 1) / kernel.columns);
   p.share = a.plan.share;
+  p.ordered = a.ordered;
+  // An x that the launch ahead writes comes later than one that lies ready.
+  p.early = a.ordered && p.share == 1 ? 2 : 1;
   const bool apart = a.plan.split > 2;  // parts of K, by blocks that do not meet
   p.split = apart ? 1 : a.plan.split;
   p.parts = apart ? a.plan.split : 1;

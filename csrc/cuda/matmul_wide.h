@@ -39,10 +39,13 @@ struct MatmulWideArgs {
   DType dtype = DType::kBF16;
   void* workspace = nullptr;  // of matmul_wide_workspace bytes, aligned to 16
   WidePlan plan;              // tokens 0: chosen here
+  bool ordered = false;       // columns of x lie as round_few leaves them; see takes_ordered
 };
 
 // Why this path cannot serve a format on the current device; null where it can.
 const char* matmul_wide_refuses(const FormatSpec& format, int64_t m, int64_t n, int64_t k);
+// Whether x may come with its columns in the order of the weight's codes.
+bool takes_ordered(const MatmulWideArgs& a);
 // The plan that would be chosen for `a`.
 WidePlan matmul_wide_plan(const MatmulWideArgs& a);
 // Bytes of scratch that `a` needs: for x in the order of codes, or for rows of x or of codes that

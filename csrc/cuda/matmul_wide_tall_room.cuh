@@ -69,7 +69,7 @@ PYFMT_DEVICE void init_barriers(const Params& p) {
   if (threadIdx.x == 32) init_row<kSlots>(base + kCodesEmpty, 4);
   if (threadIdx.x == 64) {
     init_row<kStages>(base + kRaw, 1);
-    init_row<kStages>(base + kFull, 2);
+    init_row<kStages>(base + kFull, p.ordered ? 1 : 2);
   }
   if (threadIdx.x == 96) {
     init_row<kStages>(base + kEmpty, 4 * uint32_t(p.share));
@@ -124,14 +124,18 @@ struct Bringer {
   const Params& p;
   const Place& at;
 
+  // The barriers of stages as x comes.
+  PYFMT_DEVICE uint32_t arrivals() const { return at.base + (p.ordered ? kFull : kRaw); }
+
   // One thread: x as it lies, by halves of chunks.
   PYFMT_DEVICE void bring_x() const {
+    const uint32_t arrived = arrivals();
     hopper::wait_for_previous();
     Ring<R::kStages> ring;
     const int stages = at.slots * int(R::kStep);
 #pragma unroll 1
     for (int i = 0; i < stages; ++i, ring.next()) {
-      const uint32_t raw = at.base + kRaw + 8 * ring.place;
+      const uint32_t raw = arrived + 8 * ring.place;
       const uint32_t to = at.base + kHeader + ring.place * R::kStage;
       hopper::barrier_wait(at.base + kEmpty + 8 * ring.place, ring.parity ^ 1);
       hopper::barrier_expect(raw, R::kStage);
@@ -183,7 +187,8 @@ struct Bringer {
       if (lane == 0) {
         hopper::barrier_expect(full, R::kSlot);
         hopper::copy_box(at.base + R::kCodesAt + place * R::kSlot, p.codes_map,
-                         at.first * int(R::kHalf) + slot * int(R::kRowBytes), n, full, 0, false);
+                         at.first * int(R::kHalf) + slot * int(R::kRowBytes), n, full,
+                         hopper::read_once());
       }
       const uint32_t to =
           at.base + R::kScalesAt + place * R::kScales + uint32_t(lane) * R::kRowScales;
@@ -225,11 +230,12 @@ struct Bringer {
 #pragma unroll 1
     for (int i = 0; i < at.slots; i += at.turns, ring.next()) {
       // All that a ring holds, asked for at once, would hold up x, and the launch that adds the
-      // parts of the product before. Of x the chunk of the slot that comes now: its stage cannot
-      // have been used again.
-      if (i == at.turns && (kWaits || p.parts > 1)) {
+      // parts of the product before. Of x the chunk of the slot that comes now, where it has one
+      // of the first stages: that cannot have been used again.
+      if (i == p.early * at.turns && (kWaits || p.parts > 1)) {
+        const uint32_t stage = uint32_t(i) * R::kStep;
         hopper::wait_for_previous();
-        hopper::barrier_wait(at.base + kRaw + 8 * uint32_t(at.turns) * R::kStep, 0);
+        if (stage < R::kStages) hopper::barrier_wait(arrivals() + 8 * stage, 0);
       }
       if (kFew && i < whole) {
         bring_slots<true>(lane, i, ring, row, left, by);
@@ -326,7 +332,7 @@ struct Bringer {
     const int warp = hopper::uniform((int(threadIdx.x) - kMultipliers) >> 5);
     const int lane = int(threadIdx.x) & 31;
     if (warp >= 2) {
-      order_x(uint32_t(warp - 2), lane);
+      if (!p.ordered) order_x(uint32_t(warp - 2), lane);
     } else if (warp == 1) {
       bring_weights(lane);
     } else if (lane == 0) {

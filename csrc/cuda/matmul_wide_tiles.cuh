@@ -37,6 +37,8 @@ struct Params {
   int share = 1, split = 1, share_bits = 0;
   int parts = 1, parts_bits = 0;  // of K, each again `split` blocks of a cluster
   float* partials = nullptr;      // sums of those parts
+  int early = 1;                  // slots of a warpgroup that are asked for ahead of x
+  bool ordered = false;           // columns of x lie in the order of codes
   float up = 1.0f;                // what the decoder leaves out
   uint32_t nothing = 0;           // of hopper::after_reading
   // Of matmul_wide_groups.cuh: numbers from row to row of y; and codes of other rows of w, eight in

@@ -125,6 +125,28 @@ PYFMT_DEVICE void copy_box(uint32_t to, const TensorMap& map, int column, int ro
 #endif
 }
 
+// What is read once leaves the second-level cache first, so that what is read again stays.
+PYFMT_DEVICE uint64_t read_once() {
+  uint64_t policy = 0;
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(policy));
+#endif
+  return policy;
+}
+// The same copy to this block alone, by such a policy.
+PYFMT_DEVICE void copy_box(uint32_t to, const TensorMap& map, int column, int row, uint32_t bar,
+                           uint64_t policy) {
+#if defined(PYFMT_SM90A) && defined(__CUDA_ARCH__)
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(bar), "l"(policy)
+      : "memory");
+#else
+  copy_box(to, map, column, row, bar, 0, false);
+#endif
+}
+
 }  // namespace hopper
 }  // namespace cuda
 }  // namespace pyfmt

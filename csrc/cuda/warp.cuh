@@ -359,6 +359,7 @@ struct ClusterLaunch {
   int64_t clusters = 0;
   int cluster = 1, tiles = 1, threads = 0, shared = 0;
   bool overlap = true;  // start before the launch ahead ends
+  bool spread = false;  // the blocks of a cluster to different multiprocessors
 };
 
 #if defined(__CUDACC__)
@@ -367,8 +368,12 @@ template <class P>
 void launch_clusters(void (*kernel)(P), const ClusterLaunch& l, Stream stream, const P& params) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, l.shared),
         "shared memory");
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
+  if (l.spread) {
+    attributes[count].id = cudaLaunchAttributeClusterSchedulingPolicyPreference;
+    attributes[count++].val.clusterSchedulingPolicyPreference = cudaClusterSchedulingPolicySpread;
+  }
   if (l.overlap) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
