@@ -41,7 +41,7 @@ PAIRS: dict[str, tuple[tuple[str | None, str, str], ...]] = {
     "codes-int-4 kept": (("mxint4", "mxint4", "fold"),),
     "fold-4 kept": (("mxfp6_e2m3", "mxfp4", "fold"),),
     "fold-6 kept": (("mxfp6_e2m3", "mxfp6_e2m3", "fold"),),
-    "bf16-4": ((None, "mxfp4", ""), (None, "nvfp4", "")),
+    "bf16-4": ((None, "mxfp4", ""), (None, "nvfp4", ""), ("nvfp4", "nvfp4", "")),
     "bf16-6": ((None, "mxfp6_e2m3", ""),),
     "bf16-8": ((None, "mxint8", ""), (None, "mxfp8_e4m3", "")),
     "bf16-4 kept": ((None, "mxfp4", "exact"),),

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.pyfmt._matmul_skinny: few dense tokens by a packed weight, for the ops that choose it.
+// torch.ops.pyfmt._matmul_skinny and _matmul_rounded: few tokens, dense or rounded on the way, by a
+// packed weight, for the ops that choose it.
 #include "cuda/matmul_skinny.h"
-#include "torch_device.h"
+#include "cuda/together.h"
+#include "torch_expand.h"
 
 namespace pyfmt {
 namespace {
 
 using namespace tensors;
 
-Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
-                     std::optional<Tensor> w_tensor_scale, std::string w_format, int64_t k,
-                     std::optional<Tensor> bias, ScalarType dtype, bool batch_invariant,
-                     std::optional<std::vector<int64_t>> plan) {
+// slots: of the launch that made x.
+Tensor multiply(const Tensor& x, const Tensor& w_codes, const Tensor& w_scales,
+                const std::optional<Tensor>& w_tensor_scale, const std::string& w_format, int64_t k,
+                const std::optional<Tensor>& bias, ScalarType dtype, bool batch_invariant,
+                const std::optional<std::vector<int64_t>>& plan, void* slots, int slot_count) {
   const FormatSpec f = get_format(w_format);
   options::expect(cuda::skinny_serves(f), "w_format: the kernel for few tokens does not serve ",
                   w_format, "; expected a row of pyfmt.FORMATS or int4 or int8 with float scales ",
@@ -78,8 +81,43 @@ Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
     if (plan->size() > 2) a.split = int((*plan)[2]);
     if (plan->size() > 3) a.early = int((*plan)[3]);
   }
+  a.slots = slots;
+  a.slot_count = slot_count;
   cuda::matmul_skinny(a, device.stream);
   return out;
+}
+
+Tensor matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales,
+                     std::optional<Tensor> w_tensor_scale, std::string w_format, int64_t k,
+                     std::optional<Tensor> bias, ScalarType dtype, bool batch_invariant,
+                     std::optional<std::vector<int64_t>> plan) {
+  return multiply(x, w_codes, w_scales, w_tensor_scale, w_format, k, bias, dtype, batch_invariant,
+                  plan, nullptr, 0);
+}
+
+// The same of x rotated and rounded to blocks of 16 on the way.
+Tensor matmul_rounded(Tensor x, std::string format, Text recipe, std::string clip, int64_t rotation,
+                      std::optional<Tensor> signs, Tensor w_codes, Tensor w_scales,
+                      std::optional<Tensor> w_tensor_scale, std::string w_format,
+                      std::optional<Tensor> bias, ScalarType dtype) {
+  Rows rows(x, format, std::nullopt, recipe, clip, rotation, signs);
+  cuda::QuantizeArgs& a = rows.args;
+  options::expect(cuda::round_together_serves(a),
+                  "x: expected few bfloat16 rows of whole blocks of NVFP4 or NVINT4; use "
+                  "_round_values and _matmul_skinny");
+  const int slots = cuda::together_blocks(a.view.count());
+  const Tensor out = rows.device.empty(shape_of(x), ScalarType::BFloat16);
+  const Tensor stored = rows.device.empty({}, ScalarType::Float);
+  const Tensor room = rows.device.empty({4 * slots}, ScalarType::Float);
+  a.out = out.mutable_data_ptr();
+  a.tensor_scale_out = static_cast<float*>(stored.mutable_data_ptr());
+  const bool given = w_tensor_scale && w_tensor_scale->numel() != 0;
+  if (given) rows.device.expect_here("w_tensor_scale", *w_tensor_scale);
+  const float* factor =
+      given ? static_cast<const float*>(w_tensor_scale->const_data_ptr()) : nullptr;
+  cuda::round_together(a, factor, {room.mutable_data_ptr(), cuda::new_call()}, rows.device.stream);
+  return multiply(out, w_codes, w_scales, stored, w_format, x.size(1), bias, dtype, false,
+                  std::nullopt, room.mutable_data_ptr(), slots);
 }
 
 }  // namespace
@@ -93,8 +131,13 @@ PYFMT_DEFINE(PYFMT_NAMESPACE, m) {
       "_matmul_skinny(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, "
       "str w_format, int k, Tensor? bias, ScalarType dtype, bool batch_invariant=False, "
       "int[]? plan=None) -> Tensor");
+  m.def(
+      "_matmul_rounded(Tensor x, str format, str? recipe, str clip, int rotation, Tensor? signs, "
+      "Tensor w_codes, Tensor w_scales, Tensor? w_tensor_scale, str w_format, Tensor? bias, "
+      "ScalarType dtype) -> Tensor");
 }
 
 PYFMT_REGISTER(PYFMT_NAMESPACE, PYFMT_DISPATCH_KEY, m) {
   m.impl("_matmul_skinny", TORCH_BOX(&pyfmt::matmul_skinny));
+  m.impl("_matmul_rounded", TORCH_BOX(&pyfmt::matmul_rounded));
 }

@@ -75,10 +75,11 @@ struct Codes {
     device.expect_here("scales", scales);
     const int64_t blocks = grid.size(grid.dim() - 1);
     rows = blocks ? grid.numel() / blocks : 0;
-    columns = 32 * blocks;
-    options::expect(packed.numel() == rows * blocks * format.bits() * 4, "codes: expected ",
-                    rows * blocks * format.bits() * 4, " bytes for scales of shape ",
-                    text_of(shape_of(scales)), ", got ", packed.numel());
+    columns = format.block_columns * blocks;
+    const int64_t bytes = rows * columns * format.bits() / 8;
+    options::expect(packed.numel() == bytes, "codes: expected ", bytes,
+                    " bytes for scales of shape ", text_of(shape_of(scales)), ", got ",
+                    packed.numel());
   }
   cuda::FoldCodesArgs args(const cuda::Folded& to) const {
     cuda::FoldCodesArgs a;
@@ -127,12 +128,13 @@ struct LeftOperand {
   LeftOperand(const Device& device, const std::optional<Tensor>& x,
               const std::optional<Tensor>& codes, const std::optional<Tensor>& scales,
               const std::string& name, const Text& scale_rule, const std::string& clip,
-              int64_t rotation, const std::optional<Tensor>& signs) {
+              int64_t rotation, const std::optional<Tensor>& signs,
+              const Text& recipe = std::nullopt) {
     options::expect(x.has_value() != codes.has_value() && codes.has_value() == scales.has_value(),
                     "codes: expected x, or codes and scales");
     if (x) {
       device.expect_here("x", *x);
-      values.emplace(*x, name, scale_rule, std::nullopt, clip, rotation, signs);
+      values.emplace(*x, name, scale_rule, recipe, clip, rotation, signs);
       rows = values->args.view.outer;
       columns = values->args.view.columns;
     } else {

@@ -33,6 +33,9 @@ _READ_WHOLE = (16, 32, 64, 128, 256, 512, 1024)
 # by how long rows; half as many rows may be twice as long.
 _CODES = ("mxfp4", "mxint4")
 CODES_ROWS, CODES_LONGEST = 16, 8192
+# The same of blocks of 16.
+_CODES_BY_16 = ("nvfp4", "nvint4")
+CODES_BY_16_ROWS, CODES_BY_16_LONGEST = 4, 14336
 # Rows of a left operand that is quantized on the way which can be written as products want them.
 ORDERED_ROWS = 32
 
@@ -69,7 +72,11 @@ def exact_in_bf16(fmt: Format) -> bool:
 
 def multiplies_codes(a: Format, w: Format, m: int, n: int, k: int) -> bool:
     """Whether few rows of a are multiplied as codes, on compute capability 9.0 and later."""
-    if a.name not in _CODES or w.name not in _CODES or n % 16 or k % 256:
+    if n % 16 or k % 256:
+        return False
+    if a.name in _CODES_BY_16 and w.name in _CODES_BY_16:
+        return m <= CODES_BY_16_ROWS and k <= CODES_BY_16_LONGEST
+    if a.name not in _CODES or w.name not in _CODES:
         return False
     return m <= CODES_ROWS and k <= CODES_LONGEST * (2 if m <= CODES_ROWS // 2 else 1)
 

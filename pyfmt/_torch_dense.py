@@ -65,8 +65,26 @@ def _multiplies_codes(left: Left, right: Right, out: Out) -> bool:
         ready = whole_rows(left) and left.rotation <= _LONGEST_TURN
     else:
         ready = left.codes.data_ptr() % 4 == 0
-    lies = right.codes.data_ptr() % 16 == 0 and right.scales.data_ptr() % 8 == 0
+    together = 16 if w.scale == "e4m3" else 8
+    lies = right.codes.data_ptr() % 16 == 0 and right.scales.data_ptr() % together == 0
     return ready and lies and _codes_kernel(Parts.ops, right.codes.device)
+
+
+# Elements that are rounded by blocks which find their largest together.
+_MOST_TOGETHER = 1 << 17
+
+
+def _rounds_together(left: Left, out: Out) -> bool:
+    """Whether one launch beside products rounds the left operand to two levels of scales."""
+    if left.format is None or left.codes is not None or out.batch_invariant or left.rows > 8:
+        return False
+    return (
+        left.format.format.name in ("nvfp4", "nvint4")
+        and left.rotation <= _LONGEST_TURN
+        and left.rows * left.k <= _MOST_TOGETHER
+        and whole_rows(left)
+        and hasattr(Parts.ops, "_matmul_rounded")
+    )
 
 
 def _skinny(left: Left, right: Right, out: Out) -> Tensor:
@@ -74,11 +92,19 @@ def _skinny(left: Left, right: Right, out: Out) -> Tensor:
         assert left.format is not None
         x = left.x if left.codes is None else None
         y: Tensor = Parts.ops._matmul_codes.default(
-            x, left.codes, left.scales, left.format.key, left.scale_rule, left.clip, left.rotation,
-            left.signs, right.codes, right.scales, right.format.key, out.bias, out.dtype,
+            x, left.codes, left.scales, left.tensor_scale, left.format.key, left.scale_rule,
+            left.recipe, left.clip, left.rotation, left.signs, right.codes, right.scales,
+            right.tensor_scale, right.format.key, out.bias, out.dtype,
         )  # fmt: skip
         return y
     scale = right.tensor_scale
+    if _rounds_together(left, out):
+        assert left.format is not None
+        y = Parts.ops._matmul_rounded.default(
+            left.x, left.format.key, left.recipe, left.clip, left.rotation, left.signs,
+            right.codes, right.scales, scale, right.format.key, out.bias, out.dtype,
+        )  # fmt: skip
+        return y
     if left.format is None:
         x = rotated(left)
     elif left.format.exact and not (two_level(left) and scale is None):

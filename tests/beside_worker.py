@@ -54,10 +54,9 @@ class Case:
             return OPS._matmul_fold(None, *parts[:2], *how, *parts[2:], *rest)
         x, codes, scales = parts
         if self.path == "codes":
-            how = [self.name, None, "symmetric", 32, None]
-            return OPS._matmul_codes(
-                x, None, None, *how, codes, scales, self.name, None, torch.float32
-            )
+            how = [self.name, None, None, "symmetric", 32, None]
+            weight = [codes, scales, self.scale, self.name]
+            return OPS._matmul_codes(x, None, None, None, *how, *weight, None, torch.float32)
         if self.path == "linear":
             how = [self.name, None, self.name, 32]
             return OPS.linear(x, codes, scales, self.scale, *how)

@@ -50,6 +50,8 @@ PROCESSES = [
     [f"skinny:{name}:16x1400x2048" for name in FEW],
     [f"skinny:{name}:{m}x4224x8192" for name in FEW[:4] for m in (1, 8)],
     [f"codes:{name}:{m}x4224x8192" for name in ("mxfp4", "mxint4") for m in (1, 8, 16)],
+    [f"codes:{name}:{m}x4224x8192" for name in ("nvfp4", "nvint4") for m in (1, 4)],
+    ["codes:nvfp4:4x6400x1024", "codes:nvfp4:3x1280x14336", "codes:nvint4:2x2816x3840"],
     ["codes:mxfp4:16x6400x1024", "codes:mxfp4:5x1280x14336", "codes:mxint4:3x2816x3840"],
     [f"skinny:{name}:8x4224x8192" for name in ("mxfp6_e3m2", "mxfp8_e5m2", "int4")],
     [f"skinny:{name}:3x1280x14336" for name in (*FEW[:4], "mxint6", "mxint8")],
@@ -57,6 +59,7 @@ PROCESSES = [
     ["rounded:mxfp4:9x1280x14336", "rounded:nvint4:12x6400x1024", "rounded:nvfp4:30x1400x4096"],
     [f"skinny:{name}:{shape}" for name in FEW[:4] for shape in ("1x4096x14336", "8x2128x5120")],
     ["linear:mxfp4:1x4096x2048", "linear:nvfp4:4x4096x2048", "linear:mxint4:16x4096x2048"],
+    ["linear:nvfp4:8x4224x8192", "linear:nvint4:6x4096x2048", "linear:nvfp4:5x1280x14336"],
 ]
 
 

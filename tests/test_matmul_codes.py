@@ -20,6 +20,7 @@ from tests.codes import Codes  # noqa: E402
 from tests.cuda_rooms import emulated_and_on_device, emulated_ops  # noqa: E402
 
 PAIRS = [("mxfp4", "mxfp4"), ("mxint4", "mxint4"), ("mxfp4", "mxint4"), ("mxint4", "mxfp4")]
+BY_16 = [("nvfp4", "nvfp4"), ("nvint4", "nvint4"), ("nvfp4", "nvint4"), ("nvint4", "nvfp4")]
 
 
 def make(ops: Any, device: str) -> Codes:
@@ -31,11 +32,14 @@ def make(ops: Any, device: str) -> Codes:
 op = emulated_and_on_device(make)
 
 
-def quantize(x: Any, name: str, rule: Any, clip: str, rotation: int, signs: Any) -> Any:
-    """Codes and scales by the device's own quantize."""
+def quantize(
+    x: Any, name: str, rule: Any, recipe: Any, clip: str, rotation: int, signs: Any
+) -> Any:
+    """Codes, scales and tensor scale or None by the device's own quantize."""
     signs = None if signs is None else signs.to(x.device)
-    given = (name, -1, rule, None, "nearest", None, clip, None, rotation, signs)
-    return torch.ops.pyfmt.quantize(x, *given)[:2]
+    given = (name, -1, rule, recipe, "nearest", None, clip, None, rotation, signs)
+    codes, scales, scale = torch.ops.pyfmt.quantize(x, *given)
+    return codes, scales, scale if scale.numel() else None
 
 
 @pytest.mark.parametrize("names", PAIRS, ids="-".join)
@@ -52,24 +56,47 @@ def test_long_rows(op: Codes, names: tuple[str, str]) -> None:
     by_codes.exact_sums(op, names, 16, 32, 4352)
 
 
-@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+@pytest.mark.parametrize("names", BY_16, ids="-".join)
+def test_exact_sums_of_blocks_of_16(op: Codes, names: tuple[str, str]) -> None:
+    for m, n, k in ((1, 32, 256), (3, 64, 768), (4, 96, 512), (2, 176, 1280), (4, 32, 8448)):
+        by_codes.exact_sums(op, names, m, n, k)
+    for plan in ([1, 1, 1], [2, 0, 2], [3, 1, 99]):
+        by_codes.exact_sums(op, names, 3, 112, 768, plan=plan)
+
+
+@pytest.mark.parametrize("names", PAIRS + BY_16, ids="-".join)
 def test_extreme_codes_and_scales(op: Codes, names: tuple[str, str]) -> None:
     by_codes.extreme_sums(op, names)
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxint4", "nvfp4", "nvint4"])
 def test_x_is_rounded_as_quantize_does(op: Codes, name: str) -> None:
     by_codes.rounds_like_quantize(op, name, quantize)
 
 
-@pytest.mark.parametrize("names", PAIRS[:2], ids="-".join)
+@pytest.mark.parametrize("name", ["nvfp4", "nvint4"])
+def test_few_rows_are_rounded_on_the_way(op: Codes, name: str) -> None:
+    by_codes.rounded_like_two_calls(op, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 4, 7])
+@pytest.mark.parametrize("name", ["nvfp4", "nvint4"])
+def test_replays_of_a_graph_see_new_values(name: str, m: int) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("the kernels under test are those of compute capability 9.0")
+    by_codes.replays_see_new_values(name, m)
+
+
+@pytest.mark.parametrize("names", PAIRS[:2] + BY_16[:2], ids="-".join)
 def test_error_is_bounded(op: Codes, names: tuple[str, str]) -> None:
-    for m, n, k in ((1, 64, 512), (13, 48, 2304)):
+    for m, n, k in ((1, 64, 512), (13 if names in PAIRS else 4, 48, 2304)):
         by_codes.within_bound(op, names, m, n, k)
 
 
 def test_bits_do_not_depend_on_the_rows(op: Codes) -> None:
-    by_codes.same_for_any_rows(op, 48, 1280, (1, 3, 8, 9, 15))
+    by_codes.same_for_any_rows(op, "mxfp4", 48, 1280, (1, 3, 8, 9, 15, 16))
+    by_codes.same_for_any_rows(op, "nvfp4", 48, 1280, (1, 2, 3, 4))
 
 
 def test_dtypes_and_bias(op: Codes) -> None:
@@ -89,6 +116,9 @@ def test_refusals(op: Codes) -> None:
         (2, 32, 288, ("mxfp4", "mxfp4"), "multiple of 256"),
         (9, 16, 8448, ("mxfp4", "mxfp4"), "8192 columns of 16 rows"),
         (2, 32, 256, ("mxfp8_e4m3", "mxfp4"), "MXFP4 and MXINT4"),
+        (2, 32, 256, ("nvfp4", "mxfp4"), "NVINT4 by NVFP4"),
+        (5, 32, 256, ("nvfp4", "nvfp4"), "1 to 4 rows"),
+        (4, 16, 14592, ("nvint4", "nvint4"), "14336 columns"),
     ):
         with pytest.raises(RuntimeError, match=words):
             op(by_codes.operand(names[0], m, k, 1), by_codes.operand(names[1], n, k, 2))
@@ -115,7 +145,7 @@ def test_the_path_for_few_rows_takes_it(monkeypatch: pytest.MonkeyPatch) -> None
     out = Out(None, torch.float32)
     left = Left(m, k, facts, x, rotation=32)
     y = dense.skinny(left, right, out)
-    packed = quantize(x, "mxfp4", None, "symmetric", 32, None)
+    packed = quantize(x, "mxfp4", None, None, "symmetric", 32, None)
     given = Left(m, k, facts, None, *packed)
     assert torch.equal(y, dense.skinny(given, right, out))
     assert called.count("_matmul_codes") >= 2 and "_matmul_skinny" not in called
@@ -127,7 +157,7 @@ def test_the_path_for_few_rows_takes_it(monkeypatch: pytest.MonkeyPatch) -> None
 def zeros(name: str, rows: int, k: int) -> Any:
     fmt = get_format(name)
     codes = torch.zeros(rows, fmt.row_bytes(k), dtype=torch.uint8)
-    return codes, torch.full((rows, fmt.blocks(k)), 127, dtype=torch.uint8), name
+    return codes, torch.full((rows, fmt.blocks(k)), 56, dtype=torch.uint8), name
 
 
 def serves(op: Codes, left: Any, right: Any) -> bool:
@@ -144,8 +174,10 @@ def test_the_table_knows_what_the_kernel_serves() -> None:
     emulator = Codes(emulated_ops(), "cpu")
     shapes = [(m, n, k) for m in (1, 8, 9, 16, 17) for n in (16, 24) for k in (256, 288)]
     shapes += [(9, 16, 8192), (9, 16, 8448), (8, 16, 16384), (1, 16, 16640)]
-    for a, w in (*PAIRS, ("mxfp8_e4m3", "mxfp4"), ("mxint4", "mxfp6_e2m3")):
-        for m, n, k in shapes if (a, w) == PAIRS[0] else shapes[:4]:
+    shapes += [(4, 16, 256), (5, 16, 256), (4, 16, 14336), (1, 16, 14592)]
+    others = [("mxfp8_e4m3", "mxfp4"), ("mxint4", "mxfp6_e2m3"), ("nvfp4", "mxfp4")]
+    for a, w in (*PAIRS, *BY_16, *others):
+        for m, n, k in shapes if (a, w) in (PAIRS[0], BY_16[0]) else shapes[:4]:
             known = paths.multiplies_codes(get_format(a), get_format(w), m, n, k)
             assert serves(emulator, zeros(a, m, k), zeros(w, n, k)) == known, (a, w, m, n, k)
 

@@ -68,10 +68,10 @@ def test_few_tokens_by_rings_for_the_sanitizers(few: skinny.Skinny, name: str) -
         skinny.exact_integers(few, name, 2, 128, 768, plan=[2, 1, split])
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "mxint4"])
+@pytest.mark.parametrize("name", ["mxfp4", "mxint4", "nvfp4", "nvint4"])
 def test_few_codes_by_rings_for_the_sanitizers(few: skinny.Skinny, name: str) -> None:
     op = by_codes.Codes(few.ops, "cuda")
-    for m, n, k in ((1, 32, 256), (16, 112, 768), (3, 32, 8448)):
+    for m, n, k in ((1, 32, 256), (4 if name[0] == "n" else 16, 112, 768), (3, 32, 8448)):
         by_codes.exact_sums(op, (name, name), m, n, k, plan=[2, 1, 0])
     by_codes.rounds_like_quantize(op, name, quantize_codes)
 

@@ -10,14 +10,18 @@ namespace cuda {
 
 namespace {
 
-bool known(const FormatSpec& f) {
+bool by_32(const FormatSpec& f) {
   return f.scale == Scale::kE8M0 && f.block_rows == 1 && f.block_columns == 32 &&
          (f.element == elements::e2m1 || f.element == elements::int4q2);
+}
+bool by_16(const FormatSpec& f) {
+  return f.scale == Scale::kE4M3 && f.block_rows == 1 && f.block_columns == 16 &&
+         (f.element == elements::e2m1 || f.element == elements::int4);
 }
 
 // What a product of bytes is more than one of elements, as a power of two.
 int more_by(const FormatSpec& f, bool weight) {
-  return f.element == elements::e2m1 ? 1 : weight ? 6 : 2;
+  return f.element.is_int() ? (weight ? 4 : 0) + f.element.frac : 1;
 }
 
 struct CodesKernel {
@@ -25,21 +29,27 @@ struct CodesKernel {
   int columns, (*shared)(int warps);
 };
 
-template <class E, int kTiles, int kSlots>
+template <class E, Scale kScale, int kTiles, int kSlots>
 CodesKernel describe() {
-  using S = CodesShape<E, kTiles, kSlots>;
-  return {matmul_codes_kernel<E, kTiles, kSlots>, S::kColumns, S::shared_bytes};
+  using S = CodesShape<E, kScale, kTiles, kSlots>;
+  return {matmul_codes_kernel<E, kScale, kTiles, kSlots>, S::kColumns, S::shared_bytes};
 }
 
-template <class E>
+template <class E, Scale kScale>
 CodesKernel kernel_for(int64_t m, int64_t k) {
-  if (m > 8) return describe<E, 2, 2>();
-  return k > 8192 ? describe<E, 1, 4>() : describe<E, 1, 2>();
+  if constexpr (kScale == Scale::kE8M0) {
+    if (m > 8) return describe<E, kScale, 2, 2>();
+  }
+  return k > 8192 ? describe<E, kScale, 1, 4>() : describe<E, kScale, 1, 2>();
 }
 
 CodesKernel find_kernel(const FormatSpec& f, int64_t m, int64_t k) {
-  return f.element == elements::e2m1 ? kernel_for<e2m1_element>(m, k)
-                                     : kernel_for<int4q2_element>(m, k);
+  if (by_16(f)) {
+    return f.element == elements::e2m1 ? kernel_for<e2m1_element, Scale::kE4M3>(m, k)
+                                       : kernel_for<int4_element, Scale::kE4M3>(m, k);
+  }
+  return f.element == elements::e2m1 ? kernel_for<e2m1_element, Scale::kE8M0>(m, k)
+                                     : kernel_for<int4q2_element, Scale::kE8M0>(m, k);
 }
 
 PlaceParams place_params(const FormatSpec& f, const CodesLeft& to) {
@@ -63,16 +73,23 @@ int64_t place_blocks(const PlaceParams& p) {
 
 const char* matmul_codes_refuses(const FormatSpec& x, const FormatSpec& w, int64_t m, int64_t n,
                                  int64_t k) {
-  if (!known(x) || !known(w)) return "it multiplies MXFP4 and MXINT4 by MXFP4 and MXINT4";
-  if (m < 1 || m > 16) return "it takes 1 to 16 rows of x";
+  const bool apart = by_16(x) && by_16(w);
+  if (!apart && (!by_32(x) || !by_32(w))) {
+    return "it multiplies MXFP4 and MXINT4 by MXFP4 and MXINT4, NVFP4 and NVINT4 by NVFP4 and "
+           "NVINT4";
+  }
+  if (m < 1 || m > (apart ? CodesLayout::kApartRows : 16)) {
+    return apart ? "it takes 1 to 4 rows of x in blocks of 16" : "it takes 1 to 16 rows of x";
+  }
   if (n < 1 || n % 16 != 0) return "it takes weights of a multiple of 16 rows";
   if (k < 256 || k % 256 != 0) return "it takes rows of a multiple of 256 elements";
+  if (apart && k > 14336) return "its shared memory holds scales of 14336 columns";
   if (k > (m > 8 ? 8192 : 16384)) return "its registers hold 8192 columns of 16 rows or 16384 of 8";
   return nullptr;
 }
 
-bool matmul_codes_reads(const void* codes, const void* scales) {
-  return aligned16(codes) && reinterpret_cast<uintptr_t>(scales) % 8 == 0;
+bool matmul_codes_reads(const FormatSpec& w, const void* codes, const void* scales) {
+  return aligned16(codes) && reinterpret_cast<uintptr_t>(scales) % (by_16(w) ? 16 : 8) == 0;
 }
 
 int64_t codes_bytes(int64_t m, int64_t k) {
@@ -83,9 +100,7 @@ int64_t codes_scales(int64_t m, int64_t k) {
 }
 
 bool round_codes_serves(const QuantizeArgs& a) {
-  return a.dtype == DType::kBF16 && known(a.format) && !a.stochastic && a.view.flat() &&
-         a.view.columns % kUnit == 0 && a.view.count() > 0 && aligned16(a.x) &&
-         a.rotation.size <= kWarpTurn;
+  return few_rows(a) && (by_32(a.format) || by_16(a.format)) && a.rotation.size <= kWarpTurn;
 }
 
 bool codes_in_halves(const FormatSpec& w) {
@@ -98,8 +113,15 @@ void round_codes(const QuantizeArgs& a, const CodesLeft& to, Stream stream) {
   p.scale = scale_params(a);
   p.limits = limits(a.format.element, a.full);
   p.rotation = rotation_params(a.rotation);
-  const auto kernel = a.format.element == elements::e2m1 ? round_to_bytes<e2m1_element>
-                                                         : round_to_bytes<int4q2_element>;
+  p.tensor_scale = to.tensor_scale;
+  const bool fp4 = a.format.element == elements::e2m1;
+  auto kernel = fp4 ? round_to_bytes<e2m1_element, Scale::kE8M0>
+                    : round_to_bytes<int4q2_element, Scale::kE8M0>;
+  if (by_16(a.format)) {
+    kernel = fp4 ? round_to_bytes<e2m1_element, Scale::kE4M3>
+                 : round_to_bytes<int4_element, Scale::kE4M3>;
+    if (a.recipe != Recipe::kSingleLevel && !a.tensor_scale) p.together = to.together;
+  }
   launch_after(launches_overlap(), kernel, place_blocks(p), kPlaceThreads, stream, p);
 }
 
@@ -108,8 +130,13 @@ void place_codes(const uint8_t* codes, const uint8_t* scales, const FormatSpec& 
   PlaceParams p = place_params(f, to);
   p.x = codes;
   p.x_scales = scales;
-  const auto kernel =
-      f.element == elements::e2m1 ? place_as_bytes<e2m1_element> : place_as_bytes<int4q2_element>;
+  const bool fp4 = f.element == elements::e2m1;
+  auto kernel = fp4 ? place_as_bytes<e2m1_element, Scale::kE8M0>
+                    : place_as_bytes<int4q2_element, Scale::kE8M0>;
+  if (by_16(f)) {
+    kernel = fp4 ? place_as_bytes<e2m1_element, Scale::kE4M3>
+                 : place_as_bytes<int4_element, Scale::kE4M3>;
+  }
   launch_after(launches_overlap(), kernel, place_blocks(p), kPlaceThreads, stream, p);
 }
 
@@ -123,7 +150,11 @@ void matmul_codes(const MatmulCodesArgs& a, Stream stream) {
   p.n = int(a.n);
   p.k = a.x.k;
   p.row_bytes = p.k / 2;
-  p.row_scales = p.k / 32;
+  p.row_scales = p.k / int(a.format.block_columns);
+  p.x_tensor_scale = a.x_tensor_scale;
+  p.tensor_scale = a.tensor_scale;
+  p.slots = a.x.together.slots;
+  p.slot_count = together_blocks(int64_t(p.tokens) * p.k);
   p.factor =
       L::as_float(power_of_two_bits(23 - more_by(a.x_format, false) - more_by(a.format, true)));
   p.bias = a.bias;
@@ -143,7 +174,9 @@ void matmul_codes(const MatmulCodesArgs& a, Stream stream) {
   p.even_tiles = int(tiles / l.clusters);
   p.longer_blocks = int(tiles % l.clusters);
   // Many copies ahead of x hold it up.
-  p.early = a.early ? a.early : a.format.element.is_int() || tiles > 6 * l.clusters ? 2 : 1;
+  const bool two_slots = a.format.element.is_int() || tiles > 6 * l.clusters ||
+                         (a.x.together.slots && warps > 8);  // x comes later, too
+  p.early = a.early ? a.early : two_slots ? 2 : 1;
   l.overlap = a.overlap;
   l.threads = 32 * warps;
   launch_clusters(kernel.run, l, stream, p);

@@ -26,6 +26,7 @@ struct CodesSums {
   const CodesParams& p;
   const int warps, first_tile, count;  // count: of tiles
   const SharedAddress places, signals;
+  float factor;        // of sums
   int token;           // whose sums this warp adds up next
   int place = 0;       // of the tile that is added up next
   unsigned phase = 0;  // how often that place was used before
@@ -62,10 +63,17 @@ struct CodesSums {
     signal_wait(written(place), phase);
     SharedAddress from = at(place, upper ? half : 0) + Warp::sum_place(token, row);
     keep(from);
+    const SharedAddress apart =
+        S::kApart
+            ? at(place, upper ? half : 0) + Warp::sum_place(token + CodesLayout::kApartRows, row)
+            : 0;
     float v[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       v[j] = j < count ? as_float(load_small<4>(from + unsigned(j * S::kSums))) : 0.0f;
+      if constexpr (S::kApart) {
+        if (j < count) v[j] = v[j] + as_float(load_small<4>(apart + unsigned(j * S::kSums)));
+      }
     }
     const float s = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
     const float other = as_float(lane_xor(as_uint(s), 16));
@@ -75,7 +83,7 @@ struct CodesSums {
     if (lane == 0) signal_arrive(taken(place) + (as_uint(other) & uint32_t(p.n) >> 31));
     if (upper) return;
     const int n = S::kRows * (first_tile + i) + row;
-    float y = (s + other) * p.factor;
+    float y = (s + other) * factor;
     if (p.bias) y = y + load_element(p.bias, p.bias_dtype, n);
     store_element(p.out, p.out_dtype,
                   int64_t(uint64_t(unsigned(token)) * unsigned(p.n) + unsigned(n)), y);
@@ -83,9 +91,9 @@ struct CodesSums {
 };
 
 // So few registers that a warp of matmul_codes_x.cuh finds room beside four of these.
-template <class E, int kTiles, int kSlots>
+template <class E, Scale kScale, int kTiles, int kSlots>
 __global__ void __maxnreg__(120) matmul_codes_kernel(const __grid_constant__ CodesParams p) {
-  using S = CodesShape<E, kTiles, kSlots>;
+  using S = CodesShape<E, kScale, kTiles, kSlots>;
   using Warp = CodesWarp<S>;
   constexpr int kStages = S::kStages;
   const int warps = int(blockDim.x >> 5), me = int(threadIdx.x >> 5), block = int(blockIdx.x);
@@ -97,7 +105,7 @@ __global__ void __maxnreg__(120) matmul_codes_kernel(const __grid_constant__ Cod
   const SharedAddress numbers = base + unsigned(warps * kStages * S::kStage);
   const SharedAddress places = numbers + unsigned(warps * (S::kFloats + S::kXScales));
   const SharedAddress signals = places + unsigned(warps * S::kPlaces * S::kSums);
-  CodesSums<S> sums{p, warps, first_tile, count, places, signals, me};
+  CodesSums<S> sums{p, warps, first_tile, count, places, signals, p.factor, me};
   Warp warp(p, me, first_tile, numbers + unsigned(me * (S::kFloats + S::kXScales)));
 
   // The ring is filled but for the slot that was used last.
@@ -125,8 +133,20 @@ __global__ void __maxnreg__(120) matmul_codes_kernel(const __grid_constant__ Cod
   allow_next_launch();
   wait_for_earlier_launch();
   warp.load_x(p.tokens);
+  uint32_t whole[2] = {as_uint(1.0f), as_uint(1.0f)};
+  if constexpr (S::kApart) {
+    if (p.x_tensor_scale) whole[0] = as_uint(*p.x_tensor_scale);
+    if (p.tensor_scale) whole[1] = as_uint(*p.tensor_scale);
+    if (p.slots) clear_slots(p.slots, p.slot_count);
+  }
   fill_to(kAhead);
   warp.place_x_scales();
+  if constexpr (S::kApart) {
+    // Not before the copies have started, which would wait for them.
+    keep(whole[0]);
+    keep(whole[1]);
+    sums.factor = p.factor * as_float(whole[0]) * as_float(whole[1]);
+  }
 
   SharedAddress before = last;
   stage = ring;

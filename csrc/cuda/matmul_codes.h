@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "args.h"
+#include "together.h"
 
 namespace pyfmt {
 namespace cuda {
@@ -14,6 +15,9 @@ namespace cuda {
 struct CodesLeft {
   void* bytes = nullptr;
   float* scales = nullptr;
+  // Of rounding: where it leaves the tensor scale, and how its blocks find that together.
+  float* tensor_scale = nullptr;
+  Together together;
   int m = 0, k = 0;
   bool halves = false;  // even elements of eight before odd ones
 };
@@ -24,7 +28,8 @@ struct MatmulCodesArgs {
   FormatSpec x_format, format;     // of x, of the weight
   const uint8_t* codes = nullptr;  // (n, k / 2)
   const uint8_t* scales = nullptr;
-  const void* bias = nullptr;  // (n,)
+  const float *x_tensor_scale = nullptr, *tensor_scale = nullptr;  // the weight's; or null
+  const void* bias = nullptr;                                      // (n,)
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;  // (m, n) contiguous
   DType out_dtype = DType::kBF16;
@@ -37,7 +42,7 @@ struct MatmulCodesArgs {
 const char* matmul_codes_refuses(const FormatSpec& x, const FormatSpec& w, int64_t m, int64_t n,
                                  int64_t k);
 // Whether a weight's codes and scales lie where copies may start.
-bool matmul_codes_reads(const void* codes, const void* scales);
+bool matmul_codes_reads(const FormatSpec& w, const void* codes, const void* scales);
 // Bytes of CodesLeft::bytes and numbers of CodesLeft::scales.
 int64_t codes_bytes(int64_t m, int64_t k);
 int64_t codes_scales(int64_t m, int64_t k);

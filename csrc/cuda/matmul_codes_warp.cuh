@@ -18,6 +18,9 @@ struct CodesParams {
   const uint8_t* scales = nullptr;
   int row_bytes = 0, row_scales = 0;
   float factor = 1.0f;
+  const float *x_tensor_scale = nullptr, *tensor_scale = nullptr;  // of x, of the weight; or null
+  void* slots = nullptr;  // of the launch that rounded x, to be cleared
+  int slot_count = 0;
   const void* bias = nullptr;
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;
@@ -28,18 +31,26 @@ struct CodesParams {
 };
 
 // kTiles: of eight rows of x; kSlots: of 256 columns of a warp.
-template <class E, int kTilesHere, int kSlotsHere>
+//
+// Blocks of 16 (kScale: E4M3) are multiplied by 32 columns like those of 32: a tile then has four
+// rows of x twice, once with the second half of every 32 columns left out and once with the first,
+// so that the sums of either have rows of their own.
+template <class E, Scale kScaleHere, int kTilesHere, int kSlotsHere>
 struct CodesShape {
   static constexpr bool kInt = E::spec.is_int();
+  static constexpr Scale kScale = kScaleHere;
+  static constexpr bool kApart = kScale == Scale::kE4M3;
+  static_assert(!kApart || kTilesHere == 1, "four rows");
   static constexpr int kTiles = kTilesHere, kSlots = kSlotsHere;
   static constexpr int kMostWarps = 16, kRows = 16, kSlotColumns = 256;
   static constexpr int kColumns = kSlotColumns * kSlots, kSlotBlocks = kSlotColumns / 32;
   static constexpr int kLine = kSlotColumns / 2, kSlot = kRows * kLine;  // bytes
-  static constexpr int kRowScales = kSlots * kSlotBlocks;
+  static constexpr int kSteps = kSlots * kSlotBlocks;                    // of 32 columns
+  static constexpr int kRowScales = (kApart ? 2 : 1) * kSteps;
   static constexpr int kStage = kSlots * kSlot + kRows * kRowScales;  // a warp's part of a tile
   static constexpr int kStages = kSlots > 2 ? 1 : 2;
   static constexpr int kFloats = 4 * kRows * kRowScales;  // a tile's scales, as numbers
-  static constexpr int kXScales = 4 * 8 * kTiles * kRowScales;
+  static constexpr int kXScales = 4 * 8 * kTiles * kSteps;
   static constexpr int kPlaces = 3;                     // tiles whose sums are under way
   static constexpr int kSums = 4 * 8 * kTiles * kRows;  // of a warp and tile
   static constexpr int kWarp = kStages * kStage + kFloats + kXScales + kPlaces * kSums;
@@ -58,7 +69,7 @@ struct CodesWarp {
   const CodesParams& p;
   int lane, t;
   int first_column, slots;  // slots of this warp that k has
-  uint32_t x[S::kRowScales][kTiles][2];
+  uint32_t x[S::kSteps][kTiles][2];
   uint4 numbers_of_x[S::kXScales / 512];  // until they are placed
   float sums[kTiles][4];
   // Of the next tile, as this lane copies them.
@@ -81,8 +92,8 @@ struct CodesWarp {
     to = unsigned(S::kLine * row + 16 * (chunk ^ row));
     const int matrix = lane >> 3, line = lane & 7;
     from = unsigned(S::kLine * (line + 8 * (matrix & 1)) + 16 * (matrix >> 1 ^ line));
-    scales = p.scales + int64_t(first + (lane >> 1)) * p.row_scales + first_column / 32 +
-             S::kRowScales / 2 * (lane & 1);
+    scales = p.scales + int64_t(first + (lane >> 1)) * p.row_scales +
+             first_column / (S::kApart ? 16 : 32) + S::kRowScales / 2 * (lane & 1);
     keep(codes);
     keep(four_rows);
     keep(scales);
@@ -97,7 +108,10 @@ struct CodesWarp {
   // first ones.
   PYFMT_DEVICE void load_x(int tokens) {
     const int block = first_column / 32;
-    const uint8_t* of_x = p.x + CodesLayout::run(kTiles, 0, block) + 16 * lane;
+    const uint8_t* of_x =
+        p.x + CodesLayout::run(kTiles, 0, block) + 16 * (S::kApart ? lane & 15 : lane);
+    const int row = S::kApart ? lane >> 2 & 3 : lane >> 2;
+    const bool mine = !S::kApart || lane >> 4 == t >> 1;
     const char* of_scales =
         reinterpret_cast<const char*>(p.x_scales) + int64_t(block) * (4 * 8 * kTiles) + 16 * lane;
     keep(of_x);
@@ -108,10 +122,10 @@ struct CodesWarp {
           512 * i + 16 * lane < slots * S::kSlotBlocks * 4 * 8 * kTiles, of_scales + 512 * i);
     }
 #pragma unroll
-    for (int q = 0; q < S::kRowScales / 2; ++q) {
+    for (int q = 0; q < S::kSteps / 2; ++q) {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const uint4 v = load_later16_if(q < 4 * slots && 8 * j + (lane >> 2) < tokens,
+        const uint4 v = load_later16_if(q < 4 * slots && mine && 8 * j + row < tokens,
                                         of_x + ((q / 8 * kTiles + j) * 8 + q % 8) * 512);
         x[2 * q][j][0] = v.x;
         x[2 * q][j][1] = v.y;
@@ -141,11 +155,13 @@ struct CodesWarp {
       }
     }
     if (which == 0) {
+      constexpr int kUnit = S::kApart ? 16 : 8;
 #pragma unroll
       for (int i = 0; i < kSlots / 2; ++i) {
         if (kSlots / 2 * (lane & 1) + i < slots) {
-          start_copy<8>(stage + unsigned(kSlots * (S::kSlot + 4 * lane) + 8 * i), scales + 8 * i,
-                        8);
+          start_copy<kUnit>(
+              stage + unsigned(kSlots * S::kSlot + S::kRowScales / 2 * lane + kUnit * i),
+              scales + kUnit * i, kUnit);
         }
       }
     }
@@ -157,9 +173,40 @@ struct CodesWarp {
 
   // ---- products ---------------------------------------------------------------------------------
 
+  // Of blocks of 16 a tile's scales lie apart by halves of 32 columns, and sixteen bytes of a row
+  // change places with others, against conflicts.
+  PYFMT_DEVICE static unsigned apart_place(int row, int half) {
+    const int turn = (row & 3) | (kSlots > 2 ? 4 * half : 0);
+    return unsigned(4 * (S::kRowScales * row + S::kSteps * half) + 16 * turn);
+  }
+  PYFMT_DEVICE void decode_apart(SharedAddress stage) const {
+    constexpr int kHalf = S::kRowScales / 2;
+    const SharedAddress from = stage + unsigned(kSlots * S::kSlot + kHalf * lane);
+    const unsigned first = unsigned(2 * kHalf * (lane & 1));
+    SharedAddress to[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) to[h] = numbers + (apart_place(lane >> 1, h) ^ first);
+#pragma unroll
+    for (int i = 0; i < kHalf; i += 8) {
+      float w[2][4];
+#pragma unroll
+      for (int j = 0; j < 4; j += 2) {
+        const uint32_t four = load_small<4>(from + unsigned(i + 2 * j));
+        from_e4m3(four, &w[0][j], &w[1][j]);
+        from_e4m3(four >> 16, &w[0][j + 1], &w[1][j + 1]);
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        store_shared16(to[h] ^ unsigned(2 * i), make_uint4(as_uint(w[h][0]), as_uint(w[h][1]),
+                                                           as_uint(w[h][2]), as_uint(w[h][3])));
+      }
+    }
+  }
+
   // A tile's scales, bytes to numbers: half of a row's a lane. 255 becomes an infinity, of which
   // multiply_slot makes NaN.
   PYFMT_DEVICE void decode_scales(SharedAddress stage) const {
+    if constexpr (S::kApart) return decode_apart(stage);
     constexpr int kHalf = S::kRowScales / 2;
 #pragma unroll
     for (int i = 0; i < kHalf; i += 8) {
@@ -223,7 +270,8 @@ struct CodesWarp {
 
   template <int kWhich>
   PYFMT_DEVICE void multiply_slot(SharedAddress stage) {
-    const SharedAddress mine = numbers + unsigned(4 * S::kRowScales * (lane >> 2));
+    const SharedAddress mine = numbers + (S::kApart ? apart_place(lane >> 2, t >> 1)
+                                                    : unsigned(4 * S::kRowScales * (lane >> 2)));
     const SharedAddress of_x = numbers + unsigned(S::kFloats + 16 * kTiles * t);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -231,7 +279,8 @@ struct CodesWarp {
       float4 rows[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        rows[r] = load_floats(mine + unsigned(4 * (8 * r * S::kRowScales + four)));
+        rows[r] = load_floats((S::kApart ? mine ^ unsigned(4 * four) : mine + unsigned(4 * four)) +
+                              unsigned(4 * 8 * r * S::kRowScales));
       }
 #pragma unroll
       for (int q = 0; q < 2; ++q) {

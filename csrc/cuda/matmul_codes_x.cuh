@@ -6,6 +6,7 @@
 #include "beside.cuh"
 #include "coder.cuh"
 #include "matmul_codes.h"
+#include "together.cuh"
 #include "warp.cuh"
 
 namespace pyfmt {
@@ -28,6 +29,12 @@ struct CodesLayout {
   }
   PYFMT_HD static int64_t scale(int tiles, int row, int64_t block) {
     return ((block / 2 * 4 + row % 8 / 2) * 2 + block % 2) * (2 * tiles) + row / 8 * 2 + row % 2;
+  }
+  // Of blocks of 16, whose halves of 32 columns are multiplied as if they were rows of their own:
+  // of up to four rows.
+  static constexpr int kApartRows = 4;
+  PYFMT_HD static int64_t scale_apart(int row, int64_t block) {
+    return scale(1, row + int(block % 2) * kApartRows, block / 2);
   }
 };
 
@@ -67,16 +74,17 @@ struct PlaceParams {
   Limits limits;
   RotationParams rotation;
   uint8_t* bytes = nullptr;
-  float* scales = nullptr;
+  float *scales = nullptr, *tensor_scale = nullptr;
+  Together together;  // where the tensor scale is found on the way
   int tiles = 1;
   bool halves = false;
 };
 
 // A lane's eight codes as bytes to their place, and, from the first lane of a block, its scale.
-template <class E>
-PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t eight, uint32_t codes,
+// kScale: E8M0 of blocks of 32, E4M3 of 16.
+template <class E, Scale kScale>
+PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t row, uint32_t inside, uint32_t codes,
                               uint32_t scale) {
-  const uint32_t row = eight / uint32_t(p.row_eights), inside = eight % uint32_t(p.row_eights);
   const int block = int(inside / 4), t = int(inside % 4);
   uint32_t bytes[2];
 #pragma unroll
@@ -99,11 +107,23 @@ PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t eight, uint32_t cod
   }
   *reinterpret_cast<uint2*>(p.bytes + CodesLayout::byte(p.tiles, int(row), block, t)) =
       make_uint2(bytes[0], bytes[1]);
+  // Rows of the last tile that x has not: their scales are read too, for sums that nobody stores.
+  if constexpr (kScale == Scale::kE4M3) {
+    if (t % 2) return;
+    float value, unused;
+    from_e4m3(scale, &value, &unused);
+    const int64_t half = inside / 2;
+    p.scales[CodesLayout::scale_apart(int(row), half)] = value;
+    if (int(row) + 1 < p.rows) return;
+    for (int beyond = p.rows; beyond < CodesLayout::kApartRows; ++beyond) {
+      p.scales[CodesLayout::scale_apart(beyond, half)] = 0.0f;
+    }
+    return;
+  }
   if (t == 0) {
     p.scales[CodesLayout::scale(p.tiles, int(row), block)] =
         as_float(codec::e8m0_decode<uint32_t>(scale));
   }
-  // Rows of the last tile that x has not: their scales are read too, for sums that nobody stores.
   if (int(row) + 1 == p.rows) {
     for (int beyond = p.rows + t; beyond < 8 * p.tiles; beyond += 4) {
       p.scales[CodesLayout::scale(p.tiles, beyond, block)] = 0.0f;
@@ -115,36 +135,56 @@ PYFMT_DEVICE void place_eight(const PlaceParams& p, uint32_t eight, uint32_t cod
 // lane, so that four lanes have a block and a warp has whole rotations of up to 256.
 constexpr int kPlaceThreads = 64;
 
-template <class E>
+template <class E, Scale kScale>
 __global__ void __launch_bounds__(kPlaceThreads, 32)
     round_to_bytes(const __grid_constant__ PlaceParams p) {
   using C = Coder<E>;
+  constexpr bool kPow2 = kScale == Scale::kE8M0;
   allow_next_launch();
-  wait_for_earlier_launch();
   const uint32_t eight = blockIdx.x * uint32_t(kPlaceThreads) + threadIdx.x;
   const bool live = eight < p.eights;
+  // What needs no x is worked out while there is time. Parameters come from memory too.
+  uint32_t row = eight / uint32_t(p.row_eights), inside = eight - row * uint32_t(p.row_eights);
+  void* slots = p.together.slots;
+  int size = p.rotation.size;
+  keep(row);
+  keep(inside);
+  keep(slots);
+  keep(size);
+  wait_for_earlier_launch();
   float v[8];
-  load_eight(p.x, p.rotation, eight, live, v);
-  if (p.rotation.size) rotate_eight<false>(v, p.rotation);
+  load_rotated_eight(p.x, p.rotation, eight, live, v);
+  codec::RecipeConstants r{};
+  if constexpr (!kPow2) {
+    uint32_t largest = 0;
+    if (slots) {
+      largest = largest_of_x(p.together, p.x, p.rotation, uint32_t(p.eights), eight, v);
+    }
+    r = recipe_constants(p.scale, as_float(largest));
+    if (blockIdx.x == 0 && threadIdx.x == 0) *p.tensor_scale = as_float(r.tensor_scale);
+  }
   float m = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) m = max_abs_nan(m, v[i]);
   m = max_abs_nan(m, __shfl_xor_sync(kAll, m, 1));
-  m = max_abs_nan(m, __shfl_xor_sync(kAll, m, 2));
-  const BlockScale b = block_scale<true>(p.scale, {}, as_uint(m));
+  if constexpr (kPow2) m = max_abs_nan(m, __shfl_xor_sync(kAll, m, 2));
+  const BlockScale b = block_scale<kPow2>(p.scale, r, as_uint(m));
   uint32_t codes[C::kWords];  // of sixteen, of which there are eight
   C::encode([&](int i) { return i < 8 ? v[i & 7] : 0.0f; }, b.multiplier, p.limits, codes);
-  if (live) place_eight<E>(p, eight, b.poisoned ? 0u : codes[0], b.code);
+  if (live) place_eight<E, kScale>(p, row, inside, b.poisoned ? 0u : codes[0], b.code);
 }
 
-template <class E>
+template <class E, Scale kScale>
 __global__ void __launch_bounds__(kPlaceThreads, 32)
     place_as_bytes(const __grid_constant__ PlaceParams p) {
   allow_next_launch();
   wait_for_earlier_launch();
   const uint32_t eight = blockIdx.x * uint32_t(kPlaceThreads) + threadIdx.x;
   if (eight >= p.eights) return;
-  place_eight<E>(p, eight, static_cast<const uint32_t*>(p.x)[eight], p.x_scales[eight / 4]);
+  constexpr int kLanes = kScale == Scale::kE4M3 ? 2 : 4;  // of a block
+  const uint32_t row = eight / uint32_t(p.row_eights), inside = eight % uint32_t(p.row_eights);
+  place_eight<E, kScale>(p, row, inside, static_cast<const uint32_t*>(p.x)[eight],
+                         p.x_scales[eight / kLanes]);
 }
 
 }  // namespace cuda

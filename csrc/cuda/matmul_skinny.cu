@@ -5,6 +5,7 @@
 #include "../parse.h"
 #include "matmul_skinny.cuh"
 #include "matmul_skinny.h"
+#include "together.h"
 
 namespace pyfmt {
 namespace cuda {
@@ -66,6 +67,8 @@ bool launch_still(const SkinnyArgs& a, SkinnyParams& p, Stream stream) {
   }
   // Where two blocks fit a multiprocessor and each has work, one begins while the other ends.
   const bool two = warps <= 8 && 2 * (l.shared + 1024) <= 228 * 1024 && tiles >= 6 * places;
+  // Beside the launch that rounds x two blocks might share a multiprocessor while another has none.
+  if (a.slots && !two) l.shared = std::max(l.shared, 116 * 1024);
   l.cluster = p.split;
   l.clusters = std::min(tiles, (a.blocks ? a.blocks : two ? 2 * places : places) / p.split);
   // Short launches by no more blocks than it takes: what comes next finds the other multiprocessors
@@ -123,6 +126,8 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   p.out_dtype = a.out_dtype;
   p.n = int(a.n);
   p.k = int(a.k);
+  p.slots = a.slots;
+  p.slot_count = a.slot_count;
   const bool guard = !aligned16(a.codes) || p.row_bytes % 16 != 0 || a.n < 128;
   const Inputs inputs = guard                      ? Inputs::kGuarded
                         : p.terms == 1 && p.x_wide ? Inputs::kBF16
@@ -177,6 +182,7 @@ void matmul_skinny(const SkinnyArgs& a, Stream stream) {
   l.tiles = int((a.m + p.tile_tokens - 1) / p.tile_tokens);
   l.threads = 32 * kernel.warps;
   launch_clusters(kernel.run, l, stream, p);
+  if (a.slots) clear_together(a.slots, a.slot_count, stream);
 }
 
 }  // namespace cuda

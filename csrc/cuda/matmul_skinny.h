@@ -15,6 +15,9 @@ struct SkinnyArgs {
   int64_t x_stride = 0, m = 0, n = 0, k = 0;
   const uint8_t* codes = nullptr;  // (n, row_bytes(k))
   const void* scales = nullptr;    // (n, blocks(k))
+  // Of the launch that rounded x (together.h), to be cleared; or null.
+  void* slots = nullptr;
+  int slot_count = 0;
   const float* tensor_scale = nullptr;
   FormatSpec format;
   const void* bias = nullptr;  // (n,)

@@ -313,10 +313,12 @@ struct SkinnyStillWarp {
   }
 };
 
-// kTurns: where there are more warps than parts of k.
+// kTurns: where there are more warps than parts of k. Two-level activations are rounded by small
+// blocks beside this one's, which need registers, too.
 template <class W, bool kTurns>
-__global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
-    skinny_still(const __grid_constant__ SkinnyParams p) {
+__global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps)
+    __maxnreg__(W::kScale == Scale::kE4M3 ? 120 : 128)
+        skinny_still(const __grid_constant__ SkinnyParams p) {
   using Still = SkinnyStill<W>;
   using Warp = SkinnyStillWarp<W>;
   constexpr int kSlots = Still::kSlots, kDepth = Still::kDepth;
@@ -376,6 +378,7 @@ __global__ void __launch_bounds__(32 * SkinnyStill<W>::kMostWarps, 1)
   wait_for_earlier_launch();
   allow_next_launch();
   warp.ask_for_x(first_token, tokens);
+  if (p.slots) clear_slots(p.slots, p.slot_count);
   uint32_t tensor_scale = as_uint(1.0f);
   if (p.tensor_scale) tensor_scale = load_later4(p.tensor_scale);
   sums.open();

@@ -24,6 +24,8 @@ struct SkinnyParams {
   bool scale_copies = false;   // in the background; else loaded, a step's at once
   uint64_t group_share = 0;    // 2^32 over the steps, or runs of 32, of a group
   const float* tensor_scale = nullptr;
+  void* slots = nullptr;  // to be cleared
+  int slot_count = 0;
   const void* bias = nullptr;
   DType bias_dtype = DType::kFP32;
   void* out = nullptr;

@@ -386,6 +386,14 @@ PYFMT_DEVICE void send4(SharedAddress there, float v, SharedAddress signal) {
 
 // ---- launches -----------------------------------------------------------------------------------
 
+// What blocks of an earlier launch left for each other (together.cuh).
+PYFMT_DEVICE void clear_slots(void* slots, int count) {
+  if (blockIdx.x) return;
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    static_cast<uint4*>(slots)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+
 struct ClusterLaunch {
   int64_t clusters = 0;
   int cluster = 1, tiles = 1, threads = 0, shared = 0;
