@@ -87,6 +87,26 @@ PYFMT_DEVICE void rotate_eight(float (&v)[8], const RotationParams& r) {
 
 // ---- the largest magnitude --------------------------------------------------------------------
 
+PYFMT_DEVICE uint32_t largest_of_lanes(uint32_t mine) {
+#if defined(__CUDA_ARCH__)
+  return __reduce_max_sync(kAll, mine);
+#else
+  for (int far = 16; far; far /= 2) mine = L::max(mine, __shfl_xor_sync(kAll, mine, far));
+  return mine;
+#endif
+}
+
+// Of those that are finite.
+PYFMT_DEVICE uint32_t largest_finite(const float (&v)[8]) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t size = as_uint(v[i]) & 0x7fffffffu;
+    largest = L::max(largest, size < kFloatInf ? size : 0u);
+  }
+  return largest;
+}
+
 struct LargestParams {
   const void* x = nullptr;
   uint32_t eights = 0;
@@ -111,15 +131,9 @@ __global__ void __launch_bounds__(beside_threads<kLong>(), 2048 / beside_threads
     float v[8];
     load_eight(p.x, p.rotation, eight, eight < p.eights, v);
     if (p.rotation.size) turn_eight<kLong>(v, p.rotation);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t size = as_uint(v[i]) & 0x7fffffffu;
-      largest = L::max(largest, size < kFloatInf ? size : 0u);
-    }
+    largest = L::max(largest, largest_finite(v));
   }
-  for (int far = 16; far; far /= 2) {
-    largest = L::max(largest, __shfl_xor_sync(kAll, largest, far));
-  }
+  largest = largest_of_lanes(largest);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
   __syncthreads();
   if (threadIdx.x) return;

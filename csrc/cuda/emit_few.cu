@@ -80,7 +80,7 @@ PYFMT_DEVICE codec::RecipeConstants few_recipe(const ScaleParams& p, const uint4
     const uint4 more = *reinterpret_cast<const uint4*>(p.partials + i);
     largest = L::max(largest, L::max(L::max(more.x, more.y), L::max(more.z, more.w)));
   }
-  for (int far = 16; far; far /= 2) largest = L::max(largest, __shfl_xor_sync(kAll, largest, far));
+  largest = largest_of_lanes(largest);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
   __syncthreads();
 #pragma unroll

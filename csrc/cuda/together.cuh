@@ -40,15 +40,6 @@ PYFMT_DEVICE uint4 load_slot(const uint4* from) {
 #endif
 }
 
-PYFMT_DEVICE uint32_t largest_of_lanes(uint32_t mine) {
-#if defined(__CUDA_ARCH__)
-  return __reduce_max_sync(kAll, mine);
-#else
-  for (int far = 16; far; far /= 2) mine = L::max(mine, __shfl_xor_sync(kAll, mine, far));
-  return mine;
-#endif
-}
-
 constexpr int kThreadsTogether = 64;
 
 // All threads of the block; `room` is used once.
@@ -89,16 +80,6 @@ PYFMT_DEVICE void load_rotated_eight(const void* x, const RotationParams& r, uin
                                      bool live, float (&v)[8]) {
   load_eight(x, r, eight, live, v);
   if (r.size) rotate_eight<false>(v, r);
-}
-
-PYFMT_DEVICE uint32_t largest_finite(const float (&v)[8]) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const uint32_t size = as_uint(v[i]) & 0x7fffffffu;
-    largest = L::max(largest, size < kFloatInf ? size : 0u);
-  }
-  return largest;
 }
 
 // Of all rotated numbers of x, eight a thread, the finite ones; v: this thread's. All threads of
