@@ -26,16 +26,16 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     ),
     "codes-int-4": (
         (("skinny", 8), ("wide", 64), ("fold", None)),
-        (("skinny", 16), ("wide", 64), ("fold", None)),
-        (("skinny", 16), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-4": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-6": (
-        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
@@ -45,18 +45,18 @@ TABLE: dict[str, tuple[Entries, ...]] = {
         (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
     ),
     "codes-int-4 kept": (
-        (("skinny", 8), ("wide", 64), ("fold", None)),
-        (("skinny", 16), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
-        (("skinny", 16), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
     ),
     "fold-4 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 4), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
-        (("skinny", 8), ("wide", 64), ("fold", 128), ("wide", 192), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "fold-6 kept": (
         (("skinny", 4), ("wide", 64), ("fold", None)),
-        (("skinny", 8), ("wide", 64), ("fold", None)),
+        (("skinny", 4), ("wide", 64), ("fold", None)),
         (("skinny", 8), ("wide", 64), ("fold", None)),
     ),
     "bf16-4": (
@@ -67,7 +67,7 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     "bf16-6": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
         (("skinny", 8), ("wide", 2048), ("exact", None)),
-        (("skinny", 8), ("wide", 2048), ("exact", None)),
+        (("skinny", 8), ("wide", 1024), ("exact", None)),
     ),
     "bf16-8": (
         (("skinny", 8), ("wide", 1024), ("exact", None)),
@@ -86,7 +86,7 @@ TABLE: dict[str, tuple[Entries, ...]] = {
     ),
     "bf16-8 kept": (
         (("skinny", 8), ("wide", 48), ("exact", None)),
-        (("skinny", 8), ("wide", 64), ("exact", None)),
+        (("skinny", 8), ("wide", 192), ("exact", None)),
         (("skinny", 8), ("wide", 64), ("exact", None)),
     ),
     "groups-4": (

@@ -5,10 +5,10 @@
 
 takes these and those of the codecs; initcheck with -k "sanitizers and not slots", for slots of
 largest numbers are read until they have been written; racecheck with -k "sanitizers and not
-rings". It does not follow barriers of shared memory whose readers hand places back: a textbook ring of two places, all
-of whose reading lanes arrive, is reported as ours are (bench/notes/products.md, step 52). What
-those kernels do beside other work is in tests/test_matmul_beside.py. The library's GEMMs are left
-out: their kernels are not ours.
+rings". It does not follow barriers of shared memory whose readers hand places back: a textbook ring
+of two places, all of whose reading lanes arrive, is reported as ours are (bench/notes/products.md,
+step 52). What those kernels do beside other work is in tests/test_matmul_beside.py. The library's
+GEMMs are left out: their kernels are not ours.
 """
 
 from __future__ import annotations
