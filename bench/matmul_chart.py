@@ -59,9 +59,10 @@ def chart(record: dict[str, Any]) -> bytes:
             for m, line in _line(found, "dense x mxfp4", 1, 64)
         ]
         few.plot(*zip(*bound, strict=True), color=_chart.GREY, lw=1, ls=(0, (1, 2)))
-        few.set_ylim(0, 1.08 * max(speed for _, speed in bound))
+        highest = max(speed for _, speed in bound)
+        few.set_ylim(0, 1.1 * highest)
         few.annotate(
-            "mxfp4's bytes at a copy's rate", bound[0], xytext=(0, 6),
+            "mxfp4's bytes at a copy's rate", (bound[0][0], highest), xytext=(0, 4),
             textcoords="offset points", color=_chart.GREY, fontsize=8.5,
         )  # fmt: skip
         for panel, ends in ((few, FEW), (many, MANY)):

@@ -9,7 +9,7 @@
 #include <cuda.h>
 #endif
 
-#include "hopper.cuh"
+#include "hopper_clusters.cuh"
 
 namespace pyfmt {
 namespace cuda {

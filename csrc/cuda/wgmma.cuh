@@ -4,7 +4,7 @@
 // Source: NVIDIA, PTX ISA 8.x, "Asynchronous Warpgroup Level Matrix Instructions".
 #pragma once
 
-#include "hopper.cuh"
+#include "hopper_clusters.cuh"
 
 namespace pyfmt {
 namespace cuda {
