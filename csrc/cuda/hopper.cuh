@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What compute capability 9.0 brought, one small function each: bulk copies and barriers in shared
-// memory (hopper_clusters.cuh has clusters, wgmma.cuh the matrix products). Each has a host text of the same meaning,
-// so that kernels built on them run in tests/emulation.
+// memory (hopper_clusters.cuh has clusters, wgmma.cuh the matrix products). Each has a host text of
+// the same meaning, so that kernels built on them run in tests/emulation.
 //
 // Source: NVIDIA, PTX ISA 8.x, "mbarrier", "cp.async", "cp.async.bulk"; shared memory is addressed
 // by 32-bit offsets throughout.
