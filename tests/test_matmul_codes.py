@@ -210,8 +210,12 @@ def test_which_calls_it_serves() -> None:
         for kept in ("", "fold"):
             call = paths.Call(a, "bfloat16", w, 8, 8192, 8192, kept)
             assert paths.row_of(call) == (f"{row} kept" if kept else row) and row in TABLE
-    # Integers become bytes in fewer instructions: up to sixteen rows of them are faster as codes.
-    sixteen = [paths.Call(f, "bfloat16", f, 16, 28672, 8192) for f in (fp4, int4)]
-    assert [paths.choose(call, machine) for call in sixteen] == ["wide", "skinny"]
+    # Integers become bytes in fewer instructions, so their times have a row of their own.
+    for f, row in ((fp4, "codes-4"), (int4, "codes-int-4")):
+        for m in (1, 8, 16, 64, 4096):
+            call = paths.Call(f, "bfloat16", f, m, 28672, 8192)
+            entries = TABLE[row][-1]
+            want = next(path for path, limit in entries if limit is None or m <= limit)
+            assert paths.choose(call, machine) == want
     call = paths.Call(fp4, "bfloat16", fp4, 8, 8192, 8192)
     assert "codes-4" in paths.explain(call, machine)["skinny"]
